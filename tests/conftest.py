@@ -1,0 +1,86 @@
+"""Fixtures, and shape annotations that are executed: a tensor of another shape than a signature says is an error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import PIL.Image
+import pytest
+
+jaxtyping.install_import_hook("vitrail", "beartype.beartype")
+
+# A training in a test must not depend on the machine's load through thread timing; two threads are what CI has.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real pictures beside the repository; tests that want them are skipped where they are not."""
+    root = Path(os.environ.get("VITRAIL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"no real pictures at {root}; set VITRAIL_SHARED_DATA")
+    return root
+
+
+def draw_picture(label: int, number: int, side: int = 16) -> PIL.Image.Image:
+    """Return a small colour picture whose class can be learned: a bright bar whose angle is the class, in noise."""
+    random = np.random.default_rng([label, number])
+    pixels = random.integers(0, 90, (side, side, 3), dtype=np.uint8)
+    place = int(random.integers(side // 4, 3 * side // 4))
+    colour = random.integers(150, 255, 3)
+    if label == 0:
+        pixels[place - 1 : place + 1] = colour
+    elif label == 1:
+        pixels[:, place - 1 : place + 1] = colour
+    else:
+        for row in range(side):
+            pixels[row, (row + place) % side] = colour
+    return PIL.Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def make_folder() -> Callable[..., Path]:
+    """Write class folders of learnable pictures; returns their root."""
+
+    def make(
+        root: Path, *, classes: tuple[str, ...] = ("flat", "steep", "slant"), count: int = 20, side: int = 16
+    ) -> Path:
+        for label, name in enumerate(classes):
+            (root / name).mkdir(parents=True)
+            for number in range(count):
+                draw_picture(label, number, side).save(root / name / f"{number:03d}.png")
+        return root
+
+    return make
+
+
+TINY = {
+    "variant": "nano8",
+    "epochs": 2.0,
+    "batch_size": 16,
+    "model.depth": 2,
+    "model.embed_dim": 24,
+    "model.num_heads": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict:
+    """Settings of a training that takes a second."""
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., Path]) -> tuple[Path, Path]:
+    """Return (run folder, data folder) of a finished small training."""
+    from vitrail.console import Talk
+    from vitrail.training.session import train
+
+    place = tmp_path_factory.mktemp("run")
+    data = make_folder(place / "shapes")
+    result = train(data, out=place / "out", talk=Talk(quiet=True), **TINY)
+    return result.folder, data

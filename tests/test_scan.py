@@ -1,0 +1,336 @@
+"""The look at every picture: broken files, duplicates, and pixels that stay in memory."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitrail.config import DataConfig
+from vitrail.console import Talk
+from vitrail.data.decode import read_picture
+from vitrail.data.duplicates import THUMBNAIL, candidates, duplicate_pairs, hashes
+from vitrail.data.scan import Scan, has_colour, ordered_map, scan_source
+from vitrail.data.sources import Source, open_source
+from vitrail.data.splits import save_splits
+from vitrail.training.prepare import check_data
+
+
+def photo(seed: int, width: int = 48, height: int = 32) -> Image.Image:
+    """A smooth colour picture, another for each seed, the same scene at every size."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def put(path: Path, picture: Image.Image, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **options)
+    return path
+
+
+def fill(root: Path, labels: str = "ab", count: int = 4, **size: int) -> Path:
+    """`count` different pictures in each of some class folders."""
+    for number, label in enumerate(labels):
+        for each in range(count):
+            put(root / label / f"{each}.png", photo(100 * number + each, **size))
+    return root
+
+
+def scanned(root: Path, *, damaged: str = "stop", memory_bytes: int = 10**9, **options) -> tuple[Source, Scan]:
+    source = open_source(str(root), keep_damaged=damaged == "keep")
+    options = {"near_duplicates": True, "workers": 2, **options}
+    return source, scan_source(source, damaged=damaged, memory_bytes=memory_bytes, **options)
+
+
+def found(scan: Scan) -> list[tuple[str, str, tuple[str, ...]]]:
+    return [(problem.severity, problem.kind, problem.paths) for problem in scan.problems]
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(0, "RGB"), (3, "RGB"), (1, "L")])
+def test_pixels_in_memory_are_the_decoded_files(tmp_path, channels, mode):
+    source, scan = scanned(fill(tmp_path), channels=channels)
+    assert scan.pixels is not None
+    assert scan.colour == (mode == "RGB")
+    for index in range(len(source.paths)):
+        pixels = np.asarray(read_picture(source.location(index), mode=mode))
+        np.testing.assert_array_equal(scan.pixels[index], pixels[None] if mode == "L" else pixels.transpose(2, 0, 1))
+    assert scan.good.all()
+    assert scan.sizes.tolist() == [[32, 48]] * 8
+    assert scan.problems == ()
+    assert len(set(scan.groups)) == 8
+
+
+def test_grey_is_chosen_when_every_picture_is_grey(tmp_path):
+    for number in range(6):
+        put(tmp_path / "ab"[number % 2] / f"{number}.png", photo(number).convert("L").convert("RGB"))
+    source, scan = scanned(tmp_path)
+    assert not has_colour(source)
+    assert not scan.colour
+    assert scan.pixels is not None
+    assert scan.pixels.shape == (6, 1, 32, 48)
+    put(tmp_path / "b" / "colour.png", photo(9))
+    source, scan = scanned(tmp_path)
+    assert has_colour(source)
+    assert scan.colour
+
+
+def test_sizes_are_those_of_turned_pictures(tmp_path):
+    fill(tmp_path)
+    exif = Image.Exif()
+    exif[274] = 8
+    put(tmp_path / "a" / "turned.png", photo(50), exif=exif)
+    source, scan = scanned(tmp_path)
+    assert scan.sizes[list(source.paths).index("a/turned.png")].tolist() == [48, 32]
+    assert scan.pixels is None  # of another size than the rest
+
+
+def test_pictures_of_several_sizes_stay_on_disk(tmp_path):
+    fill(tmp_path)
+    put(tmp_path / "b" / "z.png", photo(50, 48, 33))
+    assert scanned(tmp_path)[1].pixels is None
+
+
+def test_large_pictures_stay_on_disk(tmp_path):
+    assert scanned(fill(tmp_path / "fits", count=1, width=256, height=8))[1].pixels is not None
+    assert scanned(fill(tmp_path / "large", count=1, width=257, height=8))[1].pixels is None
+
+
+def test_the_memory_limit_is_kept_to_the_byte(tmp_path):
+    fill(tmp_path)
+    needed = 8 * 3 * 32 * 48
+    assert scanned(tmp_path, memory_bytes=needed)[1].pixels is not None
+    assert scanned(tmp_path, memory_bytes=needed - 1)[1].pixels is None
+    assert scanned(tmp_path, memory_bytes=0)[1].pixels is None
+
+
+def break_some(root: Path) -> None:
+    """One file of nonsense, one JPEG cut in half, one link to nowhere."""
+    fill(root)
+    (root / "a" / "nonsense.jpg").write_bytes(b"this is no picture")
+    buffer = io.BytesIO()
+    photo(60, 128, 128).resize((48, 32)).save(buffer, "JPEG", quality=95)
+    (root / "b" / "cut.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) * 2 // 3])
+    (root / "b" / "gone.png").symlink_to(root / "nowhere.png")
+
+
+@pytest.mark.parametrize(("damaged", "severity"), [("stop", "error"), ("drop", "warning")])
+def test_broken_files_are_named_and_left_out(tmp_path, damaged, severity):
+    break_some(tmp_path)
+    source, scan = scanned(tmp_path, damaged=damaged)
+    assert {source.paths[i] for i in np.flatnonzero(~scan.good)} == {"a/nonsense.jpg", "b/cut.jpg", "b/gone.png"}
+    assert found(scan) == [
+        (severity, "unreadable", ("a/nonsense.jpg",)),
+        (severity, "damaged", ("b/cut.jpg",)),
+        (severity, "unreadable", ("b/gone.png",)),
+    ]
+    for problem in scan.problems:
+        assert str(tmp_path / problem.paths[0]) in problem.message
+    assert scan.sizes[~scan.good].tolist() == [[0, 0]] * 3
+    assert len(set(scan.groups)) == len(source.paths)  # broken files are nobody's duplicates
+
+
+def test_a_damaged_file_is_kept_when_asked_and_still_named(tmp_path):
+    break_some(tmp_path)
+    source, scan = scanned(tmp_path, damaged="keep")
+    assert {source.paths[i] for i in np.flatnonzero(~scan.good)} == {"a/nonsense.jpg", "b/gone.png"}
+    assert found(scan) == [
+        ("warning", "unreadable", ("a/nonsense.jpg",)),
+        ("warning", "damaged", ("b/cut.jpg",)),
+        ("warning", "unreadable", ("b/gone.png",)),
+    ]
+    place = list(source.paths).index("b/cut.jpg")
+    assert scan.pixels is not None
+    kept = np.asarray(read_picture(source.location(place), damaged="keep"))
+    np.testing.assert_array_equal(scan.pixels[place], kept.transpose(2, 0, 1))
+
+
+def test_pictures_of_too_many_pixels_are_refused_by_name(tmp_path):
+    fill(tmp_path)
+    put(tmp_path / "a" / "huge.png", photo(70, 60, 60))
+    source = open_source(str(tmp_path), limit_pixels=48 * 32)
+    scan = scan_source(source, damaged="drop", near_duplicates=True, memory_bytes=10**9, workers=1)
+    assert found(scan) == [("warning", "refused", ("a/huge.png",))]
+
+
+def test_checking_data_stops_at_broken_files_and_tells_all(tmp_path):
+    break_some(tmp_path)
+    talk = Talk(quiet=True)
+    with pytest.raises(ValueError, match=r"nonsense\.jpg") as caught:
+        check_data(DataConfig(source=str(tmp_path)), talk)
+    assert "cut.jpg" in str(caught.value)
+    assert "gone.png" in str(caught.value)
+    checked = check_data(DataConfig(source=str(tmp_path), damaged="drop"), talk)
+    divided = np.concatenate(list(checked.splits.parts.values()))
+    assert sorted(divided.tolist()) == np.flatnonzero(checked.scan.good).tolist()
+    assert {problem.kind for problem in checked.problems} == {"unreadable", "damaged", "small-class"}
+
+
+def test_a_recorded_split_refuses_a_picture_that_broke_since(tmp_path):
+    """Its place in memory is empty: trained on, it would be a black picture."""
+    fill(tmp_path / "data")
+    config, talk = DataConfig(source=str(tmp_path / "data"), damaged="drop"), Talk(quiet=True)
+    checked = check_data(config, talk)
+    save_splits(checked.source, checked.splits, tmp_path / "split.json")
+    again = check_data(config, talk, recorded=tmp_path / "split.json")
+    assert again.splits.fingerprint == checked.splits.fingerprint
+    (tmp_path / "data" / "a" / "0.png").write_bytes(b"broken since")
+    with pytest.raises(ValueError, match=r"broken now, for instance a/0\.png"):
+        check_data(config, talk, recorded=tmp_path / "split.json")
+
+
+def test_exact_duplicates_are_found_whatever_their_format(tmp_path):
+    fill(tmp_path)
+    put(tmp_path / "a" / "copy.bmp", photo(0))
+    put(tmp_path / "a" / "copy2.tif", photo(0))
+    source, scan = scanned(tmp_path, near_duplicates=False)
+    assert found(scan) == [("warning", "duplicate", ("a/0.png", "a/copy.bmp", "a/0.png", "a/copy2.tif"))]
+    names = list(source.paths)
+    assert len({int(scan.groups[names.index(each)]) for each in ("a/0.png", "a/copy.bmp", "a/copy2.tif")}) == 1
+    assert len(set(scan.groups)) == 8
+
+
+@pytest.mark.parametrize("change", ["jpeg", "half", "double", "brighter"])
+def test_near_duplicates_are_found(tmp_path, change):
+    fill(tmp_path, width=96, height=64)
+    original = photo(0, 96, 64)
+    copies = {
+        "jpeg": lambda: put(tmp_path / "a" / "copy.jpg", original, quality=75),
+        "half": lambda: put(tmp_path / "a" / "copy.png", original.resize((48, 32), Image.Resampling.LANCZOS)),
+        "double": lambda: put(tmp_path / "a" / "copy.png", original.resize((192, 128), Image.Resampling.BICUBIC)),
+        "brighter": lambda: put(tmp_path / "a" / "copy.png", original.point(lambda level: min(255, level + 2))),
+    }
+    copy = copies[change]().relative_to(tmp_path).as_posix()
+    source, scan = scanned(tmp_path)
+    assert found(scan) == [("warning", "near-duplicate", ("a/0.png", copy))]
+    names = list(source.paths)
+    assert scan.groups[names.index("a/0.png")] == scan.groups[names.index(copy)]
+    assert len(set(scan.groups)) == 8
+    assert scanned(tmp_path, near_duplicates=False)[1].problems == ()
+
+
+def test_different_pictures_are_no_duplicates(tmp_path):
+    source, scan = scanned(fill(tmp_path, "abcd", count=15, width=24, height=24))
+    assert scan.problems == ()
+    assert len(set(scan.groups)) == len(source.paths) == 60
+
+
+def test_a_changed_detail_makes_another_picture(tmp_path):
+    fill(tmp_path)
+    changed = np.asarray(photo(0)).copy()
+    changed[8:20, 20:32] = 255 - changed[8:20, 20:32]
+    put(tmp_path / "a" / "changed.png", Image.fromarray(changed))
+    assert scanned(tmp_path)[1].problems == ()
+
+
+def test_one_picture_in_two_classes_is_a_conflict(tmp_path):
+    fill(tmp_path)
+    put(tmp_path / "b" / "copy.png", photo(1))
+    put(tmp_path / "b" / "like.jpg", photo(2), quality=80)
+    scan = scanned(tmp_path)[1]
+    assert found(scan) == [
+        ("warning", "label-conflict", ("a/1.png", "b/copy.png")),
+        ("warning", "label-conflict", ("a/2.png", "b/like.jpg")),
+    ]
+    assert "a/1.png and b/copy.png" in scan.problems[0].message
+
+
+def test_one_picture_in_two_parts_is_a_leak(tmp_path):
+    fill(tmp_path / "train")
+    put(tmp_path / "val" / "a" / "new.png", photo(500))
+    put(tmp_path / "val" / "b" / "new.png", photo(501))
+    put(tmp_path / "val" / "a" / "seen.png", photo(3))
+    put(tmp_path / "val" / "a" / "mislabelled.png", photo(100))
+    assert found(scanned(tmp_path)[1]) == [
+        ("warning", "label-conflict", ("train/b/0.png", "val/a/mislabelled.png")),
+        ("warning", "leak", ("train/a/3.png", "val/a/seen.png", "train/b/0.png", "val/a/mislabelled.png")),
+    ]
+
+
+def test_duplicates_stay_on_one_side_of_the_split(tmp_path):
+    fill(tmp_path, count=6)
+    for number in range(6):
+        put(tmp_path / "a" / f"{number}.jpg", photo(number), quality=90)
+    for seed in range(4):
+        checked = check_data(DataConfig(source=str(tmp_path), split_seed=seed, val_fraction=0.3), Talk(quiet=True))
+        sides = {part: set(checked.scan.groups[indices]) for part, indices in checked.splits.parts.items()}
+        assert not sides["train"] & sides["val"]
+
+
+def test_k_equal_pictures_are_k_minus_one_pairs_with_the_first():
+    thumbnails = np.random.default_rng(0).integers(0, 256, (6, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
+    exact, near = duplicate_pairs(thumbnails, np.asarray([7, 3, 7, 3, 9, 7], dtype=np.uint64))
+    assert exact.tolist() == [[0, 2], [1, 3], [0, 5]]
+    assert near.tolist() == []
+
+
+def test_every_pair_of_hashes_within_three_bits_is_a_candidate():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 2**63, 60, dtype=np.uint64)
+    for place in range(40, 60):  # twenty codes that differ from an earlier one in 0 to 4 bits
+        bits = rng.choice(64, place % 5, replace=False).astype(np.uint64)
+        codes[place] = codes[place - 40] ^ np.bitwise_or.reduce(np.uint64(1) << bits, initial=np.uint64(0))
+    pairs = {tuple(pair) for part in candidates(codes) for pair in part.tolist()}
+    distance = np.bitwise_count(codes[:, None] ^ codes[None])
+    wanted = {(i, j) for i in range(60) for j in range(i + 1, 60) if distance[i, j] <= 3}
+    assert pairs == wanted
+    assert len(wanted) == 16
+
+
+def test_the_hash_ignores_brightness_and_contrast():
+    grey = np.asarray(photo(5, THUMBNAIL, THUMBNAIL).convert("L"))
+    softer = (grey * 0.5 + 40).astype(np.uint8)
+    other = np.asarray(photo(6, THUMBNAIL, THUMBNAIL).convert("L"))
+    one, same, different = hashes(np.stack([grey, softer, other]))
+    assert np.bitwise_count(one ^ same) <= 3
+    assert np.bitwise_count(one ^ different) > 10
+
+
+def test_an_empty_and_a_single_picture_have_no_pairs():
+    for count in (0, 1):
+        exact, near = duplicate_pairs(np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8), np.zeros(count, np.uint64))
+        assert exact.shape == near.shape == (0, 2)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 700])
+def test_ordered_map_keeps_the_order(workers, count):
+    assert list(ordered_map(lambda number: number * number, range(count), workers)) == [n * n for n in range(count)]
+
+
+def test_ordered_map_hands_on_an_exception():
+    def fails_at_fifty(number: int) -> int:
+        if number == 50:
+            raise KeyError(number)
+        return number
+
+    seen = []
+    with pytest.raises(KeyError, match="50"):
+        for number in ordered_map(fails_at_fifty, range(500), 2):
+            seen.append(number)
+    assert seen == list(range(32))  # whole runs come before
+
+
+def test_ordered_map_keeps_a_bounded_number_in_flight():
+    started = []
+    results = ordered_map(lambda number: started.append(number) or number, range(5000), 2)
+    assert next(results) == 0
+    results.close()
+    assert len(started) <= (2 * 2 + 1) * 32
+
+
+def test_progress_ends_with_everything_done(tmp_path):
+    told = []
+    scanned(fill(tmp_path), advance=lambda done, total: told.append((done, total)))
+    assert told == [(0, 8), (8, 8)]
+
+
+def test_scanning_does_not_depend_on_the_number_of_workers(tmp_path):
+    break_some(tmp_path)
+    one, two = (scanned(tmp_path, damaged="drop", workers=workers)[1] for workers in (1, 3))
+    assert one.problems == two.problems
+    assert one.pixels is not None
+    np.testing.assert_array_equal(one.pixels, two.pixels)
+    np.testing.assert_array_equal(one.groups, two.groups)

@@ -1,0 +1,300 @@
+"""Divisions: stratified, whole groups on one side, recorded and found again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitrail.config import DataConfig
+from vitrail.data.problems import Problem
+from vitrail.data.sources import open_source
+from vitrail.data.splits import Splits, check_trainable, fingerprint, load_splits, make_splits, save_splits
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A source that is only listed: what dividing needs."""
+
+    paths: list[str]
+    targets: np.ndarray
+    labels: tuple[str, ...]
+    split: np.ndarray | None = None
+    name: str = "listing"
+    problems: tuple[Problem, ...] = ()
+    flip_reason: str = ""
+
+    def read(self, index: int, mode: str) -> PIL.Image.Image:
+        raise AssertionError("dividing reads no picture")
+
+    def location(self, index: int) -> str:
+        return self.paths[index]
+
+
+def listing(*counts: int, split: list[str] | None = None) -> Listing:
+    """`counts[c]` pictures of class c, one class after the other."""
+    labels = tuple(f"c{number}" for number in range(len(counts)))
+    paths = [f"{label}/{number}.png" for label, count in zip(labels, counts, strict=True) for number in range(count)]
+    targets = np.repeat(np.arange(len(counts)), counts)
+    return Listing(paths, targets, labels, None if split is None else np.asarray(split))
+
+
+def divided(source: Listing, groups: np.ndarray | None = None, good: np.ndarray | None = None, **data) -> Splits:
+    count = len(source.paths)
+    groups = np.arange(count) if groups is None else groups
+    return make_splits(source, DataConfig(**data), np.ones(count, bool) if good is None else good, groups)
+
+
+def per_class(source: Listing, part: np.ndarray) -> list[int]:
+    return np.bincount(source.targets[part], minlength=len(source.labels)).tolist()
+
+
+def test_every_class_gives_its_share():
+    source = listing(100, 50, 10)
+    splits = divided(source, val_fraction=0.2)
+    assert per_class(source, splits.parts["val"]) == [20, 10, 2]
+    assert per_class(source, splits.parts["train"]) == [80, 40, 8]
+    assert list(splits.parts) == ["train", "val"]
+    assert splits.rule == "a stratified split of all pictures"
+
+
+def test_both_fractions_are_shares_of_the_whole():
+    source = listing(100, 50)
+    splits = divided(source, val_fraction=0.4, test_fraction=0.5)
+    assert per_class(source, splits.parts["test"]) == [50, 25]
+    assert per_class(source, splits.parts["val"]) == [40, 20]
+    assert per_class(source, splits.parts["train"]) == [10, 5]
+    assert list(splits.parts) == ["train", "val", "test"]
+
+
+def test_a_small_class_gives_one_picture_and_keeps_one():
+    source = listing(2, 3, 1, 40)
+    splits = divided(source, val_fraction=0.05)
+    assert per_class(source, splits.parts["val"]) == [1, 1, 0, 2]
+    splits = divided(source, val_fraction=0.95)
+    assert per_class(source, splits.parts["train"]) == [1, 1, 1, 2]
+
+
+def test_the_split_is_decided_by_its_own_seed_alone():
+    source = listing(40, 40)
+    first, again, other = divided(source), divided(source), divided(source, split_seed=1)
+    np.testing.assert_array_equal(first.parts["val"], again.parts["val"])
+    assert first.fingerprint == again.fingerprint
+    assert first.parts["val"].tolist() != other.parts["val"].tolist()
+    assert first.fingerprint != other.fingerprint
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_parts_are_disjoint_complete_and_keep_groups_whole(data):
+    counts = data.draw(st.lists(st.integers(1, 25), min_size=1, max_size=4))
+    source = listing(*counts)
+    number = len(source.paths)
+    numbers = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, data.draw(st.integers(1, 60)), number)
+    good = np.random.default_rng(data.draw(st.integers(0, 99))).random(number) < 0.9
+    val, test = data.draw(st.sampled_from([(0.2, 0.0), (0.2, 0.2), (0.5, 0.3), (0.01, 0.01)]))
+    splits = divided(
+        source, numbers, good, val_fraction=val, test_fraction=test, split_seed=data.draw(st.integers(0, 9))
+    )
+    together = np.concatenate([*splits.parts.values(), np.empty(0, int)])
+    assert sorted(together.tolist()) == np.flatnonzero(good).tolist()
+    for one in splits.parts:
+        assert splits.parts[one].tolist() == sorted(splits.parts[one].tolist())
+        for other in splits.parts:
+            shared = set(numbers[splits.parts[one]]) & set(numbers[splits.parts[other]])
+            assert one == other or not shared
+    present = np.bincount(source.targets[good], minlength=len(counts)) > 0
+    train = splits.parts.get("train", np.empty(0, int))
+    assert (np.bincount(source.targets[train], minlength=len(counts)) > 0).tolist() == present.tolist()
+
+
+def test_a_class_of_large_groups_still_has_a_picture_in_val():
+    source = listing(12, 40)  # three bursts of four of the first class; a fifth of it would be two pictures
+    groups = np.r_[np.repeat([0, 1, 2], 4), np.arange(3, 43)]
+    for seed in range(5):
+        val = divided(source, groups, val_fraction=0.2, split_seed=seed).parts["val"]
+        assert per_class(source, val) == [4, 8]
+
+
+def test_a_class_that_is_one_group_stays_in_train():
+    source = listing(5, 40)
+    splits = divided(source, np.r_[np.zeros(5, int), np.arange(1, 41)])
+    assert per_class(source, splits.parts["train"])[0] == 5
+    assert per_class(source, splits.parts["val"]) == [0, 8]
+
+
+def test_folders_are_used_as_they_are():
+    source = listing(4, 4, split=["train", "train", "val", "test"] * 2)
+    splits = divided(source, val_fraction=0.5, test_fraction=0.3)
+    assert {name: part.tolist() for name, part in splits.parts.items()} == {
+        "train": [0, 1, 4, 5],
+        "val": [2, 6],
+        "test": [3, 7],
+    }
+    assert splits.rule == "the folders train/, val/, test/"
+
+
+def test_val_is_made_from_train_where_only_test_is_there():
+    source = listing(20, 20, split=(["train"] * 10 + ["test"] * 10) * 2)
+    splits = divided(source, val_fraction=0.2, test_fraction=0.5)
+    assert per_class(source, splits.parts["test"]) == [10, 10]
+    assert set(source.split[splits.parts["test"]]) == {"test"}
+    assert per_class(source, splits.parts["val"]) == [2, 2]
+    assert set(source.split[splits.parts["val"]]) == {"train"}
+    assert "val: a stratified 20% of train/" in splits.rule
+
+
+def test_a_source_without_train_is_not_divided_anew():
+    source = listing(4, 4, split=["val", "val", "test", "test"] * 2)
+    assert {name: part.tolist() for name, part in divided(source).parts.items()} == {
+        "val": [0, 1, 4, 5],
+        "test": [2, 3, 6, 7],
+    }
+
+
+def test_pictures_that_are_not_good_are_in_no_part():
+    source = listing(10, 10)
+    good = np.ones(20, bool)
+    good[[0, 5, 19]] = False
+    parts = divided(source, good=good).parts
+    assert sorted(np.concatenate([*parts.values()]).tolist()) == np.flatnonzero(good).tolist()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(12)))
+def test_the_fingerprint_does_not_depend_on_the_order_of_listing(order):
+    source = listing(6, 6)
+    parts = {"train": np.arange(0, 12, 2), "val": np.arange(1, 12, 2)}
+    place = np.argsort(order)
+    shuffled = replace(source, paths=[source.paths[i] for i in order], targets=source.targets[list(order)])
+    moved = {name: place[part] for name, part in reversed(parts.items())}
+    assert fingerprint(shuffled, moved) == fingerprint(source, parts)
+
+
+def test_the_fingerprint_changes_with_everything_that_is_divided():
+    source = listing(3, 3)
+    parts = {"train": np.asarray([0, 1, 3, 4]), "val": np.asarray([2, 5])}
+    relabelled, renamed = source.targets.copy(), list(source.paths)
+    relabelled[0], renamed[0] = 1, "c0/other.png"
+    prints = [
+        fingerprint(source, parts),
+        fingerprint(source, {"train": np.asarray([0, 1, 2, 3, 4]), "val": np.asarray([5])}),  # one moved
+        fingerprint(source, {"train": np.asarray([1, 3, 4]), "val": np.asarray([2, 5])}),  # one less
+        fingerprint(source, {"train": parts["train"], "test": parts["val"]}),  # another part
+        fingerprint(replace(source, targets=relabelled), parts),
+        fingerprint(replace(source, paths=renamed), parts),
+        fingerprint(replace(source, labels=("c0", "x")), parts),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert all(len(each) == 32 for each in prints)
+
+
+def test_a_recorded_split_is_found_again_in_another_order_of_listing(tmp_path):
+    source = listing(20, 20)
+    splits = divided(source, test_fraction=0.2)
+    save_splits(source, splits, tmp_path / "split.json")
+    backwards = replace(source, paths=source.paths[::-1], targets=source.targets[::-1])
+    found = load_splits(backwards, tmp_path / "split.json")
+    assert (found.fingerprint, found.rule) == (splits.fingerprint, splits.rule)
+    for part, indices in splits.parts.items():
+        assert {backwards.paths[i] for i in found.parts[part]} == {source.paths[i] for i in indices}
+        np.testing.assert_array_equal(load_splits(source, tmp_path / "split.json").parts[part], indices)
+
+
+def test_names_that_are_not_unicode_are_recorded_too(tmp_path):
+    source = replace(
+        listing(2, 2), paths=["a/\udce9.png", "a/é 木.png", "b/1.png", "b/2.png"]
+    )  # a Latin-1 name on Linux
+    splits = divided(source, val_fraction=0.5)
+    save_splits(source, splits, tmp_path / "split.json")
+    found = load_splits(source, tmp_path / "split.json")
+    assert {part: i.tolist() for part, i in found.parts.items()} == {
+        part: i.tolist() for part, i in splits.parts.items()
+    }
+
+
+def test_new_pictures_do_not_disturb_a_recorded_split_and_lost_ones_are_named(tmp_path):
+    source = listing(5, 5)
+    splits = divided(source)
+    save_splits(source, splits, tmp_path / "split.json")
+    assert json.loads((tmp_path / "split.json").read_text())["fingerprint"] == splits.fingerprint
+    assert load_splits(listing(7, 5), tmp_path / "split.json").fingerprint == splits.fingerprint
+    lost = int(splits.parts["val"][0])
+    less = replace(source, paths=np.delete(source.paths, lost).tolist(), targets=np.delete(source.targets, lost))
+    with pytest.raises(
+        ValueError, match=rf"1 pictures of the recorded val part are gone, for instance {source.paths[lost]}"
+    ):
+        load_splits(less, tmp_path / "split.json")
+
+
+def test_a_recorded_picture_with_another_label_is_refused(tmp_path):
+    source = listing(5, 5)
+    save_splits(source, divided(source), tmp_path / "split.json")
+    targets = source.targets.copy()
+    targets[0] = 1
+    with pytest.raises(ValueError, match="labels of pictures have changed"):
+        load_splits(replace(source, targets=targets), tmp_path / "split.json")
+
+
+def test_a_recorded_picture_that_has_broken_since_is_refused(tmp_path):
+    source = listing(5, 5)
+    save_splits(source, divided(source), tmp_path / "split.json")
+    good = np.ones(10, bool)
+    assert load_splits(source, tmp_path / "split.json", good).fingerprint == divided(source).fingerprint
+    good[3] = False
+    with pytest.raises(
+        ValueError, match=rf"1 pictures of the recorded \w+ part are broken now, for instance {source.paths[3]}"
+    ):
+        load_splits(source, tmp_path / "split.json", good)
+
+
+def test_a_real_folder_divides_alike_wherever_it_lies(tmp_path):
+    prints = []
+    for place in ("one", "two"):
+        for label in "ab":
+            folder = Path(tmp_path / place / label)
+            folder.mkdir(parents=True)
+            for number in range(5):
+                PIL.Image.new("L", (2, 2), number).save(folder / f"{number}.png")
+        source = open_source(str(tmp_path / place))
+        prints.append(make_splits(source, DataConfig(), np.ones(10, bool), np.arange(10)).fingerprint)
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "parts", "message"),
+    [
+        ((4,), {"train": [0, 1], "val": [2, 3]}, "only one class .'c0'."),
+        ((4, 4), {"train": [0, 1], "val": [4, 5]}, "no pictures to train on for 1 classes: c1"),
+        ((4, 4), {"val": [0, 4]}, "no pictures to train on for 2 classes: c0, c1"),
+        ((4, 4), {"train": [0, 4]}, "no pictures for validation .2 for training.; add val/"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(counts, parts, message):
+    splits = Splits({name: np.asarray(indices) for name, indices in parts.items()}, "", "")
+    with pytest.raises(ValueError, match=message):
+        check_trainable(listing(*counts), splits)
+
+
+def test_what_training_should_say_is_said():
+    source = listing(100, 110, 9)
+    parts = {"train": np.arange(218), "val": np.asarray([0, 218]), "test": np.asarray([0, 100, 218])}
+    found = {problem.kind: problem for problem in check_trainable(source, Splits(parts, "", ""))}
+    assert {kind: (problem.severity, problem.paths) for kind, problem in found.items()} == {
+        "missing-class": ("warning", ("c1",)),
+        "small-class": ("warning", ("c2",)),
+        "imbalance": ("warning", ()),
+    }
+    assert "val has no picture of 1 classes: c1" in found["missing-class"].message
+    assert "8 to 110" in found["imbalance"].message
+
+
+def test_even_classes_have_nothing_to_say():
+    source = listing(20, 20)
+    assert check_trainable(source, divided(source)) == []

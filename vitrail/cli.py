@@ -1,0 +1,326 @@
+"""The command line. Heavy imports stand inside each command: `vitrail --help` needs no PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import tyro
+from tyro.conf import Positional, arg
+
+import vitrail
+from vitrail.config import RunConfig
+from vitrail.console import Talk
+from vitrail.lookup import unknown
+from vitrail.models.config import ViTConfig
+from vitrail.settings import field_types
+
+OK, USER_ERROR, USAGE_ERROR = 0, 1, 2
+
+
+def main() -> None:
+    """Entry point of the `vitrail` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: list[str]) -> int:
+    """Carry out a command line; returns the exit code (0 done, 1 the user can mend it, 2 wrong usage)."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        Talk().out.print(overview())
+        return OK if words else USAGE_ERROR
+    if words[0] in ("-V", "--version", "version"):
+        Talk().say(f"vitrail {vitrail.__version__}")
+        return OK
+    if words[0] not in COMMANDS:
+        return fail(f"{unknown('command', words[0], COMMANDS)}. See vitrail --help", USAGE_ERROR)
+    command = COMMANDS[words[0]]
+    try:
+        options = tyro.cli(
+            command.options(),
+            prog=f"vitrail {words[0]}",
+            description=command.help,
+            args=words[1:],
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:
+        return OK if stop.code in (0, None) else USAGE_ERROR
+    return guarded(command.do, options)
+
+
+def guarded(do: Callable[[Any], int], options: Any) -> int:
+    """Carry out a command; what the user can mend becomes one message and no traceback."""
+    try:
+        return do(options)
+    except KeyboardInterrupt:
+        return fail("stopped", 130)
+    except ValueError as error:
+        if os.environ.get("VITRAIL_TRACEBACK"):
+            raise
+        return fail(str(error))
+    except OSError as error:
+        if os.environ.get("VITRAIL_TRACEBACK"):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return fail(f"{place}{error.strerror or error}")
+
+
+def fail(message: str, code: int = USER_ERROR) -> int:
+    """Say on standard error what is wrong."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    return code
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Options of `vitrail predict`."""
+
+    model: Annotated[Positional[str], arg(help="run folder or model file", metavar="MODEL")]
+    paths: Annotated[Positional[tuple[str, ...]], arg(help="pictures, folders, globs", metavar="PATH…")]
+    out: Annotated[str | None, arg(help="write a table: .csv, .jsonl or .parquet", metavar="FILE")] = None
+    top: Annotated[int, arg(help="labels to rank per picture")] = 5
+    device: Annotated[str, arg(help="auto, cpu or cuda")] = "auto"
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Options of `vitrail eval`."""
+
+    model: Annotated[Positional[str], arg(help="run folder or model file", metavar="MODEL")]
+    data: Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]
+    split: Annotated[str | None, arg(help="test, val, train or all; the first there is", metavar="NAME")] = None
+    out: Annotated[str | None, arg(help="write all figures as JSON", metavar="FILE")] = None
+    device: Annotated[str, arg(help="auto, cpu or cuda")] = "auto"
+    damaged: Annotated[str, arg(help="broken files: stop, drop or keep", name="data.damaged")] = "stop"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Options of `vitrail report`."""
+
+    run: Annotated[Positional[str], arg(help="run folder", metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Options of `vitrail models`."""
+
+
+def train_options() -> type:
+    """Return the options of `vitrail train`: its own, and every setting of `RunConfig` as `--section.field`.
+
+    Every setting is None unless it is given, so that a recipe can tell what the user has fixed.
+    """
+    own = [
+        ("data_source", Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]),
+        ("out", Annotated[str | None, arg(help="folder of the run (default: runs/NAME)", metavar="RUN")], None),
+        (
+            "model_name",
+            Annotated[str | None, arg(name="model", help="variant, such as nano4, ti16, s16-concat", metavar="NAME")],
+            None,
+        ),
+        (
+            "recipe",
+            Annotated[str, arg(help="auto, article, or a config.json of an earlier run", metavar="NAME")],
+            "auto",
+        ),
+        ("resume", Annotated[bool, arg(help="go on with the run in --out, exactly")], False),
+    ]
+    return dataclasses.make_dataclass("Train", [*own, *settings_of(RunConfig, skip=("recipe", "variant"))], frozen=True)
+
+
+def settings_of(kind: type, *, skip: tuple[str, ...] = ()) -> list[Any]:
+    """Return a configuration class's fields, each optional, for `make_dataclass`."""
+    made: list[Any] = []
+    kinds = field_types(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in skip:
+            continue
+        inner = kinds[field.name]
+        if dataclasses.is_dataclass(inner):
+            hidden = ("source",) if field.name == "data" else ("num_classes",) if inner is ViTConfig else ()
+            fields = settings_of(cast(type, inner), skip=hidden)
+            nested = dataclasses.make_dataclass(field.name, fields, frozen=True)
+            made.append((field.name, nested, dataclasses.field(default_factory=nested)))
+        else:
+            default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            name = getattr(inner, "__name__", "float").upper() if not str(inner).startswith("tuple") else "FLOAT…"
+            hint = arg(
+                help=field.metadata["help"], help_behavior_hint=f"(default: {default}, or the recipe's)", metavar=name
+            )
+            made.append((field.name, Annotated[inner | None, hint], None))
+    return made
+
+
+def given_settings(options: Any, where: str = "") -> dict[str, Any]:
+    """Return the settings that stand on the command line, by dotted name."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= given_settings(value, f"{field.name}.")
+        elif value is not None and (
+            where or field.name not in ("data_source", "out", "model_name", "recipe", "resume")
+        ):
+            found[where + field.name] = value
+    return found
+
+
+def do_train(options: Any) -> int:
+    """Train, then say what came out and what to type next."""
+    from vitrail.training import parallel
+    from vitrail.training.session import train
+    from vitrail.training.signals import Stopped
+
+    talk = Talk(quiet=os.environ.get("RANK", "0") != "0")
+    try:
+        result = train(
+            options.data_source,
+            out=options.out,
+            model=options.model_name,
+            recipe=options.recipe,
+            resume=options.resume,
+            talk=talk,
+            **given_settings(options),
+        )
+    except Stopped as stop:
+        talk.say(f"{stop}; everything is saved. Go on with:\n  {stop.command}")
+        return 128 + stop.number
+    finally:
+        parallel.leave()
+    for part, judged in result.evaluation.items():
+        name = {"val": "validation", "test": "test"}[part]
+        right = round(judged["top1"] * judged["num_images"])
+        talk.good(f"{name} accuracy {judged['top1']:.2%} ({right:,} of {judged['num_images']:,})")
+    talk.say(f"report:  {result.folder / 'report.html'}")
+    talk.say(f"model:   {result.folder / 'model.safetensors'}")
+    talk.say(f"next:    vitrail predict {result.folder} PICTURE…")
+    return OK
+
+
+def do_predict(options: Predict) -> int:
+    """Predict, and print or write a row per picture."""
+    from vitrail.evaluation.classifier import load
+    from vitrail.evaluation.tables import check_ending, find_pictures, write_table
+    from vitrail.training.precision import pick_device
+
+    if options.out is not None:
+        check_ending(Path(options.out))
+    if not options.paths:
+        return fail("predict needs at least one picture, folder or glob after MODEL", USAGE_ERROR)
+    classifier = load(options.model).to(pick_device(options.device))
+    rows = classifier.predict(find_pictures(options.paths), top=options.top)
+    talk = Talk()
+    if options.out is not None:
+        write_table(Path(options.out), rows)
+    else:
+        for row in rows:
+            talk.say(
+                f"{row.path}  {row.label}  {row.probability:.1%}"
+                if row.error is None
+                else f"{row.path}  ERROR {row.error}"
+            )
+    failed = sum(row.error is not None for row in rows)
+    if options.out is not None:
+        talk.say(f"{len(rows):,} rows in {options.out}" + (f", {failed:,} with an error" if failed else ""))
+    return OK if failed < len(rows) else fail(f"none of the {len(rows)} pictures could be read")
+
+
+def do_eval(options: Eval) -> int:
+    """Judge, print the headline, write all of it."""
+    from vitrail.config import DataConfig
+    from vitrail.evaluation.evaluate import evaluate
+    from vitrail.files import write_text
+    from vitrail.training.precision import pick_device
+
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {Path(options.out).parent}")
+    talk = Talk()
+    data = DataConfig(damaged=options.damaged)
+    result = evaluate(
+        options.model, options.data, split=options.split, device=pick_device(options.device), talk=talk, data=data
+    )
+    talk.good(f"accuracy {result['top1']:.2%} of {result['num_images']:,} pictures ({result['split']})")
+    talk.say(f"top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  calibration error {result['ece']:.2%}")
+    worst = sorted((row["recall"], label) for label, row in result["per_class"].items() if row["recall"] is not None)[
+        :3
+    ]
+    talk.say("hardest classes: " + ", ".join(f"{label} ({recall:.1%} found)" for recall, label in worst))
+    if options.out is not None:
+        write_text(Path(options.out), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        talk.say(f"all figures: {options.out}")
+    return OK
+
+
+def do_report(options: Report) -> int:
+    """Rebuild the page of a run."""
+    from vitrail.report.page import build_report
+
+    Talk().say(str(build_report(Path(options.run))))
+    return OK
+
+
+def do_models(options: Models) -> int:
+    """List the variants with their size."""
+    from rich.table import Table
+
+    from vitrail.models.cost import num_macs, num_parameters
+    from vitrail.models.variants import LISTED, variant_config
+
+    table = Table("name", "picture", "patches", "width", "depth", "heads", "parameters", "multiply-adds")
+    for name in LISTED:
+        config = variant_config(name)
+        figures = (config.image_size, config.grid[0] * config.grid[1], config.embed_dim, config.depth, config.num_heads)
+        cost = (f"{num_parameters(config) / 1e6:.2f} M", f"{num_macs(config) / 1e9:.2f} G")
+        table.add_row(name, *map(str, figures), *cost)
+    talk = Talk()
+    talk.out.print(table)
+    talk.say("Any size and patch can be combined (s8, ti14, …); with suffixes: b16-concat, b16-mean.")
+    return OK
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it does, its options, the function."""
+
+    help: str
+    options: Callable[[], Any]
+    do: Callable[[Any], int]
+
+
+COMMANDS = {
+    "train": Command(
+        "Check the data, train, judge, and leave a run folder with weights and a report.", train_options, do_train
+    ),
+    "eval": Command(
+        "Judge a model on labelled pictures: accuracy, loss, calibration, confusion.", lambda: Eval, do_eval
+    ),
+    "predict": Command(
+        "Name what is on pictures; a broken file gets an error in its row.", lambda: Predict, do_predict
+    ),
+    "report": Command("Rebuild the HTML page of a run.", lambda: Report, do_report),
+    "models": Command("List the architectures with their parameters and cost.", lambda: Models, do_models),
+}
+
+
+def overview() -> str:
+    """Return what `vitrail --help` shows."""
+    lines = [f"  [bold]{name:<9}[/]{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"[bold]vitrail {vitrail.__version__}[/]: train, judge and use Vision Transformers on your own pictures.\n",
+            "usage: vitrail COMMAND …\n",
+            *lines,
+            "\nStart with:  vitrail train digits",
+            "Then:        vitrail train photos/   (photos/<class>/*.jpg, or photos/{train,val,test}/<class>/*.jpg)",
+            "More:        vitrail COMMAND --help",
+        ]
+    )

@@ -1,0 +1,261 @@
+"""The whole of a training run as one value: a tree of frozen dataclasses, JSON in and out.
+
+Recipes (`recipes.py`) make one, `--section.field value` changes it, `config.json` in the run folder keeps it.
+Imports no torch: `vitrail train --help` is made from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitrail.lookup import unknown
+from vitrail.models.config import ViTConfig
+from vitrail.settings import from_dict, section, setting, to_dict
+
+OPTIMIZER_NAMES = ("adamw",)
+DECAY_NAMES = ("cosine", "linear", "step", "constant")
+RESIZE_NAMES = ("crop", "squash")
+INTERPOLATION_NAMES = ("bilinear", "bicubic", "lanczos")
+PRECISION_NAMES = ("fp32", "bf16")
+DAMAGED_NAMES = ("stop", "drop", "keep")
+FILL_NAMES = ("black", "edge", "mirror")
+DEVICE_NAMES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pictures, and how they are divided."""
+
+    source: str = setting("", "where the pictures are: digits, or a folder")
+    val_fraction: float = setting(0.2, "share of a data set without val/ that becomes the validation part")
+    test_fraction: float = setting(0.0, "share of a flat folder that is kept apart and judged once, at the end")
+    split_seed: int = setting(0, "seed of the split; the training seed does not move pictures between parts")
+    damaged: str = setting("stop", "broken files: stop and name them, drop them, or keep what can be decoded of them")
+    limit_pixels: int = setting(100_000_000, "pictures with more pixels are refused from their header")
+    near_duplicates: bool = setting(True, "look for near duplicates and keep them on one side of the split")
+    memory_bytes: int = setting(2_000_000_000, "small pictures of one size are kept decoded when they fit in this much")
+    workers: int = setting(0, "threads that decode files; 0: one per core")
+
+    def __post_init__(self) -> None:
+        for field in ("val_fraction", "test_fraction"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(
+                    f"data.{field} is {getattr(self, field)}; expected a share from 0 up to, not including, 1"
+                )
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"data.val_fraction {self.val_fraction} + data.test_fraction {self.test_fraction} leave nothing to train on"
+            )
+        choice("data.damaged", self.damaged, DAMAGED_NAMES)
+        at_least("data.limit_pixels", self.limit_pixels, 1)
+        at_least("data.memory_bytes", self.memory_bytes, 0)
+        at_least("data.workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """How a picture of any size becomes the model's input; the same in training's judgement, predict and export."""
+
+    resize: str = setting("crop", "crop: shortest side, then the centre; squash: both sides, changing the aspect ratio")
+    crop_fraction: float = setting(0.9, "with crop: share of the resized short side that the centre crop keeps")
+    interpolation: str = setting("bicubic", f"always antialiased: {', '.join(INTERPOLATION_NAMES)}")
+    mean: tuple[float, ...] = setting((0.5, 0.5, 0.5), "subtracted from pixels in 0..1, one per channel")
+    std: tuple[float, ...] = setting((0.5, 0.5, 0.5), "divides after the mean, one per channel")
+
+    def __post_init__(self) -> None:
+        choice("preprocess.resize", self.resize, RESIZE_NAMES)
+        choice("preprocess.interpolation", self.interpolation, INTERPOLATION_NAMES)
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"preprocess.crop_fraction is {self.crop_fraction}; expected above 0, at most 1")
+        if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):
+            raise ValueError(
+                f"preprocess.mean {self.mean} and std {self.std}: expected as many of each, every std above 0"
+            )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to training pictures, each drawn once per picture and epoch."""
+
+    crop_scale: float = setting(1.0, "smallest share of the area that a random resized crop keeps; 1: no cropping")
+    crop_ratio: float = setting(4 / 3, "largest aspect ratio of a crop, and its inverse the smallest")
+    flip: float = setting(0.0, "chance of a left-right flip")
+    vertical_flip: float = setting(0.0, "chance of a top-bottom flip")
+    rotation: float = setting(0.0, "largest rotation to either side, degrees")
+    shift: float = setting(0.0, "largest shift to either side, as a share of the picture's side")
+    brightness: float = setting(0.0, "largest relative change of brightness")
+    contrast: float = setting(0.0, "largest relative change of contrast")
+    saturation: float = setting(0.0, "largest relative change of saturation")
+    fill: str = setting("mirror", "what rotation and shift bring in from outside the picture: black, edge or mirror")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"augment.crop_scale is {self.crop_scale}; expected above 0, at most 1 (1: no cropping)")
+        if self.crop_ratio < 1:
+            raise ValueError(f"augment.crop_ratio is {self.crop_ratio}; expected 1 or more")
+        for field in ("flip", "vertical_flip", "shift", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"augment.{field} is {getattr(self, field)}; expected 0 to 1")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"augment.rotation is {self.rotation}; expected 0 to 180 degrees")
+        choice("augment.fill", self.fill, FILL_NAMES)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights move."""
+
+    name: str = setting("adamw", f"optimizer: {', '.join(OPTIMIZER_NAMES)}")
+    lr: float = setting(1e-3, "peak learning rate, at the global batch size of the run")
+    weight_decay: float = setting(0.05, "decoupled weight decay; biases, norms, tokens and positions are exempt")
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = setting(0.999, "AdamW's decay of the mean squared gradient")
+    eps: float = setting(1e-8, "AdamW's epsilon")
+    clip_norm: float = setting(1.0, "largest norm of the whole gradient; 0: no clipping")
+    accumulate: int = setting(1, "parts that a batch is computed in, one after the other, to save memory")
+    ema_decay: float = setting(0.0, "average the weights with this decay per step and judge the average; 0: off")
+    label_smoothing: float = setting(0.0, "share of the target spread over all labels")
+
+    def __post_init__(self) -> None:
+        choice("optim.name", self.name, OPTIMIZER_NAMES)
+        for field in ("lr", "eps"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"optim.{field} is {getattr(self, field)}; expected above 0")
+        for field in ("beta1", "beta2", "ema_decay", "label_smoothing"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"optim.{field} is {getattr(self, field)}; expected from 0 up to, not including, 1")
+        at_least("optim.weight_decay", self.weight_decay, 0)
+        at_least("optim.clip_norm", self.clip_norm, 0)
+        at_least("optim.accumulate", self.accumulate, 1)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate changes over a run. Durations read `500 steps`, `2 epochs` or `5 %`."""
+
+    decay: str = setting("cosine", f"after the warm-up: {', '.join(DECAY_NAMES)}")
+    warmup: str = setting("5 %", "linear rise from zero to the peak")
+    final_fraction: float = setting(0.01, "cosine and linear end at this share of the peak")
+    step_every: str = setting("30 %", "step decay: how often the rate is multiplied by step_gamma")
+    step_gamma: float = setting(0.1, "step decay: the factor")
+
+    def __post_init__(self) -> None:
+        choice("schedule.decay", self.decay, DECAY_NAMES)
+        for field in ("warmup", "step_every"):
+            parse_duration(getattr(self, field), f"schedule.{field}")
+        if parse_duration(self.step_every, "schedule.step_every")[0] <= 0:
+            raise ValueError(f"schedule.step_every is {self.step_every!r}; expected a duration above 0")
+        if not 0 <= self.final_fraction <= 1 or not 0 < self.step_gamma <= 1:
+            raise ValueError(
+                f"schedule.final_fraction is {self.final_fraction}, schedule.step_gamma {self.step_gamma}; "
+                "expected 0 to 1, and above 0 for step_gamma"
+            )
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """When a run reports, judges and saves."""
+
+    every: str = setting("20 steps", "a line of training metrics")
+    eval_every: str = setting("1 epochs", "judge on the validation part")
+    save_minutes: float = setting(5.0, "besides the end of every epoch, save the exact state this often")
+
+    def __post_init__(self) -> None:
+        for field in ("every", "eval_every"):
+            if parse_duration(getattr(self, field), f"log.{field}")[0] <= 0:
+                raise ValueError(f"log.{field} is {getattr(self, field)!r}; expected a duration above 0")
+        at_least("log.save_minutes", self.save_minutes, 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result, resolved: nothing is left to be chosen later."""
+
+    recipe: str = setting("auto", "name of the recipe, or a config.json of an earlier run")
+    variant: str = setting("b16", "name of the architecture that `model` was made from")
+    epochs: float = setting(10.0, "passes over the training part")
+    batch_size: int = setting(128, "pictures per step, over all processes")
+    seed: int = setting(0, "decides initial weights, order, augmentation and dropout")
+    device: str = setting("auto", f"where to compute: {', '.join(DEVICE_NAMES)}")
+    precision: str = setting("fp32", "fp32, or bf16 mixed precision")
+    compile: bool = setting(False, "compile the model with torch.compile")
+    data: DataConfig = section(DataConfig, "the pictures and their division")
+    model: ViTConfig = section(ViTConfig, "the architecture")
+    preprocess: PreprocessConfig = section(PreprocessConfig, "from a picture to the model's input")
+    augment: AugmentConfig = section(AugmentConfig, "random changes to training pictures")
+    optim: OptimConfig = section(OptimConfig, "how weights move")
+    schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over time")
+    log: LogConfig = section(LogConfig, "reports, judgements and saves")
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise ValueError(f"epochs is {self.epochs}; expected above 0")
+        at_least("batch_size", self.batch_size, 1)
+        at_least("seed", self.seed, 0)
+        choice("precision", self.precision, PRECISION_NAMES)
+        choice("device", self.device, DEVICE_NAMES)
+        if self.batch_size % self.optim.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of optim.accumulate {self.optim.accumulate}"
+            )
+        if len(self.preprocess.mean) != self.model.in_channels:
+            raise ValueError(
+                f"preprocess.mean has {len(self.preprocess.mean)} values, but model.in_channels is {self.model.in_channels}; "
+                "give one mean and one std per channel"
+            )
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write a configuration as JSON that `load_config` reads back equal."""
+    from vitrail.files import write_text
+
+    write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a configuration that `save_config` wrote.
+
+    Raises:
+        ValueError: the file is no JSON, or has an unknown setting or a refused value.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON configuration ({error})") from None
+    try:
+        return from_dict(RunConfig, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parse_duration(text: str, name: str) -> tuple[float, str]:
+    """Split `500 steps`, `2 epochs` or `5 %` into its number and its unit.
+
+    Raises:
+        ValueError: the text is no duration.
+    """
+    parsed = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*", text)
+    if parsed is None:
+        raise ValueError(f"{name} is {text!r}; expected a duration such as '500 steps', '2 epochs' or '5 %'")
+    return float(parsed[1]), parsed[2].rstrip("s")
+
+
+def to_steps(text: str, name: str, *, total_steps: int, steps_per_epoch: float) -> float:
+    """Return a duration in optimizer steps (not rounded)."""
+    number, unit = parse_duration(text, name)
+    return number * {"step": 1.0, "epoch": steps_per_epoch, "%": total_steps / 100}[unit]
+
+
+def choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise a ValueError that suggests the nearest known value unless `value` is one."""
+    if value not in known:
+        raise ValueError(unknown(name, value, known))
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raise a ValueError unless `value` is `least` or more."""
+    if value < least:
+        raise ValueError(f"{name} is {value}; expected {least} or more")

@@ -1,0 +1,109 @@
+"""What people see while a command works: lines, warnings and progress bars. Imports rich, nothing heavier."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Without a terminal there are no bars; a line this often shows that work goes on.
+_QUIET_SECONDS = 10.0
+
+
+class Talk:
+    """The one mouth of a command. `quiet` processes (all but the first under torchrun) say nothing."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.out = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.live = self.out.is_terminal and not quiet
+
+    def say(self, line: str = "") -> None:
+        """Print a line."""
+        self.out.print(escape(line))
+
+    def warn(self, line: str) -> None:
+        """Print a line that should be noticed."""
+        self.out.print(f"[yellow]warning:[/] {escape(line)}")
+
+    def good(self, line: str) -> None:
+        """Print a result."""
+        self.out.print(f"[bold green]{escape(line)}[/]")
+
+    @contextlib.contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Show progress of a job whose length becomes known with the first call `advance(done, total)`."""
+        if not self.live:
+            yield self._lines(what)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.out, transient=True) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    def _lines(self, what: str) -> Callable[[int, int], None]:
+        spoken_at = time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            nonlocal spoken_at
+            if time.monotonic() - spoken_at >= _QUIET_SECONDS:
+                spoken_at = time.monotonic()
+                self.say(f"{what}: {done:,} of {total:,}")
+
+        return advance
+
+
+class TrainingDisplay:
+    """The progress of a training: a live bar in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, talk: Talk, *, total_steps: int, steps_per_epoch: float, start: int) -> None:
+        self.talk, self.total_steps, self.steps_per_epoch = talk, total_steps, steps_per_epoch
+        self.spoken_at = 0.0
+        self.progress: Progress | None = None
+        if talk.live:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, console=talk.out)
+            self.task = self.progress.add_task("starting", total=total_steps, completed=start, figures="")
+
+    def __enter__(self) -> TrainingDisplay:
+        if self.progress is not None:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def update(self, step: int, loss: float, top1: float, images_per_s: float, remaining_s: float) -> None:
+        """Show where training is."""
+        epochs = self.total_steps / self.steps_per_epoch
+        where = f"epoch {step / self.steps_per_epoch:.1f} of {epochs:.4g}"
+        figures = f"loss {loss:.3f}  accuracy {top1:.1%}  {images_per_s:,.0f} images/s"
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, description=where, figures=figures)
+        elif time.monotonic() - self.spoken_at >= _QUIET_SECONDS:
+            self.spoken_at = time.monotonic()
+            self.talk.say(f"{where}  step {step:,} of {self.total_steps:,}  {figures}  {duration(remaining_s)} left")
+
+    def judged(self, epoch: float, top1: float, loss: float, count: int, better: bool) -> None:
+        """Show a judgement."""
+        mark = "  best so far" if better else ""
+        self.talk.say(f"epoch {round(epoch, 1):g}: validation accuracy {top1:.2%} of {count:,}, loss {loss:.4f}{mark}")
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them: `45 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

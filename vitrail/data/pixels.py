@@ -1,0 +1,41 @@
+"""Any mode of pixels to 8-bit grey or RGB: transparency on white, 16 bits scaled and not clipped."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+
+def flatten(picture: Image.Image) -> Image.Image:
+    """Bring any mode to 8-bit L or RGB, transparency on white."""
+    if picture.mode[0] in "IF":
+        values = np.asarray(picture)
+        grey = to_bytes(values)
+        key = picture.info.get("transparency")
+        return Image.fromarray(np.where(values == key, np.uint8(255), grey) if isinstance(key, int) else grey)
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        page = Image.new("RGB", rgba.size, "white")
+        page.paste(rgba, mask=rgba.getchannel("A"))
+        return page
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """Scale grey values to 0..255: from a nominal range if they fit in one, else from their minimum and maximum.
+
+    Nominal is 0..65535 for integers and, in this order, 0..1 and 0..255 for floats; non-finite becomes the minimum.
+    """
+    tops = (1.0, 255.0) if values.dtype.kind == "f" else (65535.0,)
+    values = values.astype(np.float32)
+    finite = np.isfinite(values)
+    low, high = 0.0, 0.0
+    if finite.any():
+        low = float(values.min(where=finite, initial=np.inf))
+        high = float(values.max(where=finite, initial=-np.inf))
+    for top in tops:
+        if low >= 0 and high <= top:
+            low, high = 0.0, top
+            break
+    scaled = (np.where(finite, values, low) - low) * (255 / max(high - low, 1e-30))
+    return np.rint(scaled).astype(np.uint8)

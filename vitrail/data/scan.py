@@ -1,0 +1,200 @@
+"""The look at every picture before training: is it whole, how large, is it there twice.
+
+Decoding is the cost, so small pictures of one size stay in memory from this pass on: for them, scan and load are one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import PIL.Image
+
+from vitrail.data.decode import PictureError
+from vitrail.data.duplicates import THUMBNAIL, duplicate_pairs, groups
+from vitrail.data.problems import Kind, Problem
+from vitrail.data.sources import Source
+
+# Pictures up to this side count as small: their decoded pixels are kept while they are all of one size.
+_SMALL_SIDE = 256
+_SAMPLE = 64
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the pictures of a source are.
+
+    Attributes:
+        good: [N] whether each picture can be used.
+        sizes: [N, 2] height and width, after EXIF rotation; 0 for broken ones.
+        colour: whether any picture has colour.
+        pixels: uint8 [N, C, H, W] where all pictures are small, of one size and fit in memory; else None.
+        groups: [N] group number; equal and nearly equal pictures share one.
+        problems: what was found.
+    """
+
+    good: np.ndarray
+    sizes: np.ndarray
+    colour: bool
+    pixels: np.ndarray | None
+    groups: np.ndarray
+    problems: tuple[Problem, ...]
+
+
+class _Look(NamedTuple):
+    size: tuple[int, int]
+    pixels: np.ndarray
+    thumbnail: np.ndarray
+    digest: int
+    error: PictureError | None
+
+
+def scan_source(
+    source: Source,
+    *,
+    damaged: str,
+    near_duplicates: bool,
+    memory_bytes: int,
+    workers: int,
+    channels: int = 0,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Scan:
+    """Decode every picture once.
+
+    Args:
+        channels: 3 or 1 fixes the pixel format; 0 takes grey when the first pictures all are.
+        advance: called with the number done and the total, for a progress bar.
+    """
+    count = len(source.paths)
+    mode = {3: "RGB", 1: "L", 0: None}[channels] or ("RGB" if has_colour(source) else "L")
+    good = np.zeros(count, dtype=bool)
+    sizes = np.zeros((count, 2), dtype=np.int32)
+    thumbnails = np.zeros((count, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
+    digests = np.zeros(count, dtype=np.uint64)
+    pixels: np.ndarray | None = None
+    keep, errors = True, []
+    for index, look in enumerate(ordered_map(lambda i: look_at(source, i, mode), range(count), workers)):
+        if index % 256 == 0:
+            advance(index, count)
+        if look.error is not None:
+            errors.append(look.error)
+            digests[index] = index + 1  # distinct, so that broken files are not duplicates of each other
+            continue
+        good[index], sizes[index], thumbnails[index], digests[index] = True, look.size, look.thumbnail, look.digest
+        if keep and pixels is None:
+            keep = max(look.size) <= _SMALL_SIDE and count * look.pixels.nbytes <= memory_bytes
+            pixels = np.zeros((count, *look.pixels.shape), dtype=np.uint8) if keep else None
+        if pixels is not None and look.pixels.shape == pixels.shape[1:]:
+            pixels[index] = look.pixels
+        else:
+            keep, pixels = False, None
+    advance(count, count)
+    usable = np.flatnonzero(good)
+    exact, near = duplicate_pairs(thumbnails[usable], digests[usable], near=near_duplicates)
+    exact, near = usable[exact], usable[near]
+    problems = [broken(source, error, damaged) for error in errors] + duplicates(source, exact, near)
+    return Scan(good, sizes, mode == "RGB", pixels, groups(count, exact, near), tuple(problems))
+
+
+def look_at(source: Source, index: int, mode: Literal["RGB", "L"]) -> _Look:
+    """Decode one picture and make what the scan needs of it."""
+    try:
+        picture = source.read(index, mode)
+    except PictureError as error:
+        return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
+    width, height = picture.size
+    pixels = np.asarray(picture)
+    content = f"{width}x{height}".encode() + pixels.tobytes()
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    grey = picture.convert("L")
+    if picture.size != (THUMBNAIL, THUMBNAIL):
+        grey = grey.resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
+    if max(width, height) > _SMALL_SIDE:
+        pixels = _NOTHING
+    elif pixels.ndim == 2:
+        pixels = pixels[None]
+    else:
+        pixels = pixels.transpose(2, 0, 1)
+    return _Look((height, width), pixels, np.asarray(grey), digest, None)
+
+
+def has_colour(source: Source) -> bool:
+    """Whether any of a sample of pictures, spread over the source, has colour."""
+    for index in np.linspace(0, len(source.paths) - 1, _SAMPLE).astype(int):
+        try:
+            red, green, blue = source.read(int(index), "RGB").split()
+        except PictureError:
+            continue
+        if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
+            return True
+    return False
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Map over threads and yield results in order, with a bounded number in flight.
+
+    Items are handed over in runs: a task a picture would cost more than a small JPEG's decode.
+    """
+    number = workers or os.cpu_count() or 1
+    iterator = iter(items)
+    with ThreadPoolExecutor(number) as pool:
+
+        def submit():
+            run = list(islice(iterator, 32))
+            return pool.submit(lambda: [function(each) for each in run]) if run else None
+
+        waiting = [submit() for _ in range(2 * number)]
+        while waiting:
+            future = waiting.pop(0)
+            if future is not None:
+                waiting.append(submit())
+                yield from future.result()
+
+
+def broken(source: Source, error: PictureError, damaged: str) -> Problem:
+    """Describe a broken file: an error unless the user chose to go on without it."""
+    severity = "error" if damaged == "stop" else "warning"
+    verdict = error.info.verdict
+    assert verdict != "ok"
+    message = f"{error}. Mend or remove it, or go on without such files by --data.damaged drop"
+    return Problem(severity, verdict, (error.path,), message)
+
+
+def duplicates(source: Source, exact: np.ndarray, near: np.ndarray) -> list[Problem]:
+    """Describe duplicates: across parts they leak, across labels they contradict, else they are only counted."""
+    problems: list[Problem] = []
+    kinds: tuple[tuple[np.ndarray, Kind, str], ...] = (
+        (exact, "duplicate", "the same picture"),
+        (near, "near-duplicate", "nearly the same picture"),
+    )
+    for pairs, kind, word in kinds:
+        if not len(pairs):
+            continue
+        left, right = pairs[:, 0], pairs[:, 1]
+        conflict = source.targets[left] != source.targets[right]
+        across = np.zeros(len(pairs), bool) if source.split is None else source.split[left] != source.split[right]
+        findings: tuple[tuple[np.ndarray, Kind, str], ...] = (
+            (conflict, "label-conflict", f"{word} is in two classes"),
+            (across, "leak", f"{word} is in two parts of the data set"),
+            (~conflict & ~across, kind, f"{word} is there more than once"),
+        )
+        for chosen, name, message in findings:
+            if chosen.any():
+                paths = tuple(source.paths[int(i)] for i in pairs[chosen].reshape(-1))
+                example = f"{source.paths[left[chosen][0]]} and {source.paths[right[chosen][0]]}"
+                problems.append(
+                    Problem("warning", name, paths, f"{message}: {int(chosen.sum())} pairs, for instance {example}")
+                )
+    return problems
+
+
+_NOTHING = np.zeros(0, dtype=np.uint8)

@@ -1,0 +1,160 @@
+"""Which picture is in which part, decided once and recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitrail.config import DataConfig
+from vitrail.data.problems import Problem
+from vitrail.data.sources import Source
+from vitrail.files import write_text
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The division of a source.
+
+    Attributes:
+        parts: part name → indices of its pictures, ascending. `test` never chooses a model.
+        fingerprint: hash of which file, with which label, is in which part.
+        rule: how the division came about, for people.
+    """
+
+    parts: dict[str, np.ndarray]
+    fingerprint: str
+    rule: str
+
+
+def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
+    """Divide a source: its own folders where it has them, else a stratified split.
+
+    Pictures of one group (duplicates) stay on one side. Pictures that are not `good` are in no part.
+
+    Raises:
+        ValueError: a part that training needs would be empty.
+    """
+    usable = np.flatnonzero(good)
+    if source.split is None:
+        pool, parts, rule = usable, {}, "a stratified split of all pictures"
+    else:
+        parts = {name: usable[source.split[usable] == name] for name in dict.fromkeys(source.split.tolist())}
+        pool, rule = parts.get("train", usable[:0]), "the folders " + ", ".join(f"{name}/" for name in parts)
+    wanted = {
+        "test": 0.0 if "test" in parts else config.test_fraction,
+        "val": 0.0 if "val" in parts else config.val_fraction,
+    }
+    if source.split is None or ("train" in parts and "val" not in parts):
+        for name, fraction in wanted.items():
+            taken = stratified(pool, source.targets, groups, fraction, config.split_seed)
+            if len(taken):
+                parts[name], pool = taken, np.setdiff1d(pool, taken)
+        if source.split is not None and "val" in parts:
+            rule += f", val: a stratified {config.val_fraction:.0%} of train/"
+        parts["train"] = pool
+    parts = {name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])}
+    return Splits(parts, fingerprint(source, parts), rule)
+
+
+def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Take about `fraction` of every class from `pool`, whole groups at a time; at least one picture of each class
+    that has two or more, and never a class's only picture."""
+    if fraction == 0.0:
+        return pool[:0]
+    random = np.random.Generator(np.random.Philox(key=seed))
+    order = random.permutation(pool)
+    # A group that spans classes (the same picture under two labels) is taken or left with the class it is met in first.
+    members: dict[int, list[int]] = {}
+    for index in order:
+        members.setdefault(int(groups[index]), []).append(int(index))
+    sizes = np.bincount(targets[pool])
+    quota = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
+    taken: list[int] = []
+    filled = np.zeros_like(quota)
+    for group in members.values():
+        counts = np.bincount(targets[group], minlength=len(quota))
+        if (filled + counts <= quota).all():
+            filled += counts
+            taken += group
+    return np.sort(np.asarray(taken, dtype=np.int64))
+
+
+def fingerprint(source: Source, parts: dict[str, np.ndarray]) -> str:
+    """Hash which file, with which label, is in which part; independent of listing order."""
+    lines = [
+        f"{part}\t{source.paths[index]}\t{source.labels[source.targets[index]]}\n"
+        for part, indices in parts.items()
+        for index in indices
+    ]
+    return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def check_trainable(source: Source, splits: Splits) -> list[Problem]:
+    """Return what training should say of the parts; what makes training or its judgement impossible raises.
+
+    Raises:
+        ValueError: fewer than two classes, or no pictures to train on or to judge by.
+    """
+    train = splits.parts.get("train", np.zeros(0, dtype=np.int64))
+    if len(source.labels) == 1:
+        raise ValueError(
+            f"{source.name}: only one class ({source.labels[0]!r}); a classifier needs at least two class folders"
+        )
+    counts = np.bincount(source.targets[train], minlength=len(source.labels))
+    if not len(train) or (counts == 0).any():
+        empty = [source.labels[i] for i in np.flatnonzero(counts == 0)]
+        raise ValueError(f"{source.name}: no pictures to train on for {len(empty)} classes: {', '.join(empty[:10])}")
+    if "val" not in splits.parts:
+        raise ValueError(
+            f"{source.name}: no pictures for validation ({len(train)} for training); add val/ folders, more pictures "
+            "(at least two a class), or raise --data.val_fraction"
+        )
+    problems = []
+    for part in ("val", "test"):
+        if part in splits.parts:
+            present = np.bincount(source.targets[splits.parts[part]], minlength=len(source.labels))
+            gone = tuple(source.labels[i] for i in np.flatnonzero(present == 0))
+            if gone:
+                text = f"{part} has no picture of {len(gone)} classes: {', '.join(gone[:10])}"
+                problems.append(Problem("warning", "missing-class", gone, text))
+    small = tuple(source.labels[i] for i in np.flatnonzero(counts < 10))
+    if small:
+        text = f"{len(small)} classes have fewer than 10 training pictures: {', '.join(small[:10])}"
+        problems.append(Problem("warning", "small-class", small, text))
+    if counts.max() >= 10 * counts.min():
+        text = f"classes are uneven: {counts.min()} to {counts.max()} training pictures"
+        problems.append(Problem("warning", "imbalance", (), text))
+    return problems
+
+
+def save_splits(source: Source, splits: Splits, path: Path) -> None:
+    """Write the division: part → paths, with its fingerprint and rule."""
+    parts = {name: [source.paths[index] for index in indices] for name, indices in splits.parts.items()}
+    content = {"fingerprint": splits.fingerprint, "rule": splits.rule, "source": source.name, "splits": parts}
+    write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def load_splits(source: Source, path: Path) -> Splits:
+    """Read a division back and find its pictures in the source.
+
+    Raises:
+        ValueError: a recorded picture is gone from the source, or has another label now.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    place = {name: index for index, name in enumerate(source.paths)}
+    parts = {}
+    for part, names in content["splits"].items():
+        gone = [name for name in names if name not in place]
+        if gone:
+            raise ValueError(
+                f"{source.name}: {len(gone)} pictures of the recorded {part} part are gone, for instance {gone[0]} "
+                f"(recorded in {path}); restore them, or train anew"
+            )
+        parts[part] = np.asarray([place[name] for name in names], dtype=np.int64)
+    if fingerprint(source, parts) != content["fingerprint"]:
+        raise ValueError(f"{source.name}: the labels of pictures have changed since {path} was written; train anew")
+    return Splits(parts, content["fingerprint"], content["rule"])

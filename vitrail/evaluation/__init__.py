@@ -1,0 +1,1 @@
+"""Exact judgement of a model: metrics, calibration, prediction."""

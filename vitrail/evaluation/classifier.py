@@ -1,0 +1,161 @@
+"""A model with its labels and preprocessing: what `vitrail.load` returns, and what predict, eval and serve use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from vitrail.data.decode import PictureError, as_decoded, read_picture
+from vitrail.data.preprocess import Preprocess
+from vitrail.data.scan import ordered_map
+from vitrail.models.variants import is_variant, variant_config
+from vitrail.models.vit import ViT
+from vitrail.weights.store import ModelHeader, load_model
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one picture; either `label` or `error` is filled.
+
+    Attributes:
+        path: the picture as it was named; empty for pictures from memory.
+        probability: of `label`, 0 to 1, with the model's temperature applied.
+        top_labels: the most likely labels, best first.
+        top_probabilities: theirs.
+        error: why the picture could not be read, or None.
+    """
+
+    path: str
+    label: str | None = None
+    probability: float | None = None
+    top_labels: tuple[str, ...] = ()
+    top_probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model, its labels and the exact preprocessing it was trained with."""
+
+    model: ViT
+    header: ModelHeader
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in the order of the logits."""
+        return self.header.labels
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """From a picture to the model's input."""
+        return self.header.preprocess
+
+    def predict(
+        self, pictures: Iterable[str | os.PathLike[str] | PIL.Image.Image], *, top: int = 5, workers: int = 0
+    ) -> list[Prediction]:
+        """Return one prediction per picture, in order; see `stream`."""
+        return list(self.stream(pictures, top=top, workers=workers))
+
+    def stream(
+        self, pictures: Iterable[str | os.PathLike[str] | PIL.Image.Image], *, top: int = 5, workers: int = 0
+    ) -> Iterator[Prediction]:
+        """Yield one prediction per picture, in order; a broken or missing file gets an `error`, not an exception.
+
+        Args:
+            pictures: paths, or Pillow pictures.
+            top: how many labels to rank.
+            workers: decoding threads; 0: one per core.
+
+        Raises:
+            ValueError: `top` is below 1.
+        """
+        if top < 1:
+            raise ValueError(f"top is {top}; expected 1 or more")
+        if isinstance(pictures, (str, os.PathLike, PIL.Image.Image)):
+            pictures = [pictures]
+        ready = ordered_map(self._prepare, iter(pictures), workers)
+        while rows := list(islice(ready, _BATCH)):
+            yield from self._predict_rows(rows, min(top, len(self.labels)))
+
+    def logits(self, pixels: np.ndarray) -> torch.Tensor:
+        """Return the logits [B, classes] of preprocessed pictures, uint8 [B, C, S, S]."""
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            return self.model(self.preprocess.normalise(torch.from_numpy(pixels).to(device))).float().cpu()
+
+    def to(self, device: str | torch.device) -> Classifier:
+        """Return the classifier on a device."""
+        return Classifier(self.model.to(device), self.header)
+
+    def _prepare(self, picture: str | os.PathLike[str] | PIL.Image.Image) -> tuple[str, np.ndarray | str]:
+        """Return the picture's name, and its pixels or what is wrong with it."""
+        if isinstance(picture, PIL.Image.Image):
+            # Through the same decoder as a file, so that rotation and transparency are treated alike.
+            return "", self.preprocess.apply(as_decoded(picture, self.preprocess.mode))
+        path = os.fspath(picture)
+        try:
+            return path, self.preprocess.apply(read_picture(path, mode=self.preprocess.mode))
+        except PictureError as error:
+            return path, f"{error.verdict}: {error.reason}"
+        except OSError as error:
+            return path, f"{error.strerror or error}"
+
+    def _predict_rows(self, rows: Sequence[tuple[str, np.ndarray | str]], top: int) -> list[Prediction]:
+        good = [row for row in rows if isinstance(row[1], np.ndarray)]
+        answers: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+        if good:
+            logits = self.logits(np.stack([pixels for _, pixels in good if isinstance(pixels, np.ndarray)]))
+            ranked = torch.softmax(logits / self.header.temperature, dim=1).topk(top, dim=1)
+            answers = iter(zip(ranked.indices.numpy(), ranked.values.numpy(), strict=True))
+        out = []
+        for path, found in rows:
+            if isinstance(found, str):
+                out.append(Prediction(path, error=found))
+                continue
+            indices, values = next(answers)
+            labels = tuple(self.labels[i] for i in indices)
+            out.append(Prediction(path, labels[0], float(values[0]), labels, tuple(float(v) for v in values)))
+        return out
+
+
+def load(model: str | os.PathLike[str]) -> Classifier:
+    """Load a classifier.
+
+    Args:
+        model: a run's folder, a model file, or a variant's name (random weights, labels `0`, `1`, …).
+
+    Raises:
+        ValueError: there is no such model, or its file is broken.
+    """
+    name = os.fspath(model)
+    if Path(name).exists():
+        return Classifier(*load_model(model_file(name)))
+    if not is_variant(name):
+        raise ValueError(f"{name}: no such run folder or model file")
+    config = variant_config(name)
+    preprocess = Preprocess(image_size=config.image_size, channels=config.in_channels)
+    header = ModelHeader(config, tuple(str(i) for i in range(config.num_classes)), preprocess)
+    return Classifier(ViT(config).eval(), header)
+
+
+def model_file(name: str) -> Path:
+    """Return the model file that a run folder's or a model file's name means.
+
+    Raises:
+        ValueError: it is a folder without a model.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    if not (path / "model.safetensors").exists():
+        raise ValueError(f"{name}: has no model.safetensors; expected a run that has finished its first epoch")
+    return path / "model.safetensors"

@@ -1,0 +1,142 @@
+"""`vitrail eval`: all figures of a model on a source of labelled pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitrail.config import DataConfig
+from vitrail.console import Talk
+from vitrail.data.loader import Pictures
+from vitrail.data.preprocess import Preprocess
+from vitrail.data.problems import stop_on_errors
+from vitrail.data.scan import scan_source
+from vitrail.data.sources import Source, open_source
+from vitrail.data.splits import Splits, load_splits, make_splits
+from vitrail.evaluation.classifier import Classifier, load, model_file
+from vitrail.evaluation.judge import judge
+from vitrail.evaluation.metrics import Outputs, judgement
+from vitrail.lookup import unknown
+from vitrail.training.prepare import is_identity
+
+PARTS = ("test", "val", "train", "all")
+
+
+def evaluate(
+    model: str,
+    source: str,
+    *,
+    split: str | None = None,
+    device: torch.device,
+    talk: Talk,
+    data: DataConfig | None = None,
+) -> dict[str, Any]:
+    """Judge a model on a part of a source.
+
+    Args:
+        split: test, val, train or all; unless given, the first there is of test and val, or all pictures of a folder
+            that has no parts and is not what the model was trained on.
+        data: how to read the source; `source` and the split's settings are taken from the arguments and the model.
+
+    Returns:
+        The judgement as `vitrail eval --out` writes it.
+
+    Raises:
+        ValueError: the model or the source cannot be read, or their classes disagree.
+    """
+    classifier = load(model).to(device)
+    data = dataclasses.replace(data or DataConfig(), source=source)
+    opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")
+    with talk.bar(f"looking at {len(opened.paths):,} pictures") as advance:
+        scan = scan_source(
+            opened,
+            damaged=data.damaged,
+            near_duplicates=bool(classifier.header.split.get("near_duplicates", True)),
+            memory_bytes=data.memory_bytes,
+            workers=data.workers,
+            channels=classifier.preprocess.channels,
+            advance=advance,
+        )
+    stop_on_errors(scan.problems)
+    parts = parts_of(model, classifier, opened, data, scan.good, scan.groups, talk)
+    part = choose_part(split, parts, source)
+    targets = to_model_labels(opened, classifier.labels)
+    indices = parts.parts[part] if part != "all" else np.flatnonzero(scan.good)
+    pictures = Pictures(opened, targets, classifier.preprocess, scan.pixels, workers=data.workers)
+    pictures.is_ready = ready(classifier.preprocess, scan.pixels)
+    with talk.bar(f"judging {len(indices):,} pictures") as advance:
+        outputs: Outputs = judge(classifier.model, pictures, indices, device=device, advance=advance)
+    result = judgement(outputs, classifier.labels, classifier.header.temperature)
+    absent = [label for label, row in result["per_class"].items() if row["count"] == 0]
+    if absent:
+        talk.warn(f"{len(absent)} classes of the model have no picture here: {', '.join(absent[:10])}")
+    if pictures.dropped:
+        talk.warn(f"{len(pictures.dropped)} files failed and are not counted: {', '.join(list(pictures.dropped)[:5])}")
+    return {**result, "split": part, "fingerprint": parts.fingerprint, "source": source, "model": model}
+
+
+def parts_of(
+    model: str,
+    classifier: Classifier,
+    source: Source,
+    data: DataConfig,
+    good: np.ndarray,
+    groups: np.ndarray,
+    talk: Talk,
+) -> Splits:
+    """Return the division that the model was trained with where it is known, else the source's own folders."""
+    trained = classifier.header.split
+    recorded = model_file(model).parent / "split.json" if Path(model).exists() else None
+    if recorded is not None and recorded.exists() and trained.get("source") == source.name:
+        try:
+            return load_splits(source, recorded)
+        except ValueError as error:
+            talk.warn(f"the recorded split does not fit: {error}")
+    rule = {name: trained[name] for name in ("val_fraction", "test_fraction", "split_seed") if name in trained}
+    made = make_splits(source, dataclasses.replace(data, **rule), good, groups)
+    if made.fingerprint == trained.get("fingerprint"):
+        return made
+    # Other data than the model was trained on: its own folders count, and a flat folder is one whole.
+    if source.split is None:
+        return Splits({}, "", "no parts")
+    return make_splits(source, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
+
+
+def choose_part(split: str | None, parts: Splits, source: str) -> str:
+    """Return the part to judge.
+
+    Raises:
+        ValueError: the part asked for is unknown or not there.
+    """
+    if split is None:
+        return next((part for part in ("test", "val", "train") if part in parts.parts), "all")
+    if split not in PARTS:
+        raise ValueError(unknown("--split", split, PARTS))
+    if split != "all" and split not in parts.parts:
+        raise ValueError(f"{source}: has no part {split!r}; it has {', '.join([*parts.parts, 'all'])}")
+    return split
+
+
+def to_model_labels(source: Source, labels: tuple[str, ...]) -> np.ndarray:
+    """Return the source's targets as the model numbers its classes.
+
+    Raises:
+        ValueError: the source has a class that the model does not know.
+    """
+    place = {label: index for index, label in enumerate(labels)}
+    foreign = [label for label in source.labels if label not in place]
+    if foreign:
+        raise ValueError(
+            f"{source.name}: {unknown('class', foreign[0], labels[:50])} ({len(foreign)} classes are not among the model's "
+            f"{len(labels)}); judge it on folders named like its classes"
+        )
+    return np.asarray([place[label] for label in source.labels])[source.targets]
+
+
+def ready(preprocess: Preprocess, pixels: np.ndarray | None) -> bool:
+    """Whether stored pictures are the model's input as they are."""
+    return pixels is not None and is_identity(preprocess, (pixels.shape[2], pixels.shape[3]))

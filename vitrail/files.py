@@ -1,0 +1,35 @@
+"""Atomic writes: a file is either the old one or the new one, also after a crash or on a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.
+
+    On any error the temporary file is removed and `path` stays as it was.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield draft
+        with draft.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with replacing(path) as draft:
+        draft.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_bytes(path, content.encode("utf-8"))

@@ -1,0 +1,1 @@
+"""How attention is computed, and the choice among the ways."""

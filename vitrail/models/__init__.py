@@ -1,0 +1,1 @@
+"""Encoder → Transformer → Decoder. Knows no files, devices or logs."""

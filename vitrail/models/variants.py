@@ -1,0 +1,52 @@
+"""Named architectures: size + patch + suffixes, for instance `b16`, `ti4`, `s16-concat`. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vitrail.lookup import pick, unknown
+from vitrail.models.config import DECODER_NAMES, ViTConfig
+
+# Ti, S: DeiT (Touvron et al. 2021, table 1). B, L, H: ViT (Dosovitskiy et al. 2021, table 1).
+# nano, micro: ours, for small pictures on CPUs; heads of 32, since 16 to 64 tokens need few heads, and MLP ratio 2, which
+# at these widths costs a third less per step than 4 at equal accuracy (docs/log.md).
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": {"embed_dim": 96, "depth": 6, "num_heads": 3, "mlp_ratio": 2.0},
+    "micro": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0},
+    "ti": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "s": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "b": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "l": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "h": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+# The article's other forms as suffixes of a variant's name.
+SUFFIXES: dict[str, dict[str, Any]] = {decoder: {"decoder": decoder} for decoder in DECODER_NAMES}
+
+# What `vitrail models` lists; any other size and patch can be written in the same way.
+LISTED = ("nano2", "nano4", "micro2", "micro4", "ti4", "s4", "ti16", "s16", "b16", "b32", "l16", "h14")
+
+
+def variant_config(name: str, **changes: Any) -> ViTConfig:
+    """Return the architecture called `name`, with `changes` (for instance `num_classes=10`) applied.
+
+    Raises:
+        ValueError: the name is not size + patch + known suffixes, or the changes are refused.
+    """
+    size, *suffixes = name.split("-")
+    parsed = re.fullmatch(r"([a-z]+?)(\d+)", size)
+    if parsed is None:
+        raise ValueError(unknown("model", name, LISTED))
+    fields = dict(pick(SIZES, parsed[1], f"model size in {name!r}:"))
+    fields["patch_size"] = int(parsed[2])
+    # Small patches are for small pictures: 16 patches a side, at most 32 px for nano and micro of patch 2.
+    fields["image_size"] = 224 if fields["patch_size"] > 8 else 8 * fields["patch_size"]
+    for suffix in suffixes:
+        fields.update(pick(SUFFIXES, suffix, f"suffix in model {name!r}:"))
+    return ViTConfig(**{**fields, **changes})
+
+
+def is_variant(name: str) -> bool:
+    """Whether `name` reads as a variant's name, known or misspelt, and not as a path or a `hf:` address."""
+    return not any(mark in name for mark in "/\\:.") and name != ""

@@ -1,0 +1,256 @@
+"""Recipes: named, complete training configurations. `auto`, the default, is chosen from the data and the machine.
+
+A recipe is a function of the facts and of what the user has fixed already; it returns settings with a reason each.
+What the user fixes is never changed, and what depends on it follows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitrail.config import RunConfig, load_config
+from vitrail.lookup import pick
+from vitrail.models.variants import SIZES, variant_config
+from vitrail.settings import leaves, override
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe may look at.
+
+    Attributes:
+        num_train: pictures in the training part.
+        num_classes: labels.
+        side: median short side of the pictures, pixels.
+        uniform: whether all pictures have one size.
+        channels: 1 when all pictures are grey, else 3.
+        flip_reason: why pictures must not be mirrored; empty when they may.
+        device: cpu or cuda.
+        bf16: whether the device computes bfloat16 on its own instructions.
+        cores: processor cores.
+    """
+
+    num_train: int
+    num_classes: int
+    side: int
+    uniform: bool
+    channels: int
+    flip_reason: str
+    device: str
+    bf16: bool
+    cores: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting that a recipe made, and why."""
+
+    setting: str
+    value: Any
+    reason: str
+
+
+def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[RunConfig, list[Choice]]:
+    """Return the resolved configuration of a run and the recipe's choices.
+
+    Args:
+        recipe: a recipe's name, or the path of an earlier run's config.json.
+        given: what the user has fixed: dotted settings, and `variant`.
+
+    Raises:
+        ValueError: the recipe is unknown, or a setting is unknown or refused.
+    """
+    if recipe.endswith(".json") or "/" in recipe:
+        path = Path(recipe)
+        if not path.is_file():
+            raise ValueError(
+                f"recipe {recipe}: no such file; expected a config.json of an earlier run, or a recipe's name"
+            )
+        config = load_config(path)
+        choices = [Choice(name, value, f"from {recipe}") for name, value in leaves(config) if name != "data.source"]
+        choices = [choice for choice in choices if choice.setting != "model.num_classes"]
+    else:
+        config, choices = RunConfig(recipe=recipe), pick(RECIPES, recipe, "recipe")(facts, given)
+    choices = [choice for choice in choices if choice.setting not in given and choice.setting != "recipe"]
+    wanted: dict[str, Any] = {"model.num_classes": facts.num_classes}
+    variant = given.get("variant") or next((c.value for c in choices if c.setting == "variant"), config.variant)
+    if "variant" in given or not recipe.endswith(".json"):
+        wanted |= {f"model.{key}": value for key, value in leaves(variant_config(variant)) if key != "num_classes"}
+    wanted |= {choice.setting: choice.value for choice in choices} | dict(given)
+    wanted["recipe"] = recipe
+    return override(config, wanted), choices
+
+
+def auto(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
+    """Choose for any data set of class folders: a ViT from scratch that fits its pictures, its size and this machine."""
+    choices = architecture(facts, given)
+    depth_of = {choice.setting: choice.value for choice in choices} | dict(given)
+    choices += duration(facts, depth_of)
+    choices += augmentation(facts)
+    choices += speed(facts)
+    return choices
+
+
+def speed(facts: Facts) -> list[Choice]:
+    """Number format and compilation, where they pay."""
+    if facts.device == "cuda":
+        choices = [Choice("compile", True, "compiled training is faster on a GPU; the first steps take a minute")]
+        if facts.bf16:
+            choices.append(Choice("precision", "bf16", "this GPU computes bfloat16 several times faster"))
+        return choices
+    if facts.bf16 and facts.side > 16:
+        return [Choice("precision", "bf16", "this CPU has bfloat16 instructions: about twice as fast as fp32")]
+    reason = "too little work a picture for bfloat16 to pay" if facts.bf16 else "this CPU has no bfloat16 instructions"
+    return [Choice("precision", "fp32", reason)]
+
+
+def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
+    """Picture size, patch size, width and depth."""
+    side, patch, size = picture_and_patch(facts)
+    if "variant" in given:
+        variant = variant_config(str(given["variant"]))
+        patch = int(given.get("model.patch_size", variant.patch_size))
+        reason = f"the size of model {given['variant']}"
+        size = variant.image_size
+        if facts.side < size or patch <= 8:
+            size = max(1, round(max(facts.side, patch) / patch)) * patch
+            reason = f"the pictures' own {facts.side} px as a multiple of {patch}-px patches"
+        return [Choice("model.image_size", size, reason), *fitting(facts, size)]
+    patch = int(given.get("model.patch_size", patch))
+    size = int(given.get("model.image_size", max(1, round(size / patch)) * patch))
+    return [
+        Choice(
+            "variant", f"{body(facts)}{patch}", f"{facts.num_train:,} training pictures on a {facts.device.upper()}"
+        ),
+        Choice("model.image_size", size, side),
+        Choice("model.patch_size", patch, f"{(size // patch) ** 2} patches a picture: fine enough, and cheap enough"),
+        *fitting(facts, size),
+    ]
+
+
+def picture_and_patch(facts: Facts) -> tuple[str, int, int]:
+    """Return the reason, patch size and picture size that suit the pictures."""
+    if facts.side <= 48:
+        patch = 4
+    elif facts.side <= 160:
+        patch = 8
+    else:
+        size = 224 if facts.device == "cuda" else 128
+        why = "the usual size" if facts.device == "cuda" else "a third of the cost of 224 on a CPU"
+        return f"pictures have a short side of {facts.side} px (median); {why}", 16, size
+    size = max(patch * 2, round(facts.side / patch) * patch)
+    return f"pictures have a short side of {facts.side} px (median)", patch, size
+
+
+def body(facts: Facts) -> str:
+    """Return the size letter: as large as the data and the device can feed."""
+    if facts.device == "cpu":
+        return "nano" if facts.num_train < 10_000 and facts.side <= 48 else "micro"
+    return "ti" if facts.num_train < 100_000 else "s"
+
+
+def fitting(facts: Facts, size: int) -> list[Choice]:
+    """How pictures are brought to the model's size, and its first channels."""
+    values = (0.5,) * facts.channels
+    choices = [
+        Choice(
+            "model.in_channels", facts.channels, "all pictures are grey" if facts.channels == 1 else "colour pictures"
+        ),
+        Choice("model.class_token", False, "the patches' mean needs no class token"),
+        Choice("model.decoder", "mean", "the mean of all patches learns faster on small sets than a class token"),
+        Choice("preprocess.mean", values, "the usual for ViTs"),
+        Choice("preprocess.std", values, "the usual for ViTs"),
+    ]
+    if facts.uniform and facts.side <= 1.15 * size:
+        choices.append(Choice("preprocess.crop_fraction", 1.0, "all pictures have this size: nothing is cut off"))
+    return choices
+
+
+def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
+    """Epochs, batch, rate."""
+    batch = int(known.get("batch_size", 64 if facts.num_train < 5_000 else 128 if facts.device == "cpu" else 512))
+    # About this many pictures are seen in all: what a small ViT needs to converge from scratch, less where a CPU would
+    # need hours.
+    seen = 120_000 if facts.num_train < 5_000 else 900_000 if facts.device == "cpu" else 5_000_000
+    epochs = float(min(100, max(10, round(seen / facts.num_train))))
+    width = {name: fields["embed_dim"] for name, fields in SIZES.items()}
+    size = str(known.get("variant", "ti16")).split("-")[0].rstrip("0123456789")
+    lr = 1e-3 * math.sqrt(batch / 128) * math.sqrt(192 / width.get(size, 192))
+    steps = float(known.get("epochs", epochs)) * facts.num_train / batch
+    return [
+        Choice("batch_size", batch, "small sets want more steps" if batch == 64 else "keeps the device busy"),
+        Choice("epochs", epochs, f"{facts.num_train:,} pictures, about {epochs * facts.num_train:,.0f} seen in all"),
+        Choice("optim.lr", float(f"{lr:.1e}"), f"for width {width.get(size, 192)} and batch {batch}"),
+        Choice(
+            "optim.ema_decay",
+            averaging(steps),
+            "judge the average of about the last 2 % of steps: it generalises better",
+        ),
+        Choice("optim.label_smoothing", 0.1, "keeps a net that can learn its pictures by heart from being too sure"),
+        Choice("model.drop_path", 0.1, "stochastic depth, against learning by heart"),
+    ]
+
+
+def averaging(steps: float) -> float:
+    """Return the decay that averages over about the last 2 % of a run."""
+    return round(min(0.9998, max(0.5, 1 - 50 / steps)), 4)
+
+
+def augmentation(facts: Facts) -> list[Choice]:
+    """Random changes that leave the label right."""
+    if facts.flip_reason:
+        return [
+            Choice("augment.flip", 0.0, facts.flip_reason),
+            Choice("augment.rotation", 12.0, "hand-made signs lean"),
+            Choice("augment.shift", 0.08, "signs are not centred to the pixel"),
+            Choice("augment.crop_scale", 0.8, "signs come in different sizes"),
+            Choice("augment.fill", "edge", "the background goes on outside"),
+        ]
+    small = facts.side <= 48
+    return [
+        Choice("augment.flip", 0.5, "things look alike in a mirror; no class name speaks against it"),
+        Choice(
+            "augment.crop_scale",
+            0.5 if small else 0.25,
+            "random resized crops; small pictures lose detail sooner" if small else "random resized crops",
+        ),
+        Choice("augment.rotation", 10.0, "small tilts do not change what a picture shows"),
+        Choice("augment.brightness", 0.2, "light varies"),
+        Choice("augment.contrast", 0.2, "light varies"),
+        Choice("augment.saturation", 0.2, "colours vary")
+        if facts.channels == 3
+        else Choice("augment.saturation", 0.0, "grey pictures"),
+    ]
+
+
+def article(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
+    """The article's own settings: ViT-B/16 at 224, AdamW 3e-5, linear warm-up over 500 of 10,000 steps, dropout 0.1.
+
+    Its other schedule is `--schedule.decay step --schedule.step_every "1 epochs"`.
+    """
+    why = "as in the article"
+    steps = 10_000 * int(given.get("batch_size", 128))
+    return [
+        Choice("variant", "b16", why),
+        Choice("batch_size", 128, why),
+        Choice("epochs", round(steps / facts.num_train, 4), "10,000 steps, as in the article"),
+        Choice("optim.lr", 3e-5, why),
+        Choice("schedule.warmup", "500 steps", why),
+        Choice("schedule.decay", "linear", why),
+        Choice("log.every", "5 steps", why),
+        Choice("model.dropout", 0.1, why),
+        Choice("model.attention_dropout", 0.1, why),
+        Choice("preprocess.mean", (0.485, 0.456, 0.406), why),
+        Choice("preprocess.std", (0.229, 0.224, 0.225), why),
+        Choice("preprocess.crop_fraction", 224 / 256, why),
+        Choice("augment.crop_scale", 0.25, why),
+        Choice("augment.flip", 0.0 if facts.flip_reason else 0.5, facts.flip_reason or why),
+        Choice("augment.rotation", 15.0, why),
+    ]
+
+
+RECIPES = {"auto": auto, "article": article}

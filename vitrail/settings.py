@@ -1,0 +1,130 @@
+"""Frozen dataclasses as configuration: help texts, JSON in and out, dotted overrides.
+
+Every configuration class of Vitrail is a frozen dataclass whose fields carry their help text. This file is the only
+one that walks such trees. It imports nothing heavy: `vitrail --help` runs through it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from vitrail.lookup import unknown
+
+T = TypeVar("T")
+
+
+def setting(default: T, help: str) -> T:
+    """Declare a dataclass field with its default and the text that `--help` shows."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def section(kind: type[T], help: str) -> T:
+    """Declare a nested configuration section."""
+    return dataclasses.field(default_factory=kind, metadata={"help": help})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the tree as plain dictionaries and lists, ready for JSON."""
+    out = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        out[field.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a configuration from the dictionaries that `to_dict` made.
+
+    Args:
+        where: dotted place of `values` in the whole tree, for messages.
+
+    Raises:
+        ValueError: a key is unknown, or a value has the wrong type or is refused by its class.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where or 'the configuration'}: expected a mapping of settings, got {values!r}")
+    kinds = field_types(kind)
+    built = {}
+    for key, value in values.items():
+        if key not in kinds:
+            raise ValueError(unknown("setting", join(where, key), [join(where, name) for name in kinds]))
+        if dataclasses.is_dataclass(kinds[key]):
+            built[key] = from_dict(typing.cast(type, kinds[key]), value, join(where, key))
+        else:
+            built[key] = to_type(kinds[key], value, join(where, key))
+    return kind(**built)
+
+
+def override(config: T, changes: Mapping[str, Any]) -> T:
+    """Return `config` with dotted settings such as `{"optim.lr": 1e-3}` replaced, all checked at once.
+
+    Raises:
+        ValueError: a setting is unknown, has the wrong type, or the combination is refused.
+    """
+    tree = to_dict(config)
+    known = dict(flatten(type(config)))
+    for name, value in changes.items():
+        if name not in known:
+            raise ValueError(unknown("setting", name, known))
+        place = tree
+        *parents, last = name.split(".")
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return from_dict(type(config), tree)
+
+
+def flatten(kind: Any, where: str = "") -> Iterator[tuple[str, tuple[Any, dataclasses.Field[Any]]]]:
+    """Yield `(dotted name, (type, field))` for every leaf setting of a configuration class."""
+    kinds = field_types(kind)
+    for field in dataclasses.fields(kind):
+        name = join(where, field.name)
+        if dataclasses.is_dataclass(kinds[field.name]):
+            yield from flatten(kinds[field.name], name)
+        else:
+            yield name, (kinds[field.name], field)
+
+
+def leaves(config: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield `(dotted name, value)` for every leaf of a configuration."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, join(where, field.name))
+        else:
+            yield join(where, field.name), value
+
+
+def field_types(kind: Any) -> dict[str, Any]:
+    """Return the resolved type of every field of a dataclass."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def to_type(kind: Any, value: Any, name: str) -> Any:
+    """Return `value` as `kind` (a scalar or a tuple of scalars); an int passes for a float, nothing else converts."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return to_type(next(arg for arg in args if arg is not type(None)), value, name)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name}: expected a list of {args[0].__name__}, got {value!r}")
+        return tuple(to_type(args[0], each, name) for each in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def join(where: str, name: str) -> str:
+    """Return the dotted name of `name` inside `where`."""
+    return f"{where}.{name}" if where else name

@@ -1,0 +1,71 @@
+"""Where numbers stopped being finite: the step, the files, the first layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.data.loader import Batch, TrainStream
+from vitrail.models.vit import ViT
+
+
+class NotFinite(ValueError):
+    """The loss or the gradient is not a finite number; no checkpoint of this state is written."""
+
+
+def check_finite(first_step: int, losses: list[float], norms: list[float], model: ViT, stream: TrainStream) -> None:
+    """Raise `NotFinite` with a diagnosis when a step's loss or gradient norm is NaN or infinite.
+
+    Args:
+        first_step: the step (from 1) of the first value.
+    """
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), first_step):
+        if math.isfinite(loss) and math.isfinite(norm):
+            continue
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        batch = next(iter(stream.batches(step - 1, step)))
+        files = [stream.pictures.source.location(int(index)) for index in batch.indices[:5]]
+        raise NotFinite(
+            f"step {step}: {what}. {first_broken(model, batch)}. The batch's files begin with {', '.join(files)}. "
+            "The saved state is from before; try a lower --optim.lr, a longer --schedule.warmup or --precision fp32"
+        )
+
+
+@torch.no_grad()
+def first_broken(model: ViT, batch: Batch) -> str:
+    """Name the first thing that is not finite, in the order of computing."""
+    if not finite(batch.images):
+        return "The input pictures themselves hold such numbers"
+    for name, parameter in model.named_parameters():
+        if not finite(parameter):
+            return f"The weights {name} are broken already"
+    found: list[str] = []
+    hooks = []
+    for name, module in model.named_modules():
+        if not any(module.children()):
+            hooks.append(module.register_forward_hook(_recorder(name, found)))
+    try:
+        model(batch.images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (
+        f"The first layer with such an output is {found[0]}"
+        if found
+        else "Every layer's output is finite on that batch now"
+    )
+
+
+def _recorder(name: str, found: list[str]):
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not finite(output):
+            found.append(name)
+
+    return record
+
+
+def finite(values: Tensor) -> bool:
+    """Whether every value is a finite number."""
+    return bool(torch.isfinite(values).all())

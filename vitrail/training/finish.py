@@ -1,0 +1,115 @@
+"""After the last step: calibrate, judge, describe the mistakes, build the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from vitrail.config import RunConfig
+from vitrail.console import Talk
+from vitrail.data.decode import PictureError
+from vitrail.data.sources import Source
+from vitrail.evaluation.calibration import fit_temperature, log_softmax
+from vitrail.evaluation.judge import judge
+from vitrail.evaluation.metrics import Outputs, judgement
+from vitrail.files import write_text
+from vitrail.report.page import build_report
+from vitrail.training.loop import model_header
+from vitrail.training.parallel import World
+from vitrail.training.precision import pick_device
+from vitrail.training.prepare import TrainData
+from vitrail.training.run import Run
+from vitrail.weights.store import load_model, save_model
+
+MISTAKES = 24
+_THUMBNAIL = 112  # px
+
+
+def finish(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk) -> dict[str, Any]:
+    """Judge the best weights once more, on the validation part and, the first and only time, on the test part.
+
+    Can be repeated: a run that was killed in here is finished by `--resume`.
+
+    Returns:
+        The judgement of each part, as `evaluation.json` holds it.
+    """
+    world.wait()
+    device = pick_device(config.device)
+    model, header = load_model(run.model)
+    model.to(device)
+    outputs = {}
+    for part in ("val", "test"):
+        if part in data.splits.parts:
+            with talk.bar(f"judging the {part} part") as advance:
+                outputs[part] = judge(
+                    model, data.pictures, data.splits.parts[part], device=device, world=world, advance=advance
+                )
+    temperature = fit_temperature(outputs["val"].logits, outputs["val"].targets)
+    results: dict[str, Any] = {}
+    for part, out in outputs.items():
+        results[part] = judgement(out, data.source.labels, temperature)
+        results[part] |= {"split": part, "fingerprint": data.splits.fingerprint}
+        results[part]["mistakes"] = mistakes(out, data.source, temperature)
+    if run.is_main:
+        metrics = dict(header.metrics) | {
+            f"test_{k}": results["test"][k] for k in ("top1", "loss") if "test" in results
+        }
+        save_model(run.model, model.state_dict(), model_header(config, data, metrics, temperature))
+        write_text(run.folder / "evaluation.json", json.dumps(results, ensure_ascii=False) + "\n")
+        report_dropped(data, run, talk)
+        run.note(status="finished")
+        build_report(run.folder)
+    world.wait()
+    return results
+
+
+def report_dropped(data: TrainData, run: Run, talk: Talk) -> None:
+    """Say which files failed after the first look, and were left out since."""
+    dropped = data.pictures.dropped
+    if dropped:
+        talk.warn(
+            f"{len(dropped)} files failed during training and were left out from then on: {', '.join(list(dropped)[:5])}"
+        )
+        problem = {
+            "severity": "warning",
+            "kind": "unreadable",
+            "paths": list(dropped),
+            "message": "failed during training",
+        }
+        run.note(problems=[*run.info().get("problems", []), problem])
+
+
+def mistakes(outputs: Outputs, source: Source, temperature: float) -> list[dict[str, Any]]:
+    """Describe the wrong predictions that the model was surest of, with their pictures."""
+    probabilities = np.exp(log_softmax(outputs.logits / temperature))
+    predicted = outputs.logits.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != outputs.targets)
+    order = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:MISTAKES]
+    return [
+        {
+            "path": source.paths[int(outputs.indices[row])],
+            "label": source.labels[outputs.targets[row]],
+            "predicted": source.labels[predicted[row]],
+            "probability": float(probabilities[row, predicted[row]]),
+            "true_probability": float(probabilities[row, outputs.targets[row]]),
+            "thumbnail": thumbnail(source, int(outputs.indices[row])),
+        }
+        for row in order
+    ]
+
+
+def thumbnail(source: Source, index: int) -> str | None:
+    """Return a small PNG of a picture as a data address, or None when it can no longer be read."""
+    try:
+        picture = source.read(index, "RGB")
+    except (PictureError, OSError):
+        return None
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), PIL.Image.Resampling.LANCZOS)
+    memory = io.BytesIO()
+    picture.save(memory, "PNG")
+    return "data:image/png;base64," + base64.b64encode(memory.getvalue()).decode("ascii")

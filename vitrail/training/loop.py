@@ -1,0 +1,196 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.config import RunConfig, to_steps
+from vitrail.console import Talk, TrainingDisplay
+from vitrail.data.loader import Batch
+from vitrail.data.preprocess import preprocess_of
+from vitrail.evaluation.judge import judge
+from vitrail.evaluation.metrics import headline
+from vitrail.models.vit import ViT
+from vitrail.training.checkpoints import Progress, State, load_state, save_state
+from vitrail.training.diagnosis import check_finite
+from vitrail.training.meter import Meter
+from vitrail.training.objectives import Classification
+from vitrail.training.optim import build_optimizer, clip_gradient, set_lr, update_average
+from vitrail.training.parallel import World
+from vitrail.training.precision import autocast, pick_device
+from vitrail.training.prepare import TrainData
+from vitrail.training.run import Run
+from vitrail.training.schedules import Schedule
+from vitrail.training.signals import Stopped, StopRequest
+from vitrail.weights.store import ModelHeader, save_model, versions
+
+_SHOW_SECONDS = 0.5
+
+
+def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk) -> Path:
+    """Train until the last step; goes on from the run's saved state where there is one.
+
+    Returns:
+        The run's folder: `model.safetensors` holds the weights that did best on the validation part, `last/` the
+        exact state.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM came; the state is saved.
+        NotFinite: the loss or the gradient broke; the state saved is from before.
+        OSError: a file could not be written; the state saved before is whole.
+    """
+    device = pick_device(config.device)
+    rhythm = rhythm_of(config, len(data.splits.parts["train"]))
+    schedule = Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
+    state = start_state(config, device)
+    if run.has_state:
+        load_state(run.last, state)
+    run.forget_after(state.progress.step)
+    objective = Classification(state.model, label_smoothing=config.optim.label_smoothing)
+    if config.compile:
+        objective.compile()
+    wrapped = world.wrap(objective)
+    stream = data.stream(config, device, world)
+    start = state.progress.step
+    batches = stream.batches(start, rhythm.total)
+    meter = Meter(state.progress.window)
+    display = TrainingDisplay(talk, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch, start=start)
+    started_at, elapsed_s = time.monotonic(), state.progress.elapsed_s
+    shown_at, saved_at = 0.0, started_at
+
+    with display, StopRequest() as stop:
+        for step in range(start + 1, rhythm.total + 1):
+            batch = meter.next(batches)
+            set_lr(state.optimizer, config.optim.lr * schedule(step))
+            # All randomness of a step comes from its number: resuming needs no generator state.
+            torch.manual_seed(step_seed(config.seed, step, world.rank))
+            losses = update(wrapped, state, batch, config, device)
+            if state.average is not None:
+                update_average(state.average, state.model, config.optim.ema_decay, step)
+            meter.add(losses, len(batch.targets))
+            state.progress.step = step
+
+            log, judged = rhythm.due(step, rhythm.log), rhythm.due(step, rhythm.judge)
+            now = time.monotonic()
+            stopping = world.any(bool(stop.number))
+            save = judged or stopping or world.any(now - saved_at > 60 * config.log.save_minutes > 0)
+            if log or judged or save or now - shown_at > _SHOW_SECONDS:
+                pending = meter.settle()
+                check_finite(step + 1 - len(pending[0]), *pending, state.model, stream)
+                means, shown_at = meter.means(), now
+                remaining_s = (rhythm.total - step) * (now - started_at) / (step - start)
+                display.update(step, means["train/loss"], means["train/top1"], meter.images_per_s(), remaining_s)
+                state.progress.elapsed_s = elapsed_s + now - started_at
+                if log:
+                    line = {**means, "train/lr": state.optimizer.param_groups[0]["lr"], **meter.speed()}
+                    run.log(step=step, epoch=rhythm.epoch(step), **line, **{"time/elapsed_s": state.progress.elapsed_s})
+                    meter.restart()
+            if judged:
+                judge_and_keep(config, data, run, world, state, rhythm, display)
+                meter.restart_clock()
+            if save and world.is_main:
+                state.progress.window = meter.window
+                save_state(run.last, state)
+                saved_at = now
+            if stopping:
+                raise Stopped(stop.number, step)
+    return run.folder
+
+
+def start_state(config: RunConfig, device: torch.device) -> State:
+    """Return the state before the first step."""
+    torch.manual_seed(config.seed)
+    model = ViT(config.model).to(device)
+    average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
+    return State(model.train(), average, build_optimizer(model, config.optim), Progress())
+
+
+def update(
+    wrapped: nn.Module, state: State, batch: Batch, config: RunConfig, device: torch.device
+) -> dict[str, Tensor]:
+    """Do one optimizer step: forward, backward, clip, step. The figures stay on the device."""
+    size = -(-len(batch.targets) // config.optim.accumulate)
+    loss = correct = torch.zeros((), device=device)
+    for start in range(0, len(batch.targets), size):
+        part = batch.part(start, start + size)
+        with autocast(config, device):
+            losses = wrapped(part)
+        share = len(part.targets) / len(batch.targets)
+        (losses["loss"] * share).backward()
+        loss, correct = loss + losses["loss"].detach() * share, correct + losses["correct"]
+    grad_norm = clip_gradient(state.model, config.optim.clip_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "correct": correct, "grad_norm": grad_norm}
+
+
+def judge_and_keep(
+    config: RunConfig, data: TrainData, run: Run, world: World, state: State, rhythm: Rhythm, display: TrainingDisplay
+) -> None:
+    """Judge the weights on the validation part, log it, and keep them where they are the best so far."""
+    part = data.splits.parts["val"]
+    outputs = judge(state.judged, data.pictures, part, device=pick_device(config.device), world=world)
+    figures = headline(outputs)
+    step, epoch, best = state.progress.step, rhythm.epoch(state.progress.step), state.progress.best
+    run.log(step=step, epoch=epoch, **{f"eval/{name}": value for name, value in figures.items()})
+    better = not best or (figures["top1"], -figures["loss"]) > (best["top1"], -best["loss"])
+    display.judged(epoch, figures["top1"], figures["loss"], len(outputs.targets), better)
+    if better:
+        state.progress.best = {**figures, "step": step, "epoch": epoch}
+        if run.is_main:
+            save_model(run.model, state.judged.state_dict(), model_header(config, data, state.progress.best))
+
+
+def model_header(
+    config: RunConfig, data: TrainData, metrics: dict[str, float], temperature: float = 1.0
+) -> ModelHeader:
+    """Return what the run's model file says of its weights."""
+    return ModelHeader(
+        architecture=config.model,
+        labels=data.source.labels,
+        preprocess=preprocess_of(config),
+        temperature=temperature,
+        split=data.split_header(config.data),
+        metrics=metrics,
+        versions=versions(),
+    )
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When things happen, in steps (not rounded)."""
+
+    total: int
+    per_epoch: float
+    log: float
+    judge: float
+
+    def due(self, step: int, every: float) -> bool:
+        """Whether this step passed a multiple of `every` steps, or is the last."""
+        return step == self.total or math.floor(step / every + 1e-9) > math.floor((step - 1) / every + 1e-9)
+
+    def epoch(self, step: int) -> float:
+        """Return passes over the training part after this step, to a thousandth."""
+        return round(step / self.per_epoch, 3)
+
+
+def rhythm_of(config: RunConfig, num_train: int) -> Rhythm:
+    """Turn a configuration's durations into steps."""
+    per_epoch = num_train / config.batch_size
+    total = max(1, math.ceil(config.epochs * per_epoch))
+    lengths = {"total_steps": total, "steps_per_epoch": per_epoch}
+    log = to_steps(config.log.every, "log.every", **lengths)
+    judged = to_steps(config.log.eval_every, "log.eval_every", **lengths)
+    return Rhythm(total, per_epoch, max(1.0, log), max(1.0, judged))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of one step's dropout on one process; distinct for all practical counts."""
+    return (seed * 1_000_003 + step) * 4096 + rank & (2**63 - 1)

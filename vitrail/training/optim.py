@@ -1,0 +1,47 @@
+"""The optimizer: which parameters decay, and one update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.config import OptimConfig
+
+# Added to every picture alike, or a scale: pulling them to zero has no regularising meaning (Google's and DeiT's recipes).
+_NO_DECAY = ("cls_token", "reg_token", "pos_embed")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW (Loshchilov & Hutter 2019) in which matrices decay, and biases, norms, tokens and positions do not."""
+    decayed, exempt = [], []
+    for name, parameter in model.named_parameters():
+        no_decay = parameter.ndim < 2 or name.split(".")[-1] in _NO_DECAY
+        (exempt if no_decay else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    # fused: one pass over memory a tensor instead of a dozen operations; also on CPUs.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradient(model: nn.Module, limit: float) -> Tensor:
+    """Scale the whole gradient down to `limit` (0: leave it); returns its norm before, without a device sync."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if limit:
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the model's; early steps forget faster, so that the start does not linger.
+
+    The ramp (1 + step) / (10 + step) is TensorFlow's `ExponentialMovingAverage(num_updates=…)`.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(weight, 1 - decay)

@@ -1,0 +1,62 @@
+"""One process or many: torchrun's variables, gradients averaged, sums gathered."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. Rank 0 writes files and talks."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over all processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wrap(self, objective: nn.Module) -> nn.Module:
+        """Return the objective with its gradients averaged over processes."""
+        return nn.parallel.DistributedDataParallel(objective) if self.size > 1 else objective
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)])).item())
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join() -> World:
+    """Join the processes that torchrun started, or be a world of one.
+
+    The gloo back end works on every machine; on GPUs NCCL carries the tensors that live there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return World(dist.get_rank(), size)
+
+
+def leave() -> None:
+    """Leave the processes joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""From a source's name to data that is checked, divided and ready to train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitrail.config import DataConfig, RunConfig
+from vitrail.console import Talk
+from vitrail.data.loader import Pictures, TrainStream
+from vitrail.data.preprocess import Preprocess, preprocess_of
+from vitrail.data.problems import Problem, stop_on_errors
+from vitrail.data.scan import Scan, scan_source
+from vitrail.data.sources import Source, open_source
+from vitrail.data.splits import Splits, check_trainable, load_splits, make_splits
+from vitrail.training.parallel import World
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """A source that was looked at whole, and its division."""
+
+    source: Source
+    scan: Scan
+    splits: Splits
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The pictures as the model will see them."""
+
+    source: Source
+    splits: Splits
+    pictures: Pictures
+
+    def stream(self, config: RunConfig, device: torch.device, world: World) -> TrainStream:
+        """Return the endless training batches of one process."""
+        return TrainStream(
+            self.pictures,
+            self.splits.parts["train"],
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augment=config.augment,
+            device=device,
+            rank=world.rank,
+            ranks=world.size,
+        )
+
+    def split_header(self, config: DataConfig) -> dict[str, Any]:
+        """Return what the model file keeps of the division: enough to make it again and to know it."""
+        return {
+            "fingerprint": self.splits.fingerprint,
+            "source": self.source.name,
+            "val_fraction": config.val_fraction,
+            "test_fraction": config.test_fraction,
+            "split_seed": config.split_seed,
+            "near_duplicates": config.near_duplicates,
+        }
+
+
+def check_data(config: DataConfig, talk: Talk, *, channels: int = 0, recorded: Path | None = None) -> CheckedData:
+    """Open a source, look at every picture, divide it.
+
+    Args:
+        channels: 3 or 1 fixes the pixel format; 0 lets the pictures decide.
+        recorded: a split.json to take the division from.
+
+    Raises:
+        ValueError: the data cannot be trained on; the message lists every error.
+    """
+    source = open_source(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep")
+    stop_on_errors(source.problems)
+    with talk.bar(f"looking at {len(source.paths):,} pictures") as advance:
+        scan = scan_source(
+            source,
+            damaged=config.damaged,
+            near_duplicates=config.near_duplicates,
+            memory_bytes=config.memory_bytes,
+            workers=config.workers,
+            channels=channels,
+            advance=advance,
+        )
+    problems = [*source.problems, *scan.problems]
+    for problem in problems:
+        if problem.severity == "warning":
+            talk.warn(problem.message)
+    stop_on_errors(problems)
+    splits = load_splits(source, recorded) if recorded else make_splits(source, config, scan.good, scan.groups)
+    found = check_trainable(source, splits)
+    for problem in found:
+        talk.warn(problem.message)
+    return CheckedData(source, scan, splits, tuple([*problems, *found]))
+
+
+def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
+    """Give the checked pictures the preprocessing of a run."""
+    preprocess = preprocess_of(config)
+    stored = checked.scan.pixels
+    side = preprocess.image_size
+    if stored is not None and (stored.shape[1] != preprocess.channels or max(stored.shape[2:]) > side):
+        # Larger than the model's input: a crop must be shrunk with antialiasing, which only the path from files does.
+        stored = None
+    pictures = Pictures(checked.source, checked.source.targets, preprocess, stored, workers=config.data.workers)
+    if stored is not None:
+        pictures.is_ready = is_identity(preprocess, (stored.shape[2], stored.shape[3]))
+        fits = len(stored) * preprocess.channels * side**2 <= config.data.memory_bytes
+        if not pictures.is_ready and config.augment.crop_scale == 1.0:
+            # Without crops, training sees the very pictures that are judged: prepare them once.
+            done = np.stack([pictures.for_judging(index) for index in range(len(stored))]) if fits else None
+            pictures.stored, pictures.is_ready = done, done is not None
+    return TrainData(checked.source, checked.splits, pictures)
+
+
+def is_identity(preprocess: Preprocess, size: tuple[int, int]) -> bool:
+    """Whether preprocessing leaves pictures of this size as they are."""
+    side = preprocess.image_size
+    uncropped = preprocess.resize == "squash" or int(side / preprocess.crop_fraction) <= side
+    return size == (side, side) and uncropped

@@ -1,0 +1,1 @@
+"""Weights on disk: the self-describing model file."""

@@ -1,0 +1,167 @@
+"""The model file: one `model.safetensors` whose header is enough to load, predict, export and serve."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import vitrail
+from vitrail.data.preprocess import Preprocess
+from vitrail.files import replacing
+from vitrail.models.config import ViTConfig
+from vitrail.models.vit import ViT
+from vitrail.settings import from_dict, to_dict
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelHeader:
+    """What a model file says of its weights.
+
+    Attributes:
+        labels: class names in the order of the logits.
+        temperature: divides the logits before the softmax, so that probabilities mean what they say.
+        split: fingerprint of the division it was trained with, and how to make it again.
+        metrics: figures of the part that chose these weights.
+    """
+
+    architecture: ViTConfig
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    temperature: float = 1.0
+    split: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def save_model(path: Path, weights: Mapping[str, Tensor], header: ModelHeader) -> None:
+    """Write a model file atomically.
+
+    Raises:
+        OSError: it could not be written, for instance on a full disk; an earlier file stays as it was.
+    """
+    content = {
+        "format": FORMAT,
+        "architecture": to_dict(header.architecture),
+        "labels": list(header.labels),
+        "preprocess": to_dict(header.preprocess),
+        "temperature": header.temperature,
+        "split": dict(header.split),
+        "metrics": dict(header.metrics),
+        "versions": dict(header.versions),
+    }
+    save_tensors(path, weights, {"vitrail": json.dumps(content, ensure_ascii=False)})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and text atomically as safetensors.
+
+    Raises:
+        OSError: the file could not be written; an earlier file stays as it was.
+    """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as draft:
+        try:
+            save_file(ready, draft, {"format": "pt", **metadata})
+        except SafetensorError as error:
+            needed = sum(tensor.nbytes for tensor in ready.values())
+            raise OSError(f"{path}: could not be written ({needed / 1e6:.0f} MB needed): {error}") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors and the text of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing, cut off, or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def load_model(path: Path) -> tuple[ViT, ModelHeader]:
+    """Read a model file; the model comes back on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: the file is broken, has no Vitrail header, or its weights do not fit its architecture.
+    """
+    tensors, metadata = load_tensors(path)
+    if "vitrail" not in metadata:
+        raise ValueError(f"{path}: has no Vitrail header; expected a model.safetensors that vitrail wrote")
+    try:
+        content = json.loads(metadata["vitrail"])
+        if content["format"] > FORMAT:
+            raise ValueError(f"it was written by a newer Vitrail (format {content['format']}, this one reads {FORMAT})")
+        header = ModelHeader(
+            architecture=from_dict(ViTConfig, content["architecture"], "architecture"),
+            labels=tuple(content["labels"]),
+            preprocess=from_dict(Preprocess, content["preprocess"], "preprocess"),
+            temperature=content["temperature"],
+            split=content["split"],
+            metrics=content["metrics"],
+            versions=content["versions"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its header cannot be read: {error}") from None
+    with torch.device("meta"):
+        model = ViT(header.architecture)
+    load_strictly(model, tensors, str(path))
+    return model.eval(), header
+
+
+def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Give a model its weights, all of them and no others.
+
+    Raises:
+        ValueError: names or shapes differ; both differences are listed.
+    """
+    wanted = model.state_dict()
+    missing = sorted(set(wanted) - set(tensors))
+    unexpected = sorted(set(tensors) - set(wanted))
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(wanted[name].shape)}"
+        for name in sorted(set(wanted) & set(tensors))
+        if wanted[name].shape != tensors[name].shape
+    ]
+    if missing or unexpected or shapes:
+        lines = [f"{where}: its weights do not fit its architecture"]
+        lines += [f"  missing: {', '.join(missing)}"] * bool(missing) + [
+            f"  unexpected: {', '.join(unexpected)}"
+        ] * bool(unexpected)
+        raise ValueError("\n".join(lines + [f"  shape: {line}" for line in shapes]))
+    model.load_state_dict(dict(tensors), strict=True, assign=True)
+    if model.config.positions == "sincos2d":
+        # Not in the file: it is a formula, made anew here because the model was built without storage.
+        from vitrail.models.positions import sincos2d
+
+        model.pos_fixed = sincos2d(model.config.grid, model.config.embed_dim)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Vitrail and of the libraries that decide numbers."""
+    names = ("torch", "torchvision", "timm", "numpy", "Pillow", "safetensors")
+    found = {name.lower(): importlib.metadata.version(name) for name in names if installed(name)}
+    return {"vitrail": vitrail.__version__, **found}
+
+
+def installed(name: str) -> bool:
+    """Whether a distribution is installed."""
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
