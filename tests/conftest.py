@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-jaxtyping.install_import_hook("vitrail", "beartype.beartype")
+jaxtyping.install_import_hook(["vitrail.models", "vitrail.kernels", "vitrail.data.augment"], "beartype.beartype")
 
 # A training in a test must not depend on the machine's load through thread timing; two threads are what CI has.
 os.environ.setdefault("OMP_NUM_THREADS", "2")

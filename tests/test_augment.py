@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,7 +101,7 @@ def test_a_flip_is_numpys_flip_of_the_chosen_pictures(setting, name, axis):
     batch = pictures(4)
     chance = draws(4)
     chance[name] = np.asarray([0.0, 0.49, 0.5, 0.99])
-    out = augment_batch(batch, AugmentConfig(**{setting: 0.5}), chance, None, 8).numpy()
+    out = augment_batch(batch, replace(AugmentConfig(), **{setting: 0.5}), chance, None, 8).numpy()
     np.testing.assert_array_equal(out[:2], np.flip(batch.numpy()[:2], axis))
     np.testing.assert_array_equal(out[2:], batch.numpy()[2:])
 
@@ -107,7 +109,9 @@ def test_a_flip_is_numpys_flip_of_the_chosen_pictures(setting, name, axis):
 @pytest.mark.parametrize(("setting", "name", "axis"), [("flip", "flip", 3), ("vertical_flip", "vertical", 2)])
 def test_a_flip_inside_the_affine_map_is_the_same_flip(setting, name, axis):
     batch = pictures(2)
-    out = augment_batch(batch, AugmentConfig(**{setting: 0.5}, rotation=10.0), draws(2, **{name: 0.0}), None, 8)
+    out = augment_batch(
+        batch, replace(AugmentConfig(rotation=10.0), **{setting: 0.5}), draws(2, **{name: 0.0}), None, 8
+    )
     np.testing.assert_allclose(out.numpy(), np.flip(batch.numpy(), axis), atol=1e-5)
 
 
@@ -211,7 +215,9 @@ def test_crops_spread_over_the_area_the_ratio_and_the_place():
     np.testing.assert_allclose(np.quantile(share, [0.25, 0.5]), [0.4375, 0.625], atol=0.05)
     np.testing.assert_allclose(np.quantile(shape, [0.25, 0.5, 0.75]), [-0.5, 0, 0.5], atol=0.08)
     for start, free in ((left, 300 - width), (top, 300 - height)):
-        np.testing.assert_allclose(np.quantile((start / free)[fits], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.05)
+        np.testing.assert_allclose(
+            np.quantile(start[fits] / free[fits], [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.05
+        )
 
 
 @pytest.mark.parametrize("drawn", [0.0, 0.2, 0.8, 1.0])
@@ -225,7 +231,7 @@ def test_crops_spread_over_the_area_the_ratio_and_the_place():
 )
 def test_colour_changes_are_torchvisions(setting, name, reference, drawn):
     batch = pictures(3)
-    out = augment_batch(batch, AugmentConfig(**{setting: 0.6}), draws(3, **{name: drawn}), None, 8)
+    out = augment_batch(batch, replace(AugmentConfig(), **{setting: 0.6}), draws(3, **{name: drawn}), None, 8)
     wanted = reference(batch, 1 + (2 * drawn - 1) * 0.6)
     torch.testing.assert_close(out, wanted, rtol=0, atol=2e-4)  # torchvision rounds the weight of red to 0.2989
     assert out.min() >= 0

@@ -45,6 +45,10 @@ def scanned(root: Path, *, damaged: str = "stop", memory_bytes: int = 10**9, **o
     return source, scan_source(source, damaged=damaged, memory_bytes=memory_bytes, **options)
 
 
+def lost(source: Source, scan: Scan) -> set[str]:
+    return {path for path, good in zip(source.paths, scan.good, strict=True) if not good}
+
+
 def found(scan: Scan) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(problem.severity, problem.kind, problem.paths) for problem in scan.problems]
 
@@ -120,7 +124,7 @@ def break_some(root: Path) -> None:
 def test_broken_files_are_named_and_left_out(tmp_path, damaged, severity):
     break_some(tmp_path)
     source, scan = scanned(tmp_path, damaged=damaged)
-    assert {source.paths[i] for i in np.flatnonzero(~scan.good)} == {"a/nonsense.jpg", "b/cut.jpg", "b/gone.png"}
+    assert lost(source, scan) == {"a/nonsense.jpg", "b/cut.jpg", "b/gone.png"}
     assert found(scan) == [
         (severity, "unreadable", ("a/nonsense.jpg",)),
         (severity, "damaged", ("b/cut.jpg",)),
@@ -135,7 +139,7 @@ def test_broken_files_are_named_and_left_out(tmp_path, damaged, severity):
 def test_a_damaged_file_is_kept_when_asked_and_still_named(tmp_path):
     break_some(tmp_path)
     source, scan = scanned(tmp_path, damaged="keep")
-    assert {source.paths[i] for i in np.flatnonzero(~scan.good)} == {"a/nonsense.jpg", "b/gone.png"}
+    assert lost(source, scan) == {"a/nonsense.jpg", "b/gone.png"}
     assert found(scan) == [
         ("warning", "unreadable", ("a/nonsense.jpg",)),
         ("warning", "damaged", ("b/cut.jpg",)),
@@ -166,6 +170,16 @@ def test_checking_data_stops_at_broken_files_and_tells_all(tmp_path):
     divided = np.concatenate(list(checked.splits.parts.values()))
     assert sorted(divided.tolist()) == np.flatnonzero(checked.scan.good).tolist()
     assert {problem.kind for problem in checked.problems} == {"unreadable", "damaged", "small-class"}
+
+
+def test_a_data_set_of_broken_files_alone_is_named_too(tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "x.jpg").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a/x\.jpg(.|\n)*b/x\.jpg"):
+        check_data(DataConfig(source=str(tmp_path)), Talk(quiet=True))
+    with pytest.raises(ValueError, match="no pictures to train on for 2 classes: a, b"):
+        check_data(DataConfig(source=str(tmp_path), damaged="drop"), Talk(quiet=True))
 
 
 def test_a_recorded_split_refuses_a_picture_that_broke_since(tmp_path):
@@ -200,7 +214,9 @@ def test_near_duplicates_are_found(tmp_path, change):
         "jpeg": lambda: put(tmp_path / "a" / "copy.jpg", original, quality=75),
         "half": lambda: put(tmp_path / "a" / "copy.png", original.resize((48, 32), Image.Resampling.LANCZOS)),
         "double": lambda: put(tmp_path / "a" / "copy.png", original.resize((192, 128), Image.Resampling.BICUBIC)),
-        "brighter": lambda: put(tmp_path / "a" / "copy.png", original.point(lambda level: min(255, level + 2))),
+        "brighter": lambda: put(
+            tmp_path / "a" / "copy.png", Image.fromarray(np.minimum(np.asarray(original), 253) + 2)
+        ),
     }
     copy = copies[change]().relative_to(tmp_path).as_posix()
     source, scan = scanned(tmp_path)
@@ -215,6 +231,23 @@ def test_different_pictures_are_no_duplicates(tmp_path):
     source, scan = scanned(fill(tmp_path, "abcd", count=15, width=24, height=24))
     assert scan.problems == ()
     assert len(set(scan.groups)) == len(source.paths) == 60
+
+
+def test_pictures_of_equal_bytes_and_another_shape_are_not_equal(tmp_path):
+    for label, size in (("a", (40, 20)), ("b", (20, 40))):
+        put(tmp_path / label / "flat.png", Image.new("RGB", size, (90, 90, 90)))
+    assert scanned(tmp_path, near_duplicates=False)[1].problems == ()
+
+
+@pytest.mark.parametrize(("levels", "every", "near"), [(2, 1, True), (5, 1, False), (12, 4, True), (24, 4, False)])
+def test_near_duplicates_differ_little_everywhere(levels, every, near):
+    """A small difference of all pixels counts, and so does a large one of a few."""
+    first = np.asarray(photo(3, THUMBNAIL, THUMBNAIL).convert("L")) // 2 + 40
+    second = first.copy()
+    second[::every, ::every] += np.uint8(levels)
+    assert np.bitwise_count(hashes(first[None]) ^ hashes(second[None]))[0] <= 3
+    pairs = duplicate_pairs(np.stack([first, second]), np.asarray([1, 2], np.uint64))[1]
+    assert pairs.tolist() == ([[0, 1]] if near else [])
 
 
 def test_a_changed_detail_makes_another_picture(tmp_path):
@@ -245,7 +278,7 @@ def test_one_picture_in_two_parts_is_a_leak(tmp_path):
     put(tmp_path / "val" / "a" / "mislabelled.png", photo(100))
     assert found(scanned(tmp_path)[1]) == [
         ("warning", "label-conflict", ("train/b/0.png", "val/a/mislabelled.png")),
-        ("warning", "leak", ("train/a/3.png", "val/a/seen.png", "train/b/0.png", "val/a/mislabelled.png")),
+        ("warning", "leak", ("train/b/0.png", "val/a/mislabelled.png", "train/a/3.png", "val/a/seen.png")),
     ]
 
 
@@ -306,18 +339,18 @@ def test_ordered_map_hands_on_an_exception():
             raise KeyError(number)
         return number
 
-    seen = []
+    results = ordered_map(fails_at_fifty, range(500), 2)
+    seen = [next(results) for _ in range(32)]
     with pytest.raises(KeyError, match="50"):
-        for number in ordered_map(fails_at_fifty, range(500), 2):
-            seen.append(number)
-    assert seen == list(range(32))  # whole runs come before
+        next(results)
+    assert seen == list(range(32))  # the run before the one that failed
 
 
 def test_ordered_map_keeps_a_bounded_number_in_flight():
     started = []
     results = ordered_map(lambda number: started.append(number) or number, range(5000), 2)
     assert next(results) == 0
-    results.close()
+    del results  # closes it, which waits for what was started
     assert len(started) <= (2 * 2 + 1) * 32
 
 

@@ -263,13 +263,14 @@ def test_mirroring_is_refused_where_the_names_forbid_it(labels, reason):
 def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
-    bunch, source = load_digits(), open_source("digits")
+    pixels, targets = load_digits(return_X_y=True)
+    source = open_source("digits")
     assert isinstance(source, Digits)
     assert source.labels == tuple("0123456789")
-    assert source.targets.tolist() == bunch.target.tolist()
+    assert source.targets.tolist() == targets.tolist()
     assert len(set(source.paths)) == len(source.paths) == 1797
     assert source.flip_reason
     picture = source.read(7, "L")
     assert picture.size == (8, 8)
-    np.testing.assert_allclose(np.asarray(picture) / 255, bunch.images[7] / 16, atol=0.5 / 255)
+    np.testing.assert_allclose(np.asarray(picture) / 255, pixels[7].reshape(8, 8) / 16, atol=0.5 / 255)
     np.testing.assert_array_equal(np.asarray(source.read(7, "RGB")), np.repeat(np.asarray(picture)[..., None], 3, 2))

@@ -141,12 +141,13 @@ def test_folders_are_used_as_they_are():
 
 
 def test_val_is_made_from_train_where_only_test_is_there():
-    source = listing(20, 20, split=(["train"] * 10 + ["test"] * 10) * 2)
+    split = (["train"] * 10 + ["test"] * 10) * 2
+    source = listing(20, 20, split=split)
     splits = divided(source, val_fraction=0.2, test_fraction=0.5)
     assert per_class(source, splits.parts["test"]) == [10, 10]
-    assert set(source.split[splits.parts["test"]]) == {"test"}
+    assert {split[index] for index in splits.parts["test"]} == {"test"}
     assert per_class(source, splits.parts["val"]) == [2, 2]
-    assert set(source.split[splits.parts["val"]]) == {"train"}
+    assert {split[index] for index in splits.parts["val"]} == {"train"}
     assert "val: a stratified 20% of train/" in splits.rule
 
 

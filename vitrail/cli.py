@@ -26,6 +26,9 @@ OK, USER_ERROR, USAGE_ERROR = 0, 1, 2
 
 def main() -> None:
     """Entry point of the `vitrail` command."""
+    # Threads that spin while they wait lose the core to whatever else runs: with one other busy process on 2 cores,
+    # training was half as fast as with waiting threads asleep; alone, both are equal (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -162,12 +162,22 @@ def fitting(facts: Facts, size: int) -> list[Choice]:
         ),
         Choice("model.class_token", False, "the patches' mean needs no class token"),
         Choice("model.decoder", "mean", "the mean of all patches learns faster on small sets than a class token"),
+        positions(facts),
         Choice("preprocess.mean", values, "the usual for ViTs"),
         Choice("preprocess.std", values, "the usual for ViTs"),
     ]
     if facts.uniform and facts.side <= 1.15 * size:
         choices.append(Choice("preprocess.crop_fraction", 1.0, "all pictures have this size: nothing is cut off"))
     return choices
+
+
+def positions(facts: Facts) -> Choice:
+    """How the model knows where a patch is."""
+    if facts.num_train < 200_000:
+        return Choice(
+            "model.positions", "sincos2d", "a fixed table tells places from the first step; learning one takes long"
+        )
+    return Choice("model.positions", "learned", "enough pictures to learn a table of positions")
 
 
 def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:

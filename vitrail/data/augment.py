@@ -72,7 +72,8 @@ def crop_boxes(config: AugmentConfig, draws: dict[str, np.ndarray], sizes: np.nd
     ratio = np.exp((2 * draws["ratio"] - 1) * limit) if config.crop_scale < 1 else width / height
     crop_width, crop_height = np.sqrt(area * ratio), np.sqrt(area / ratio)
     shrink = np.minimum(1.0, np.minimum(width / crop_width, height / crop_height))
-    crop_width, crop_height = crop_width * shrink, crop_height * shrink
+    # Rounding must not make a crop larger than its picture: Pillow refuses a box that begins at -1e-14.
+    crop_width, crop_height = np.minimum(crop_width * shrink, width), np.minimum(crop_height * shrink, height)
     left, top = draws["left"] * (width - crop_width), draws["top"] * (height - crop_height)
     return np.stack([left, top, crop_width, crop_height], axis=1)
 

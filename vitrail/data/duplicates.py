@@ -46,7 +46,7 @@ def duplicate_pairs(thumbnails: np.ndarray, digests: np.ndarray, *, near: bool =
         pictures, k-1 pairs are returned, each with the first.
     """
     order = np.argsort(digests, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(digests[order]) != 0])
+    starts = np.flatnonzero(np.r_[True, np.diff(digests[order]) != 0][: len(order)])
     first = np.repeat(order[starts], np.diff(np.r_[starts, len(order)]))
     exact = np.stack([first, order], axis=1)[first != order]
     exact = exact[np.argsort(exact[:, 1], kind="stable")]

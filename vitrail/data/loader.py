@@ -79,21 +79,23 @@ class Pictures:
                 places.append(place)
             except (PictureError, OSError) as error:
                 self.dropped[self.source.location(int(indices[place]))] = str(error)
-        if not pixels:
-            raise ValueError(
-                f"none of the {len(indices)} files of a batch can be read any more: {next(iter(self.dropped.items()))}"
-            )
-        return np.stack(pixels), np.asarray(places)
+        side = self.preprocess.image_size
+        nothing = np.empty((0, self.preprocess.channels, side, side), dtype=np.uint8)
+        return np.stack(pixels) if pixels else nothing, np.asarray(places, dtype=np.int64)
+
+    def check_some_left(self, read: int, wanted: int) -> None:
+        """Raise a ValueError when all of some files have failed."""
+        if wanted and not read:
+            raise ValueError(f"none of {wanted} files can be read any more: {next(iter(self.dropped.items()))}")
 
     def for_judging(self, index: int) -> np.ndarray:
         """Return one picture as the model's uint8 input [C, S, S]."""
         if self.stored is None:
             return self.preprocess.apply(self.source.read(index, self.preprocess.mode))
         pixels = self.stored[index]
-        picture = PIL.Image.fromarray(
-            pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0), self.preprocess.mode
-        )
-        return self.preprocess.apply(picture)
+        if self.is_ready:
+            return pixels
+        return self.preprocess.apply(PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
 
 
 class TrainStream:
@@ -179,6 +181,7 @@ class TrainStream:
     def from_files(self, indices: np.ndarray, draws: dict[str, np.ndarray], futures: list[Future[np.ndarray]]) -> Batch:
         """Wait for a batch's files and do the rest of its augmentation."""
         pixels, places = self.pictures.gather(futures, indices)
+        self.pictures.check_some_left(len(places), len(indices))
         return self.finish(pixels, indices[places], {name: values[places] for name, values in draws.items()}, None)
 
     def finish(
@@ -201,6 +204,7 @@ def judging_batches(
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     ready = pictures.is_ready
     waiting: deque = deque()
+    num_read = 0
     for number in range(len(chunks) + 2):
         if number < len(chunks):
             chunk = chunks[number]
@@ -213,9 +217,13 @@ def judging_batches(
                 pixels, places = pictures.stored[chunk], np.arange(len(chunk))
             else:
                 pixels, places = pictures.gather(futures, chunk)
+            if not len(places):
+                continue
+            num_read += len(places)
             images = pictures.preprocess.normalise(torch.from_numpy(pixels).to(device, non_blocking=True))
             chosen = chunk[places]
             yield Batch(images, targets[torch.from_numpy(chosen)].to(device, non_blocking=True), chosen)
+    pictures.check_some_left(num_read, len(mine))
 
 
 def ahead(items: Iterator[T], device: torch.device) -> Iterator[T]:

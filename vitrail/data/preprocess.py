@@ -21,6 +21,9 @@ INTERPOLATIONS = {
 }
 
 
+_STRIP = 20  # longer side over shorter one
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """The exact preprocessing of a model, as its file's header keeps it.
@@ -59,6 +62,11 @@ class Preprocess:
             return to_array(picture)
         # Sides and offsets are rounded as in torchvision's Resize and CenterCrop, to the pixel.
         short = max(size, int(size / self.crop_fraction))
+        if max(width, height) > _STRIP * min(width, height):
+            # A strip a thousand times longer than wide would be resized to gigabytes: resample only what is kept.
+            half = min(width, height) * size / short / 2
+            box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
+            return to_array(picture.resize((size, size), filter, box=box))
         if min(width, height) != short:
             longer = int(short * max(width, height) / min(width, height))
             picture = picture.resize((short, longer) if width <= height else (longer, short), filter)
@@ -72,7 +80,7 @@ class Preprocess:
         mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
         values = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
-        return values.sub_(mean).div_(std)
+        return (values - mean).div_(std)
 
 
 def preprocess_of(config: RunConfig) -> Preprocess:

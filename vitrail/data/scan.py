@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ import PIL.Image
 from vitrail.data.decode import PictureError
 from vitrail.data.duplicates import THUMBNAIL, duplicate_pairs, groups
 from vitrail.data.problems import Kind, Problem
-from vitrail.data.sources import Source
+from vitrail.data.sources import Folder, Source
 
 # Pictures up to this side count as small: their decoded pixels are kept while they are all of one size.
 _SMALL_SIDE = 256
@@ -55,7 +55,7 @@ class _Look(NamedTuple):
     pixels: np.ndarray
     thumbnail: np.ndarray
     digest: int
-    error: PictureError | None
+    error: PictureError | OSError | None
 
 
 def scan_source(
@@ -82,12 +82,14 @@ def scan_source(
     digests = np.zeros(count, dtype=np.uint64)
     pixels: np.ndarray | None = None
     keep, errors = True, []
-    for index, look in enumerate(ordered_map(lambda i: look_at(source, i, mode), range(count), workers)):
+    # A damaged file that is kept is named all the same.
+    strict = replace(source, damaged="refuse") if isinstance(source, Folder) else source
+    for index, look in enumerate(ordered_map(lambda i: look_at(source, strict, i, mode), range(count), workers)):
         if index % 256 == 0:
             advance(index, count)
         if look.error is not None:
-            errors.append(look.error)
-            digests[index] = index + 1  # distinct, so that broken files are not duplicates of each other
+            errors.append((index, look.error))
+        if look.size == (0, 0):
             continue
         good[index], sizes[index], thumbnails[index], digests[index] = True, look.size, look.thumbnail, look.digest
         if keep and pixels is None:
@@ -101,16 +103,24 @@ def scan_source(
     usable = np.flatnonzero(good)
     exact, near = duplicate_pairs(thumbnails[usable], digests[usable], near=near_duplicates)
     exact, near = usable[exact], usable[near]
-    problems = [broken(source, error, damaged) for error in errors] + duplicates(source, exact, near)
+    problems = [broken(source, index, error, damaged) for index, error in errors] + duplicates(source, exact, near)
     return Scan(good, sizes, mode == "RGB", pixels, groups(count, exact, near), tuple(problems))
 
 
-def look_at(source: Source, index: int, mode: Literal["RGB", "L"]) -> _Look:
-    """Decode one picture and make what the scan needs of it."""
+def look_at(source: Source, strict: Source, index: int, mode: Literal["RGB", "L"]) -> _Look:
+    """Decode one picture and make what the scan needs of it.
+
+    Args:
+        strict: the same source, but refusing damaged files where `source` may keep them.
+    """
     try:
-        picture = source.read(index, mode)
-    except PictureError as error:
-        return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
+        picture, error = strict.read(index, mode), None
+    except (PictureError, OSError) as found:
+        error = found
+        try:
+            picture = source.read(index, mode)
+        except (PictureError, OSError):
+            return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
     width, height = picture.size
     pixels = np.asarray(picture)
     content = f"{width}x{height}".encode() + pixels.tobytes()
@@ -124,7 +134,7 @@ def look_at(source: Source, index: int, mode: Literal["RGB", "L"]) -> _Look:
         pixels = pixels[None]
     else:
         pixels = pixels.transpose(2, 0, 1)
-    return _Look((height, width), pixels, np.asarray(grey), digest, None)
+    return _Look((height, width), pixels, np.asarray(grey), digest, error)
 
 
 def has_colour(source: Source) -> bool:
@@ -132,7 +142,7 @@ def has_colour(source: Source) -> bool:
     for index in np.linspace(0, len(source.paths) - 1, _SAMPLE).astype(int):
         try:
             red, green, blue = source.read(int(index), "RGB").split()
-        except PictureError:
+        except (PictureError, OSError):
             continue
         if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
             return True
@@ -160,13 +170,13 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
                 yield from future.result()
 
 
-def broken(source: Source, error: PictureError, damaged: str) -> Problem:
+def broken(source: Source, index: int, error: PictureError | OSError, damaged: str) -> Problem:
     """Describe a broken file: an error unless the user chose to go on without it."""
     severity = "error" if damaged == "stop" else "warning"
-    verdict = error.info.verdict
+    verdict = error.info.verdict if isinstance(error, PictureError) else "unreadable"
     assert verdict != "ok"
     message = f"{error}. Mend or remove it, or go on without such files by --data.damaged drop"
-    return Problem(severity, verdict, (error.path,), message)
+    return Problem(severity, verdict, (source.paths[index],), message)
 
 
 def duplicates(source: Source, exact: np.ndarray, near: np.ndarray) -> list[Problem]:

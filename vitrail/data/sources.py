@@ -15,7 +15,12 @@ from vitrail.data.decode import inspect_picture, is_picture_name, read_picture
 from vitrail.data.problems import Problem
 from vitrail.lookup import unknown
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# In any case of letters: Train/ and Test/ must not silently be read as two classes.
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 @runtime_checkable
@@ -166,7 +171,7 @@ def open_folder(root: Path, *, limit_pixels: int, damaged: Literal["refuse", "ke
                     )
                 )
             if not found:
-                problems.append(missing_class(part, label, folder / label))
+                problems.append(missing_class(part, label, (folder / label).relative_to(root).as_posix()))
             paths += found
             targets += [target] * len(found)
             split += [part] * len(found)
@@ -200,11 +205,12 @@ def split_folders(root: Path, folders: list[str]) -> dict[str, str] | None:
     Raises:
         ValueError: two folders name the same part, for instance val/ and valid/.
     """
-    parts = {each: SPLIT_FOLDERS[each] for each in folders if each in SPLIT_FOLDERS and subfolders(root / each)}
+    named = {each: SPLIT_FOLDERS[each.lower()] for each in folders if each.lower() in SPLIT_FOLDERS}
+    parts = {each: part for each, part in named.items() if subfolders(root / each)}
     if "train" not in parts and (not parts or len(parts) < len(folders)):
         return None
     if len(set(parts.values())) < len(parts):
-        raise ValueError(f"{root}: {', '.join(parts)} name the same part twice; keep one of val/, valid/, validation/")
+        raise ValueError(f"{root}: {', '.join(parts)} name the same part twice; keep one folder for each")
     order = ["train", "val", "test"]
     return dict(sorted(parts.items(), key=lambda item: order.index(item[1])))
 
@@ -219,11 +225,19 @@ def list_pictures(folder: Path, root: Path) -> tuple[list[str], list[str]]:
         if path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini"):
             continue
         relative = path.relative_to(root).as_posix()
-        if is_picture_name(path.name) or inspect_picture(path, decode=False).verdict == "ok":
+        if is_picture_name(path.name) or has_picture_header(path):
             found.append(relative)
         else:
             skipped.append(relative)
     return sorted(found), sorted(skipped)
+
+
+def has_picture_header(path: Path) -> bool:
+    """Whether a file begins like a picture; a pipe, a link to nowhere or a locked file does not."""
+    try:
+        return path.is_file() and inspect_picture(path, decode=False).verdict == "ok"
+    except OSError:
+        return False
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -249,11 +263,11 @@ def check_classes(folder: Path, found: list[str], labels: Sequence[str]) -> None
             )
 
 
-def missing_class(part: str, label: str, folder: Path) -> Problem:
+def missing_class(part: str, label: str, folder: str) -> Problem:
     """Describe a class without pictures: an error where the model should learn it, else a warning."""
     severity = "error" if part in ("", "train") else "warning"
     where = f"in {part}/ " if part else ""
-    return Problem(severity, "missing-class", (str(folder),), f"class {label!r} has no pictures {where}({folder})")
+    return Problem(severity, "missing-class", (folder,), f"class {label!r} has no pictures {where}({folder})")
 
 
 def loose_files(folder: Path, root: Path) -> list[Problem]:

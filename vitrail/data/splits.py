@@ -48,13 +48,13 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
         "test": 0.0 if "test" in parts else config.test_fraction,
         "val": 0.0 if "val" in parts else config.val_fraction,
     }
-    if source.split is None or ("train" in parts and "val" not in parts):
+    if source.split is None or "train" in parts:
+        left = 1.0
         for name, fraction in wanted.items():
-            taken = stratified(pool, source.targets, groups, fraction, config.split_seed)
+            taken = stratified(pool, source.targets, groups, fraction / left, config.split_seed)
             if len(taken):
-                parts[name], pool = taken, np.setdiff1d(pool, taken)
-        if source.split is not None and "val" in parts:
-            rule += f", val: a stratified {config.val_fraction:.0%} of train/"
+                parts[name], pool, left = taken, np.setdiff1d(pool, taken), left - fraction
+                rule += f"; {name}: a stratified {fraction:.0%} of train/" if source.split is not None else ""
         parts["train"] = pool
     parts = {name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])}
     return Splits(parts, fingerprint(source, parts), rule)
@@ -80,6 +80,14 @@ def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fracti
         if (filled + counts <= quota).all():
             filled += counts
             taken += group
+    # A class whose groups are all larger than its share gives its smallest, if that leaves it a picture.
+    for label in np.flatnonzero((quota > 0) & (filled == 0)):
+        for group in sorted((each for each in members.values() if label in targets[each]), key=len):
+            counts = np.bincount(targets[group], minlength=len(quota))
+            if (filled + counts < np.maximum(sizes, 1)).all():
+                filled += counts
+                taken += group
+                break
     return np.sort(np.asarray(taken, dtype=np.int64))
 
 
@@ -135,14 +143,17 @@ def save_splits(source: Source, splits: Splits, path: Path) -> None:
     """Write the division: part → paths, with its fingerprint and rule."""
     parts = {name: [source.paths[index] for index in indices] for name, indices in splits.parts.items()}
     content = {"fingerprint": splits.fingerprint, "rule": splits.rule, "source": source.name, "splits": parts}
-    write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content) + "\n")  # ASCII: a name that is not Unicode has no UTF-8
 
 
-def load_splits(source: Source, path: Path) -> Splits:
+def load_splits(source: Source, path: Path, good: np.ndarray | None = None) -> Splits:
     """Read a division back and find its pictures in the source.
 
+    Args:
+        good: [N] whether each picture can be used, where that is known.
+
     Raises:
-        ValueError: a recorded picture is gone from the source, or has another label now.
+        ValueError: a recorded picture is gone from the source, is broken, or has another label now.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     place = {name: index for index, name in enumerate(source.paths)}
@@ -155,6 +166,12 @@ def load_splits(source: Source, path: Path) -> Splits:
                 f"(recorded in {path}); restore them, or train anew"
             )
         parts[part] = np.asarray([place[name] for name in names], dtype=np.int64)
+        broken = parts[part][~good[parts[part]]] if good is not None else parts[part][:0]
+        if len(broken):
+            raise ValueError(
+                f"{source.name}: {len(broken)} pictures of the recorded {part} part are broken now, for instance "
+                f"{source.paths[broken[0]]} (recorded in {path}); restore them, or train anew"
+            )
     if fingerprint(source, parts) != content["fingerprint"]:
         raise ValueError(f"{source.name}: the labels of pictures have changed since {path} was written; train anew")
     return Splits(parts, content["fingerprint"], content["rule"])

@@ -93,7 +93,7 @@ def parts_of(
     recorded = model_file(model).parent / "split.json" if Path(model).exists() else None
     if recorded is not None and recorded.exists() and trained.get("source") == source.name:
         try:
-            return load_splits(source, recorded)
+            return load_splits(source, recorded, good)
         except ValueError as error:
             talk.warn(f"the recorded split does not fit: {error}")
     rule = {name: trained[name] for name in ("val_fraction", "test_fraction", "split_seed") if name in trained}

@@ -90,7 +90,9 @@ def check_data(config: DataConfig, talk: Talk, *, channels: int = 0, recorded: P
         if problem.severity == "warning":
             talk.warn(problem.message)
     stop_on_errors(problems)
-    splits = load_splits(source, recorded) if recorded else make_splits(source, config, scan.good, scan.groups)
+    splits = (
+        load_splits(source, recorded, scan.good) if recorded else make_splits(source, config, scan.good, scan.groups)
+    )
     found = check_trainable(source, splits)
     for problem in found:
         talk.warn(problem.message)

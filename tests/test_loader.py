@@ -1,0 +1,364 @@
+"""Batches: every picture in its turn, the same ones whoever reads them, and the model's preprocessing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+
+from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
+from vitrail.console import Talk
+from vitrail.data.loader import Batch, Pictures, TrainStream, judging_batches
+from vitrail.data.preprocess import Preprocess
+from vitrail.data.sources import Digits, open_source
+from vitrail.models.config import ViTConfig
+from vitrail.training.prepare import TrainData, check_data, is_identity, ready_data
+
+CPU = torch.device("cpu")
+EVERYTHING = AugmentConfig(
+    crop_scale=0.3, flip=0.5, rotation=15.0, shift=0.1, brightness=0.3, contrast=0.3, saturation=0.3
+)
+
+
+def photo(seed: int, width: int, height: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 pictures of 20 × 16 pixels in two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(23):
+        folder = root / "ab"[number % 2]
+        folder.mkdir(exist_ok=True)
+        photo(number, 20, 16).save(folder / f"{number:02d}.png")
+    return root
+
+
+def load(
+    files: Path, augment: AugmentConfig, *, memory: bool, side: int = 24, workers: int = 2, **preprocess
+) -> tuple[TrainData, RunConfig]:
+    """What `vitrail train` makes of a folder."""
+    data = DataConfig(source=str(files), memory_bytes=10**8 if memory else 0, workers=workers, near_duplicates=False)
+    model = ViTConfig(image_size=side, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=2)
+    config = RunConfig(
+        data=data, model=model, augment=augment, preprocess=PreprocessConfig(**preprocess), seed=5, batch_size=6
+    )
+    found = ready_data(check_data(data, Talk(quiet=True)), config)
+    assert (found.pictures.stored is not None) == memory
+    return found, config
+
+
+def stream(found: tuple[TrainData, RunConfig], rank: int = 0, ranks: int = 1) -> TrainStream:
+    data, config = found
+    part = data.splits.parts["train"]
+    return TrainStream(
+        data.pictures,
+        part,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        augment=config.augment,
+        device=CPU,
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+def same(one: Batch, other: Batch) -> bool:
+    """Bit for bit."""
+    parts = torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
+    return parts and one.indices.tolist() == other.indices.tolist()
+
+
+def joined(*batches: Batch) -> Batch:
+    return Batch(
+        torch.cat([batch.images for batch in batches]),
+        torch.cat([batch.targets for batch in batches]),
+        np.concatenate([batch.indices for batch in batches]),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 3), st.sampled_from([1, 2, 3]))
+def test_each_picture_comes_exactly_once_an_epoch(count, share, seed, ranks):
+    """Positions alone decide: over every border of epochs, batches are full and no picture is left out or repeated."""
+    digits, preprocess = Digits(), Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
+    part = np.arange(100, 100 + count)
+    pictures = Pictures(digits, digits.targets, preprocess, digits.pixels[:, None], is_ready=True, workers=1)
+    each = [
+        TrainStream(
+            pictures,
+            part,
+            batch_size=share * ranks,
+            seed=seed,
+            augment=AugmentConfig(),
+            device=CPU,
+            rank=r,
+            ranks=ranks,
+        )
+        for r in range(ranks)
+    ]
+    steps = -(-4 * count // (share * ranks))
+    rows = [one.positions(step) for step in range(steps) for one in each]
+    assert all(len(epochs) == len(indices) == share for epochs, indices in rows)
+    epochs, indices = (np.concatenate(column) for column in zip(*rows, strict=True))
+    assert epochs.tolist() == sorted(epochs.tolist())
+    for epoch in range(4):
+        assert sorted(indices[epochs == epoch].tolist()) == part.tolist()
+    if count >= 8:
+        orders = [tuple(indices[epochs == epoch]) for epoch in range(4)]
+        assert len(set(orders)) == 4
+
+
+def test_another_seed_is_another_order(files):
+    data, config = load(files, AugmentConfig(), memory=True)
+    one, two = stream((data, config)), stream((data, replace(config, seed=6)))
+    assert one.order(0).tolist() != two.order(0).tolist()
+    assert sorted(one.order(0)) == sorted(two.order(0)) == data.splits.parts["train"].tolist()
+
+
+def test_targets_belong_to_their_pictures(files):
+    data, config = load(files, AugmentConfig(), memory=False)
+    for batch in stream((data, config)).batches(0, 8):
+        assert batch.images.shape == (6, 3, 24, 24)
+        assert batch.targets.tolist() == data.source.targets[batch.indices].tolist()
+        for image, index in zip(batch.images, batch.indices, strict=True):
+            pixels = data.pictures.preprocess.apply(data.source.read(int(index), "RGB"))
+            torch.testing.assert_close(image, torch.from_numpy(pixels).float() / 127.5 - 1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("augment", [AugmentConfig(), EVERYTHING])
+@pytest.mark.parametrize("memory", [True, False])
+def test_batches_do_not_depend_on_the_number_of_workers(files, augment, memory):
+    one, two, four = (
+        list(stream(load(files, augment, memory=memory, workers=workers)).batches(0, 5)) for workers in (1, 2, 4)
+    )
+    assert len(one) == 5
+    assert all(same(a, b) and same(a, c) for a, b, c in zip(one, two, four, strict=True))
+
+
+@pytest.mark.parametrize(
+    "preprocess", [{}, {"resize": "squash"}, {"crop_fraction": 1.0, "interpolation": "bilinear"}], ids=str
+)
+def test_without_crops_memory_and_files_give_the_same_batches(files, preprocess):
+    augment = AugmentConfig(flip=0.5, brightness=0.2)
+    stored, read = (load(files, augment, memory=memory, **preprocess) for memory in (True, False))
+    for one, other in zip(stream(stored).batches(0, 5), stream(read).batches(0, 5), strict=True):
+        assert same(one, other)
+    judged = [
+        list(judging_batches(d.pictures, d.splits.parts["val"], batch_size=4, device=CPU)) for d, _ in (stored, read)
+    ]
+    assert all(same(one, other) for one, other in zip(*judged, strict=True))
+
+
+def test_with_crops_memory_and_files_give_the_same_pictures_within_the_filters_difference(files):
+    augment = AugmentConfig(crop_scale=0.3, flip=0.5)
+    stored, read = (load(files, augment, memory=memory, interpolation="bilinear") for memory in (True, False))
+    for one, other in zip(stream(stored).batches(0, 5), stream(read).batches(0, 5), strict=True):
+        assert one.indices.tolist() == other.indices.tolist()
+        assert (one.images - other.images).abs().mean() < 0.02  # of a range of 2; another crop gives 0.3
+
+
+@pytest.mark.parametrize("augment", [AugmentConfig(), EVERYTHING])
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_processes_together_are_one(files, augment, memory, ranks):
+    found = load(files, augment, memory=memory)
+    alone = list(stream(found).batches(0, 5))
+    shares = [list(stream(found, rank, ranks).batches(0, 5)) for rank in range(ranks)]
+    for step in range(5):
+        together = joined(*(share[step] for share in shares))
+        assert together.indices.tolist() == alone[step].indices.tolist()
+        torch.testing.assert_close(together.images, alone[step].images, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_starting_at_a_step_is_as_running_up_to_it(files, memory):
+    run = list(stream(load(files, EVERYTHING, memory=memory)).batches(0, 9))
+    assert all(same(first, second) is False for first, second in pairwise(run))
+    for start in (1, 4, 8):
+        resumed = list(stream(load(files, EVERYTHING, memory=memory)).batches(start, 9))
+        assert len(resumed) == 9 - start
+        assert all(same(one, other) for one, other in zip(resumed, run[start:], strict=True))
+    assert list(stream(load(files, EVERYTHING, memory=memory)).batches(9, 9)) == []
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_judging_gives_each_picture_once_over_all_processes(files, memory, ranks, batch_size):
+    data, _ = load(files, EVERYTHING, memory=memory)
+    part = data.splits.parts["val"]
+    seen: dict[int, torch.Tensor] = {}
+    for rank in range(ranks):
+        for batch in judging_batches(data.pictures, part, batch_size=batch_size, device=CPU, rank=rank, ranks=ranks):
+            assert 0 < len(batch.indices) <= batch_size
+            assert batch.targets.tolist() == data.source.targets[batch.indices].tolist()
+            assert not set(batch.indices.tolist()) & set(seen)
+            seen |= dict(zip(batch.indices.tolist(), batch.images, strict=True))
+    assert sorted(seen) == part.tolist()
+    for index, image in seen.items():
+        pixels = data.pictures.preprocess.apply(data.source.read(index, "RGB"))
+        torch.testing.assert_close(image, torch.from_numpy(pixels).float() / 127.5 - 1, rtol=0, atol=1e-6)
+
+
+def copied(files: Path, root: Path) -> Path:
+    for path in files.rglob("*.png"):
+        (root / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (root / path.parent.name / path.name).write_bytes(path.read_bytes())
+    return root
+
+
+def test_a_file_lost_after_the_scan_is_dropped_and_noted_and_never_replaced(files, tmp_path):
+    found = load(copied(files, tmp_path), EVERYTHING, memory=False)
+    data = found[0]
+    whole = list(stream(found).batches(0, 3))
+    lost = int(whole[1].indices[2])
+    place = data.source.location(lost)
+    Path(place).unlink()
+    left = list(stream(found).batches(0, 3))
+    assert same(left[0], whole[0])
+    assert same(left[1], joined(whole[1].part(0, 2), whole[1].part(3, 6)))
+    assert same(left[2], whole[2])
+    assert list(data.pictures.dropped) == [place]
+    assert "No such file" in data.pictures.dropped[place]
+
+
+def test_a_file_broken_after_the_scan_is_left_out_of_the_judgement_alone_in_its_batch_too(files, tmp_path):
+    data, _ = load(copied(files, tmp_path), AugmentConfig(), memory=False)
+    part = data.splits.parts["val"]
+    assert len(part) == 4
+    broken = int(part[3])
+    Path(data.source.location(broken)).write_bytes(b"broken")
+    for batch_size in (1, 3, 4):
+        batches = list(judging_batches(data.pictures, part, batch_size=batch_size, device=CPU))
+        assert [index for batch in batches for index in batch.indices] == part[:3].tolist()
+    assert list(data.pictures.dropped) == [data.source.location(broken)]
+
+
+def test_when_no_file_is_left_reading_stops(files, tmp_path):
+    found = load(copied(files, tmp_path), AugmentConfig(), memory=False)
+    data = found[0]
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"none of 6 files can be read any more.*\.png"):
+        next(stream(found).batches(0, 1))
+    with pytest.raises(ValueError, match="none of 4 files can be read any more"):
+        list(judging_batches(data.pictures, data.splits.parts["val"], batch_size=3, device=CPU))
+
+
+def test_pictures_larger_than_the_input_are_read_from_files(files):
+    assert load(files, AugmentConfig(), memory=False, side=16)[0].pictures.stored is None
+    data, config = load(files, AugmentConfig(), memory=True)
+    smaller = replace(config, model=replace(config.model, image_size=16))
+    assert ready_data(check_data(config.data, Talk(quiet=True)), smaller).pictures.stored is None
+    assert data.pictures.stored is not None
+    assert data.pictures.stored.shape == (23, 3, 24, 24)
+
+
+def test_a_prepared_picture_is_not_prepared_twice(files):
+    data, _ = load(files, AugmentConfig(), memory=True)
+    assert data.pictures.is_ready
+    for index in range(3):
+        wanted = data.pictures.preprocess.apply(data.source.read(index, "RGB"))
+        np.testing.assert_array_equal(data.pictures.for_judging(index), wanted)
+
+
+def test_prepared_pictures_stay_on_disk_when_they_do_not_fit(files):
+    _, config = load(files, AugmentConfig(), memory=True)
+    stored = 23 * 3 * 20 * 16
+    for limit, fits in ((23 * 3 * 24 * 24, True), (stored, False)):
+        tight = replace(config, data=replace(config.data, memory_bytes=limit))
+        checked = check_data(tight.data, Talk(quiet=True))
+        assert checked.scan.pixels is not None
+        pictures = ready_data(checked, tight).pictures
+        assert pictures.is_ready == (pictures.stored is not None) == fits
+
+
+@pytest.mark.parametrize(
+    ("resize", "fraction", "size", "identity"),
+    [
+        ("squash", 0.5, (24, 24), True),
+        ("squash", 1.0, (24, 20), False),
+        ("crop", 1.0, (24, 24), True),
+        ("crop", 0.97, (24, 24), True),  # 24.7 is cut to 24, as torchvision does
+        ("crop", 0.9, (24, 24), False),
+        ("crop", 1.0, (32, 24), False),
+    ],
+)
+def test_preprocessing_that_changes_nothing_is_known(resize, fraction, size, identity):
+    preprocess = Preprocess(image_size=24, resize=resize, crop_fraction=fraction)
+    assert is_identity(preprocess, size) == identity
+    picture = photo(0, size[1], size[0])
+    pixels = np.asarray(picture).transpose(2, 0, 1)
+    assert np.array_equal(preprocess.apply(picture), pixels) == identity
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("fraction", [1.0, 0.9, 0.875])
+@settings(max_examples=8, deadline=None)
+@given(width=st.integers(1, 120), height=st.integers(1, 120))
+def test_preprocessing_is_torchvisions_resize_and_centre_crop(interpolation, mode, fraction, width, height):
+    values = (0.5,) * len(mode)
+    preprocess = Preprocess(28, len(mode), "crop", fraction, interpolation, values, values)
+    picture = photo(width, width, height).convert(mode)
+    ours = preprocess.apply(picture)
+    resize = v2.Resize(int(28 / fraction), InterpolationMode[interpolation.upper()], antialias=True)
+    theirs = np.asarray(v2.Compose([resize, v2.CenterCrop(28)])(picture))
+    np.testing.assert_array_equal(ours, theirs[None] if mode == "L" else theirs.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(40, 30), (30, 77), (28, 28), (3, 5)])
+def test_squashing_is_a_resize_of_both_sides(interpolation, size):
+    preprocess = Preprocess(image_size=28, resize="squash", crop_fraction=0.5, interpolation=interpolation)
+    picture = photo(1, *size)
+    theirs = v2.Resize((28, 28), InterpolationMode[interpolation.upper()], antialias=True)(picture)
+    np.testing.assert_array_equal(preprocess.apply(picture), np.asarray(theirs).transpose(2, 0, 1))
+
+
+def test_normalising_is_torchvisions():
+    preprocess = Preprocess(image_size=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    pixels = torch.arange(2 * 3 * 64).remainder(256).to(torch.uint8).view(2, 3, 8, 8)
+    wanted = v2.functional.normalize(pixels.float() / 255, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    torch.testing.assert_close(preprocess.normalise(pixels), wanted)
+    torch.testing.assert_close(preprocess.normalise(pixels.float() / 255), wanted)
+    assert pixels.flatten()[:3].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 0}, "image_size 0"),
+        ({"channels": 1}, "needs 1 values"),
+        ({"resize": "stretch"}, "unknown preprocess.resize 'stretch'"),
+        ({"interpolation": "bicubc"}, "did you mean 'bicubic'"),
+        ({"crop_fraction": 1.5}, "crop_fraction is 1.5"),
+        ({"std": (0.5, 0.5, 0.0)}, "every std above 0"),
+    ],
+)
+def test_preprocessing_that_cannot_work_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocess(**change)
+
+
+def test_digits_train_from_memory_in_grey():
+    source = open_source("digits")
+    assert isinstance(source, Digits)
+    preprocess = Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
+    pictures = Pictures(source, source.targets, preprocess, source.pixels[:, None], is_ready=True, workers=1)
+    part = np.arange(50)
+    train = TrainStream(pictures, part, batch_size=10, seed=0, augment=AugmentConfig(), device=CPU)
+    batch = next(train.batches(3, 4))
+    wanted = torch.from_numpy(source.pixels[batch.indices][:, None]).float() / 127.5 - 1
+    torch.testing.assert_close(batch.images, wanted, rtol=0, atol=1e-6)
