@@ -86,8 +86,7 @@ def test_lookup_lists_what_is_known():
 @pytest.mark.parametrize("facts", FACTS)
 def test_every_recipe_resolves_for_every_kind_of_data(recipe, facts):
     known = FACTS[facts]
-    given = {} if known.channels == 3 or recipe == "auto" else {"model.in_channels": 3}
-    config, choices = build_config(recipe, known, given)
+    config, choices = build_config(recipe, known, {})
     assert config.recipe == recipe
     assert config.model.num_classes == known.num_classes
     assert from_dict(RunConfig, to_dict(config)) == config
@@ -137,8 +136,11 @@ def test_auto_never_fails(num_train, num_classes, side, uniform, channels, devic
 )
 @pytest.mark.parametrize("facts", FACTS)
 def test_what_the_user_fixes_is_never_changed(given, facts):
+    # `--model s4-concat` fixes the decoder by its suffix.
+
     config, choices = build_config("auto", FACTS[facts], given)
     values = dict(leaves(config))
     for name, value in given.items():
         assert values[name] == value
     assert not {choice.setting for choice in choices} & set(given)
+    assert config.model.decoder == ("concat" if "concat" in config.variant else given.get("model.decoder", "mean"))

@@ -87,7 +87,7 @@ def test_the_validation_part_has_three_names(tmp_path, alias):
 
 def test_two_names_of_one_part_are_refused(tmp_path):
     make(tmp_path, "train/a/1.png", "val/a/2.png", "valid/a/3.png")
-    with pytest.raises(ValueError, match=r"val, valid.* same part twice.*keep one of"):
+    with pytest.raises(ValueError, match=r"val, valid.* same part twice.*keep one folder"):
         opened(tmp_path)
 
 

@@ -131,7 +131,7 @@ def test_a_class_that_is_one_group_stays_in_train():
 
 def test_folders_are_used_as_they_are():
     source = listing(4, 4, split=["train", "train", "val", "test"] * 2)
-    splits = divided(source, val_fraction=0.5, test_fraction=0.3)
+    splits = divided(source, val_fraction=0.5)
     assert {name: part.tolist() for name, part in splits.parts.items()} == {
         "train": [0, 1, 4, 5],
         "val": [2, 6],

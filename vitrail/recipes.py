@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitrail.config import RunConfig, load_config
+from vitrail.config import RunConfig, at_least, load_config
 from vitrail.lookup import pick
+from vitrail.models.config import DECODER_NAMES
 from vitrail.models.variants import SIZES, variant_config
 from vitrail.settings import leaves, override
 
@@ -71,17 +72,17 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
                 f"recipe {recipe}: no such file; expected a config.json of an earlier run, or a recipe's name"
             )
         config = load_config(path)
-        choices = [Choice(name, value, f"from {recipe}") for name, value in leaves(config) if name != "data.source"]
-        choices = [choice for choice in choices if choice.setting != "model.num_classes"]
+        choices = [Choice(name, value, f"from {recipe}") for name, value in leaves(config)]
+        fixed = {"recipe", "data.source", "model.num_classes"}
+        if "variant" in given:  # another architecture: only what the pictures decide stays
+            fixed |= {name for name, _ in leaves(config) if name.startswith("model.") and name != "model.in_channels"}
     else:
-        config, choices = RunConfig(recipe=recipe), pick(RECIPES, recipe, "recipe")(facts, given)
-    choices = [choice for choice in choices if choice.setting not in given and choice.setting != "recipe"]
-    wanted: dict[str, Any] = {"model.num_classes": facts.num_classes}
-    variant = given.get("variant") or next((c.value for c in choices if c.setting == "variant"), config.variant)
-    if "variant" in given or not recipe.endswith(".json"):
-        wanted |= {f"model.{key}": value for key, value in leaves(variant_config(variant)) if key != "num_classes"}
-    wanted |= {choice.setting: choice.value for choice in choices} | dict(given)
-    wanted["recipe"] = recipe
+        config, choices, fixed = RunConfig(), pick(RECIPES, recipe, "recipe")(facts, given), set[str]()
+    choices = [choice for choice in choices if choice.setting not in {*given, *fixed}]
+    made = {choice.setting: choice.value for choice in choices}
+    variant = str({**made, **given}.get("variant", config.variant))
+    wanted = {f"model.{key}": value for key, value in leaves(variant_config(variant))}
+    wanted |= {**made, **given, "recipe": recipe, "model.num_classes": facts.num_classes}
     return override(config, wanted), choices
 
 
@@ -119,7 +120,8 @@ def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
         if facts.side < size or patch <= 8:
             size = max(1, round(max(facts.side, patch) / patch)) * patch
             reason = f"the pictures' own {facts.side} px as a multiple of {patch}-px patches"
-        return [Choice("model.image_size", size, reason), *fitting(facts, size)]
+        size = int(given.get("model.image_size", size))
+        return [Choice("model.image_size", size, reason), *fitting(facts, size, given)]
     patch = int(given.get("model.patch_size", patch))
     size = int(given.get("model.image_size", max(1, round(size / patch)) * patch))
     return [
@@ -128,7 +130,7 @@ def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
         ),
         Choice("model.image_size", size, side),
         Choice("model.patch_size", patch, f"{(size // patch) ** 2} patches a picture: fine enough, and cheap enough"),
-        *fitting(facts, size),
+        *fitting(facts, size, given),
     ]
 
 
@@ -153,15 +155,16 @@ def body(facts: Facts) -> str:
     return "ti" if facts.num_train < 100_000 else "s"
 
 
-def fitting(facts: Facts, size: int) -> list[Choice]:
-    """How pictures are brought to the model's size, and its first channels."""
-    values = (0.5,) * facts.channels
+def fitting(facts: Facts, size: int, given: Mapping[str, Any]) -> list[Choice]:
+    """How pictures are brought to the model's size, its first channels, and the decoder."""
+    channels = int(given.get("model.in_channels", facts.channels))
+    values = (0.5,) * channels
+    named = [suffix for suffix in str(given.get("variant", "")).split("-")[1:] if suffix in DECODER_NAMES]
+    decoder = str(given.get("model.decoder", named[-1] if named else "mean"))
     choices = [
-        Choice(
-            "model.in_channels", facts.channels, "all pictures are grey" if facts.channels == 1 else "colour pictures"
-        ),
-        Choice("model.class_token", False, "the patches' mean needs no class token"),
-        Choice("model.decoder", "mean", "the mean of all patches learns faster on small sets than a class token"),
+        Choice("model.in_channels", channels, "all pictures are grey" if channels == 1 else "colour pictures"),
+        Choice("model.decoder", decoder, "as asked for" if named else "small sets learn it faster than a class token"),
+        Choice("model.class_token", decoder == "token", f"as the decoder {decoder!r} needs"),
         positions(facts),
         Choice("preprocess.mean", values, "the usual for ViTs"),
         Choice("preprocess.std", values, "the usual for ViTs"),
@@ -183,6 +186,7 @@ def positions(facts: Facts) -> Choice:
 def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
     """Epochs, batch, rate."""
     batch = int(known.get("batch_size", 64 if facts.num_train < 5_000 else 128 if facts.device == "cpu" else 512))
+    at_least("batch_size", batch, 1)
     # About this many pictures are seen in all: what a small ViT needs to converge from scratch, less where a CPU would
     # need hours.
     seen = 120_000 if facts.num_train < 5_000 else 900_000 if facts.device == "cpu" else 5_000_000
@@ -243,19 +247,21 @@ def article(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
     Its other schedule is `--schedule.decay step --schedule.step_every "1 epochs"`.
     """
     why = "as in the article"
-    steps = 10_000 * int(given.get("batch_size", 128))
+    seen = 10_000 * int(given.get("batch_size", 128))
+    channels = int(given.get("model.in_channels", 3))
     return [
+        Choice("model.in_channels", channels, why),
         Choice("variant", "b16", why),
         Choice("batch_size", 128, why),
-        Choice("epochs", round(steps / facts.num_train, 4), "10,000 steps, as in the article"),
+        Choice("epochs", round(seen / facts.num_train, 4), "10,000 steps, as in the article"),
         Choice("optim.lr", 3e-5, why),
         Choice("schedule.warmup", "500 steps", why),
         Choice("schedule.decay", "linear", why),
         Choice("log.every", "5 steps", why),
         Choice("model.dropout", 0.1, why),
         Choice("model.attention_dropout", 0.1, why),
-        Choice("preprocess.mean", (0.485, 0.456, 0.406), why),
-        Choice("preprocess.std", (0.229, 0.224, 0.225), why),
+        Choice("preprocess.mean", (0.485, 0.456, 0.406)[:channels], why),
+        Choice("preprocess.std", (0.229, 0.224, 0.225)[:channels], why),
         Choice("preprocess.crop_fraction", 224 / 256, why),
         Choice("augment.crop_scale", 0.25, why),
         Choice("augment.flip", 0.0 if facts.flip_reason else 0.5, facts.flip_reason or why),

@@ -21,7 +21,7 @@ INTERPOLATIONS = {
 }
 
 
-_STRIP = 20  # longer side over shorter one
+_PIXELS_LIMIT = 30_000_000  # of a resized picture before its centre is cut out
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Preprocess:
             return to_array(picture)
         # Sides and offsets are rounded as in torchvision's Resize and CenterCrop, to the pixel.
         short = max(size, int(size / self.crop_fraction))
-        if max(width, height) > _STRIP * min(width, height):
+        if short * short * max(width, height) > _PIXELS_LIMIT * min(width, height):
             # A strip a thousand times longer than wide would be resized to gigabytes: resample only what is kept.
             half = min(width, height) * size / short / 2
             box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)

@@ -81,7 +81,9 @@ def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fracti
             filled += counts
             taken += group
     # A class whose groups are all larger than its share gives its smallest, if that leaves it a picture.
-    for label in np.flatnonzero((quota > 0) & (filled == 0)):
+    for label in np.flatnonzero(quota > 0):
+        if filled[label]:
+            continue
         for group in sorted((each for each in members.values() if label in targets[each]), key=len):
             counts = np.bincount(targets[group], minlength=len(quota))
             if (filled + counts < np.maximum(sizes, 1)).all():
