@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,9 @@ def test_public_names_and_flags_grow_only_by_decision():
         (["train", "digits", "--model.decoder", "tokens"], 1, "did you mean 'token'"),
         (["train", "digits", "--schedule.warmup", "5 parsecs"], 1, "'2 epochs' or '5 %'"),
         (["train", "digits", "--batch-size", "0"], 1, "batch_size is 0"),
+        (["train", "digits", "--epochs", "0"], 1, "epochs is 0"),
+        (["train", "digits", "--model.patch-size", "0"], 1, "model.patch_size is 0"),
+        (["train", "digits", "--seed", "99999999999999999999999"], 1, "seed is"),
         (["train", "digits", "--device", "cuda"], 1, "--device cpu"),
         (["train", "digits", "--optim.accumulate", "7"], 1, "not a multiple of optim.accumulate 7"),
         (["eval", "/no/such/run", "digits"], 1, "/no/such/run: no such run"),
@@ -166,6 +170,34 @@ def test_eval_repeats_the_runs_own_judgement(tiny_run, tmp_path, capsys):
     assert json.loads((tmp_path / "f.json").read_text())["fingerprint"] == own["fingerprint"]
     assert run(["eval", str(done), str(data), "--split", "tset"]) == 1
     assert "did you mean 'test'" in said(capsys)
+
+
+def test_eval_never_takes_training_pictures_for_unseen_ones(tiny_run, tmp_path, capsys):
+    done, data = tiny_run
+    copy = shutil.copytree(data, tmp_path / data.name)
+    gone = json.loads((done / "split.json").read_text())["splits"]["train"][0]
+    (copy / gone).unlink()
+    assert run(["eval", str(done), str(copy)]) == 1
+    assert "--split all" in said(capsys)
+    alone = tmp_path / "model.safetensors"
+    shutil.copy(done / "model.safetensors", alone)
+    assert run(["eval", str(alone), str(copy)]) == 1
+    assert "--split all" in said(capsys)
+    assert run(["eval", str(alone), str(copy), "--split", "all", "--out", str(tmp_path / "e.json")]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["num_images"] == 59
+
+
+def test_eval_counts_the_broken_files_it_leaves_out(tiny_run, make_folder, tmp_path, capsys):
+    done, _ = tiny_run
+    other = make_folder(tmp_path / "other", count=4)
+    (other / "flat" / "001.png").write_bytes(b"no picture")
+    assert run(["eval", str(done), str(other)]) == 1
+    assert "flat/001.png" in said(capsys)
+    words = ["--data.damaged", "drop", "--out", str(tmp_path / "e.json")]
+    assert run(["eval", str(done), str(other), *words]) == 0
+    assert "flat/001.png" in said(capsys)
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert (result["num_images"], result["num_left_out"]) == (11, 1)
 
 
 def test_eval_maps_labels_by_name_and_refuses_unknown_ones(tiny_run, make_folder, tmp_path, capsys):

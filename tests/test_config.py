@@ -12,9 +12,9 @@ from vitrail.lookup import pick, unknown
 from vitrail.recipes import RECIPES, Facts, build_config
 from vitrail.settings import from_dict, leaves, override, to_dict
 
-DIGITS = Facts(1438, 10, 8, True, 1, "a mirrored digit is another sign", "cpu", True, 2)
-CIFAR = Facts(45_000, 10, 32, True, 3, "", "cpu", True, 2)
-PHOTOS = Facts(2_000, 5, 480, False, 3, "", "cpu", False, 2)
+DIGITS = Facts(1438, 10, 8, True, 1, "a mirrored digit is another sign", "cpu", True)
+CIFAR = Facts(45_000, 10, 32, True, 3, "", "cpu", True)
+PHOTOS = Facts(2_000, 5, 480, False, 3, "", "cpu", False)
 FACTS = {
     "digits": DIGITS,
     "cifar": CIFAR,
@@ -116,7 +116,7 @@ def test_auto_suits_the_data():
     st.sampled_from(["cpu", "cuda"]), st.booleans(),
 )  # fmt: skip
 def test_auto_never_fails(num_train, num_classes, side, uniform, channels, device, bf16):
-    facts = Facts(num_train, num_classes, side, uniform, channels, "", device, bf16, 2)
+    facts = Facts(num_train, num_classes, side, uniform, channels, "", device, bf16)
     config, _ = build_config("auto", facts, {})
     assert config.batch_size >= 1
 

@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 
 from vitrail.config import OptimConfig, RunConfig, ScheduleConfig, load_config
 from vitrail.console import Talk
+from vitrail.evaluation.classifier import load
+from vitrail.evaluation.tables import write_table
 from vitrail.models.vit import ViT
 from vitrail.settings import override
 from vitrail.training.diagnosis import NotFinite
 from vitrail.training.loop import rhythm_of
-from vitrail.training.optim import build_optimizer, update_average
+from vitrail.training.optim import build_optimizer, clip_gradient, update_average
 from vitrail.training.schedules import Schedule
 from vitrail.training.session import train
 from vitrail.weights.store import load_model
@@ -86,6 +88,22 @@ def test_the_configuration_of_a_run_trains_the_same_run(tiny_run, tmp_path):
     run, data = tiny_run
     train(data, out=tmp_path / "again", recipe=str(run / "config.json"), talk=QUIET)
     assert_same_weights(run, tmp_path / "again")
+
+
+def test_a_recipe_file_decides_the_split_too(make_folder, tmp_path, tiny):
+    data = make_folder(tmp_path / "data")
+    own = {"data.split_seed": 7, "data.val_fraction": 0.1, "data.damaged": "drop"}
+    first = train(data, out=tmp_path / "first", talk=QUIET, **tiny, **own).folder
+    (data / "flat" / "000.png").write_bytes(b"broken since")
+    again = train(data, out=tmp_path / "again", recipe=str(first / "config.json"), talk=QUIET).folder
+    config = load_config(again / "config.json")
+    assert (config.data.split_seed, config.data.val_fraction, config.data.damaged) == (7, 0.1, "drop")
+    split = json.loads((again / "split.json").read_text())["splits"]
+    assert len(split["val"]) == 6
+    other = train(
+        data, out=tmp_path / "other", recipe=str(first / "config.json"), model="nano4", epochs=1.0, talk=QUIET
+    )
+    assert load_config(other.folder / "config.json").model.embed_dim == 96
 
 
 def test_another_seed_is_another_run(tiny_run, tmp_path, tiny):
@@ -197,7 +215,8 @@ def test_a_full_disk_ends_with_one_message_and_an_intact_state(make_folder, tmp_
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_layer_and_files(make_folder, tmp_path, tiny):
+@pytest.mark.parametrize("every", ["1 epochs", "1 steps"])
+def test_a_loss_that_is_not_finite_stops_with_step_layer_and_files(every, make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
     settings = tiny | {
         "optim.lr": 1e30,
@@ -206,14 +225,28 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_files(make_folder, 
         "optim.weight_decay": 0.0,
     }
     with pytest.raises(NotFinite) as caught:
-        train(data, out=tmp_path / "run", talk=QUIET, **settings)
+        train(data, out=tmp_path / "run", talk=QUIET, **settings, **{"log.eval_every": every})
     message = str(caught.value)
     assert "step " in message
     assert ".png" in message
-    assert "layer" in message or "weights" in message
+    assert "first layer with such an output is" in message
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     state = tmp_path / "run" / "last" / "state.safetensors"
     if state.exists():
         assert all(torch.isfinite(value).all() for value in load_file(state).values())
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimConfig())
+    before = model.weight.detach().clone()
+    model(torch.tensor([[float("inf"), 1.0, 1.0]])).sum().backward()
+    norm = clip_gradient(model, 1.0)
+    assert not torch.isfinite(norm)
+    optimizer.found_inf = (~torch.isfinite(norm)).float()
+    optimizer.step()
+    assert torch.equal(model.weight, before)
 
 
 def test_resume_refuses_what_would_not_be_the_same_run(tiny_run, make_folder, tmp_path):
@@ -228,6 +261,54 @@ def test_resume_refuses_what_would_not_be_the_same_run(tiny_run, make_folder, tm
     with pytest.raises(ValueError, match="is no run"):
         train(data, out=tmp_path, resume=True, talk=QUIET)
     assert train(data, out=copy, resume=True, talk=QUIET).top1 >= 0, "a finished run answers at once"
+
+
+def test_refused_settings_leave_no_folder_behind(make_folder, tmp_path):
+    data = make_folder(tmp_path / "data")
+    with pytest.raises(ValueError, match="shorten it"):
+        train(data, out=tmp_path / "run", recipe="article", talk=QUIET, epochs=1.0, variant="nano8")
+    assert not (tmp_path / "run").exists()
+    for wrong in (
+        {"schedule.step_gamma": 0.5},
+        {"model.num_classes": 5},
+        {"augment.crop_ratio": 2.0, "augment.crop_scale": 1.0},
+    ):
+        with pytest.raises(ValueError, match="has no effect|leave it out"):
+            train(data, out=tmp_path / "run", talk=QUIET, **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_was_killed_can_be_made_again(make_folder, tmp_path, tiny):
+    data = make_folder(tmp_path / "data")
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "split.json", ".run.json.123.part"):
+        (tmp_path / "run" / name).write_text("{")
+    assert train(data, out=tmp_path / "run", talk=QUIET, **tiny).top1 >= 0
+
+
+def test_pictures_added_since_do_not_change_a_resumed_run(make_folder, tmp_path, tiny):
+    data = make_folder(tmp_path / "data")
+    whole = train(data, out=tmp_path / "whole", talk=QUIET, **tiny).folder
+    cut = shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(cut / "last")
+    info = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps(info | {"status": "stopped"}))
+    shutil.copy(data / "steep" / "001.png", data / "flat" / "0000.png")  # listed before nearly all others
+    train(data, out=cut, resume=True, talk=QUIET)
+    assert_same_weights(whole, cut)
+
+
+def test_names_that_are_not_utf8(make_folder, tmp_path, tiny, capsys):
+    data = make_folder(tmp_path / "data")
+    for label in ("flat", "steep"):
+        for path in list((data / label).iterdir()):
+            os.rename(path, os.fsencode(path.parent) + b"/h\xe9ron" + os.fsencode(path.name))
+    run = train(data, out=tmp_path / "run", **tiny).folder
+    rows = load(run).predict([os.fsdecode(path) for path in sorted((data / "flat").iterdir())[:3]])
+    assert [row.error for row in rows] == [None] * 3
+    for ending in ("csv", "jsonl", "parquet"):
+        write_table(tmp_path / f"rows.{ending}", rows)
+    assert "xe9ron" in (tmp_path / "rows.csv").read_text(encoding="utf-8")
 
 
 def test_a_picture_gone_since_the_split_is_named_on_resume(make_folder, tmp_path, tiny):

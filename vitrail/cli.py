@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 
 import vitrail
 from vitrail.config import RunConfig
-from vitrail.console import Talk
+from vitrail.console import Talk, printable
 from vitrail.lookup import unknown
 from vitrail.models.config import ViTConfig
 from vitrail.settings import field_types
@@ -26,9 +26,6 @@ OK, USER_ERROR, USAGE_ERROR = 0, 1, 2
 
 def main() -> None:
     """Entry point of the `vitrail` command."""
-    # Threads that spin while they wait lose the core to whatever else runs: with one other busy process on 2 cores,
-    # training was half as fast as with waiting threads asleep; alone, both are equal (docs/log.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -76,9 +73,9 @@ def guarded(do: Callable[[Any], int], options: Any) -> int:
 def fail(message: str, code: int = USER_ERROR) -> int:
     """Say on standard error what is wrong."""
     from rich.console import Console
-    from rich.markup import escape
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    console.print(f"[bold red]error:[/] {printable(message)}")
     return code
 
 
@@ -132,8 +129,10 @@ def train_options() -> type:
         ),
         (
             "recipe",
-            Annotated[str, arg(help="auto, article, or a config.json of an earlier run", metavar="NAME")],
-            "auto",
+            Annotated[
+                str | None, arg(help="auto (the default), article, or an earlier run's config.json", metavar="NAME")
+            ],
+            None,
         ),
         ("resume", Annotated[bool, arg(help="go on with the run in --out, exactly")], False),
     ]
@@ -258,7 +257,7 @@ def do_eval(options: Eval) -> int:
     ]
     talk.say("hardest classes: " + ", ".join(f"{label} ({recall:.1%} found)" for recall, label in worst))
     if options.out is not None:
-        write_text(Path(options.out), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_text(Path(options.out), json.dumps(result, indent=2) + "\n")
         talk.say(f"all figures: {options.out}")
     return OK
 

@@ -50,6 +50,7 @@ class DataConfig:
                 f"data.val_fraction {self.val_fraction} + data.test_fraction {self.test_fraction} leave nothing to train on"
             )
         choice("data.damaged", self.damaged, DAMAGED_NAMES)
+        seed_range("data.split_seed", self.split_seed)
         at_least("data.limit_pixels", self.limit_pixels, 1)
         at_least("data.memory_bytes", self.memory_bytes, 0)
         at_least("data.workers", self.workers, 0)
@@ -194,7 +195,7 @@ class RunConfig:
         if self.epochs <= 0:
             raise ValueError(f"epochs is {self.epochs}; expected above 0")
         at_least("batch_size", self.batch_size, 1)
-        at_least("seed", self.seed, 0)
+        seed_range("seed", self.seed)
         choice("precision", self.precision, PRECISION_NAMES)
         choice("device", self.device, DEVICE_NAMES)
         if self.batch_size % self.optim.accumulate:
@@ -253,6 +254,12 @@ def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raise a ValueError that suggests the nearest known value unless `value` is one."""
     if value not in known:
         raise ValueError(unknown(name, value, known))
+
+
+def seed_range(name: str, value: int) -> None:
+    """Raise a ValueError unless `value` fits the random generators."""
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name} is {value}; expected 0 to {2**32 - 1}")
 
 
 def at_least(name: str, value: float, least: float) -> None:

@@ -18,20 +18,20 @@ class Talk:
     """The one mouth of a command. `quiet` processes (all but the first under torchrun) say nothing."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.out = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.out = Console(quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self.live = self.out.is_terminal and not quiet
 
     def say(self, line: str = "") -> None:
         """Print a line."""
-        self.out.print(escape(line))
+        self.out.print(printable(line))
 
     def warn(self, line: str) -> None:
         """Print a line that should be noticed."""
-        self.out.print(f"[yellow]warning:[/] {escape(line)}")
+        self.out.print(f"[yellow]warning:[/] {printable(line)}")
 
     def good(self, line: str) -> None:
         """Print a result."""
-        self.out.print(f"[bold green]{escape(line)}[/]")
+        self.out.print(f"[bold green]{printable(line)}[/]")
 
     @contextlib.contextmanager
     def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
@@ -54,6 +54,11 @@ class Talk:
                 self.say(f"{what}: {done:,} of {total:,}")
 
         return advance
+
+
+def printable(line: str) -> str:
+    """Return a line without markup, and as valid Unicode: file names may hold bytes that are not UTF-8."""
+    return escape(line.encode("utf-8", "backslashreplace").decode())
 
 
 class TrainingDisplay:

@@ -7,7 +7,7 @@ What the user fixes is never changed, and what depends on it follows it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class Facts:
         flip_reason: why pictures must not be mirrored; empty when they may.
         device: cpu or cuda.
         bf16: whether the device computes bfloat16 on its own instructions.
-        cores: processor cores.
     """
 
     num_train: int
@@ -43,7 +42,6 @@ class Facts:
     flip_reason: str
     device: str
     bf16: bool
-    cores: int
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,11 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
     Raises:
         ValueError: the recipe is unknown, or a setting is unknown or refused.
     """
-    if recipe.endswith(".json") or "/" in recipe:
-        path = Path(recipe)
-        if not path.is_file():
-            raise ValueError(
-                f"recipe {recipe}: no such file; expected a config.json of an earlier run, or a recipe's name"
-            )
-        config = load_config(path)
+    for name in ("batch_size", "model.patch_size", "model.image_size"):
+        at_least(name, given.get(name, 1), 1)
+    if given.get("epochs", 1) <= 0:
+        raise ValueError(f"epochs is {given['epochs']}; expected above 0")
+    if (config := recipe_file(recipe)) is not None:
         choices = [Choice(name, value, f"from {recipe}") for name, value in leaves(config)]
         fixed = {"recipe", "data.source", "model.num_classes"}
         if "variant" in given:  # another architecture: only what the pictures decide stays
@@ -83,7 +79,44 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
     variant = str({**made, **given}.get("variant", config.variant))
     wanted = {f"model.{key}": value for key, value in leaves(variant_config(variant))}
     wanted |= {**made, **given, "recipe": recipe, "model.num_classes": facts.num_classes}
-    return override(config, wanted), choices
+    config = override(config, wanted)
+    refuse_idle(config, given)
+    return config, choices
+
+
+def recipe_file(recipe: str) -> RunConfig | None:
+    """Return the configuration of an earlier run that a recipe names, or None when it names a recipe.
+
+    Raises:
+        ValueError: the file is missing or cannot be read.
+    """
+    if not recipe.endswith(".json") and "/" not in recipe:
+        return None
+    if not Path(recipe).is_file():
+        raise ValueError(f"recipe {recipe}: no such file; expected a config.json of an earlier run, or a recipe's name")
+    return load_config(Path(recipe))
+
+
+# Setting → (setting that it depends on, whether it has an effect under this configuration).
+IDLE: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
+    "schedule.step_every": ("schedule.decay", lambda config: config.schedule.decay == "step"),
+    "schedule.step_gamma": ("schedule.decay", lambda config: config.schedule.decay == "step"),
+    "schedule.final_fraction": ("schedule.decay", lambda config: config.schedule.decay in ("cosine", "linear")),
+    "preprocess.crop_fraction": ("preprocess.resize", lambda config: config.preprocess.resize == "crop"),
+    "augment.crop_ratio": ("augment.crop_scale", lambda config: config.augment.crop_scale < 1),
+    "augment.saturation": ("model.in_channels", lambda config: config.model.in_channels == 3),
+    "augment.fill": ("augment.rotation", lambda config: config.augment.rotation > 0 or config.augment.shift > 0),
+}
+
+
+def refuse_idle(config: RunConfig, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError when the user sets something that has no effect: nothing is ignored silently."""
+    values = dict(leaves(config))
+    for name, (other, has_effect) in IDLE.items():
+        if given.get(name) and not has_effect(config):
+            raise ValueError(
+                f"{name} {given[name]!r} has no effect with {other} {values[other]!r}; leave it out or change that"
+            )
 
 
 def auto(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
@@ -162,7 +195,11 @@ def fitting(facts: Facts, size: int, given: Mapping[str, Any]) -> list[Choice]:
     named = [suffix for suffix in str(given.get("variant", "")).split("-")[1:] if suffix in DECODER_NAMES]
     decoder = str(given.get("model.decoder", named[-1] if named else "mean"))
     choices = [
-        Choice("model.in_channels", channels, "all pictures are grey" if channels == 1 else "colour pictures"),
+        Choice(
+            "model.in_channels",
+            channels,
+            "no colour in a sample of the pictures" if channels == 1 else "colour pictures",
+        ),
         Choice("model.decoder", decoder, "as asked for" if named else "small sets learn it faster than a class token"),
         Choice("model.class_token", decoder == "token", f"as the decoder {decoder!r} needs"),
         positions(facts),
@@ -190,7 +227,7 @@ def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
     # About this many pictures are seen in all: what a small ViT needs to converge from scratch, less where a CPU would
     # need hours.
     seen = 120_000 if facts.num_train < 5_000 else 900_000 if facts.device == "cpu" else 5_000_000
-    epochs = float(min(100, max(10, round(seen / facts.num_train))))
+    epochs = float(min(400, max(10, round(seen / facts.num_train))))
     width = {name: fields["embed_dim"] for name, fields in SIZES.items()}
     size = str(known.get("variant", "ti16")).split("-")[0].rstrip("0123456789")
     lr = 1e-3 * math.sqrt(batch / 128) * math.sqrt(192 / width.get(size, 192))
@@ -206,6 +243,11 @@ def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
         ),
         Choice("optim.label_smoothing", 0.1, "keeps a net that can learn its pictures by heart from being too sure"),
         Choice("model.drop_path", 0.1, "stochastic depth, against learning by heart"),
+        *(
+            [Choice("log.eval_every", "1 %", "a hundred judgements are enough")]
+            if float(known.get("epochs", epochs)) > 100
+            else []
+        ),
     ]
 
 

@@ -53,6 +53,7 @@ class Pictures:
         stored: decoded pictures uint8 [N, C, H, W], or None to read files.
         is_ready: whether the stored pictures are the model's input as they are.
         dropped: paths of files that failed after the scan, with the reason.
+        told: those of them that the user was told of.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class Pictures:
     is_ready: bool = False
     workers: int = 0
     dropped: dict[str, str] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.pool = ThreadPoolExecutor(self.workers or os.cpu_count() or 1, thread_name_prefix="decode")
@@ -123,18 +125,21 @@ class TrainStream:
         self._orders: dict[int, np.ndarray] = {}
 
     def positions(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (epoch, picture index) of every sample of this process in step `step` (from 0)."""
+        """Return (epoch, place in the part) of every sample of this process in step `step` (from 0).
+
+        A place, unlike a picture's number in the listing, stays when files are added to the folder.
+        """
         share = self.batch_size // self.ranks
         start = step * self.batch_size + self.rank * share
-        epochs, places = np.divmod(np.arange(start, start + share), len(self.part))
-        return epochs, np.asarray([self.order(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+        epochs, turns = np.divmod(np.arange(start, start + share), len(self.part))
+        return epochs, np.asarray([self.order(int(epoch))[turn] for epoch, turn in zip(epochs, turns, strict=True)])
 
     def order(self, epoch: int) -> np.ndarray:
-        """Return the part's indices in this epoch's order."""
+        """Return the part's places in this epoch's order."""
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
             random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._orders[epoch] = random.permutation(self.part)
+            self._orders[epoch] = random.permutation(len(self.part))
         return self._orders[epoch]
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -151,10 +156,11 @@ class TrainStream:
 
     def from_memory(self, step: int) -> Batch:
         """Augment stored pictures, crop included."""
-        epochs, indices = self.positions(step)
+        epochs, places = self.positions(step)
+        indices = self.part[places]
         assert self.pictures.stored is not None
         stored = self.pictures.stored[indices]
-        draws = draw(self.seed, epochs, indices)
+        draws = draw(self.seed, epochs, places)
         size, target = (stored.shape[2], stored.shape[3]), self.pictures.preprocess.image_size
         cropped = self.augment.crop_scale < 1 or size != (target, target)
         boxes = crop_boxes(self.augment, draws, np.tile(size, (len(indices), 1))) if cropped else None
@@ -162,8 +168,9 @@ class TrainStream:
 
     def start_reading(self, step: int):
         """Start the threads on a batch: decode, random resized crop."""
-        epochs, indices = self.positions(step)
-        draws = draw(self.seed, epochs, indices)
+        epochs, places = self.positions(step)
+        indices = self.part[places]
+        draws = draw(self.seed, epochs, places)
 
         def read(place: int, index: int) -> np.ndarray:
             preprocess = self.pictures.preprocess

@@ -16,7 +16,7 @@ from vitrail.data.preprocess import Preprocess
 from vitrail.data.problems import stop_on_errors
 from vitrail.data.scan import scan_source
 from vitrail.data.sources import Source, open_source
-from vitrail.data.splits import Splits, load_splits, make_splits
+from vitrail.data.splits import Splits, fingerprint, load_splits, make_splits
 from vitrail.evaluation.classifier import Classifier, load, model_file
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
@@ -61,11 +61,19 @@ def evaluate(
             channels=classifier.preprocess.channels,
             advance=advance,
         )
+    for problem in (*opened.problems, *scan.problems):
+        # A class without pictures is an error to a training; here it is told after the judgement.
+        if problem.severity == "warning":
+            talk.warn(problem.message)
     stop_on_errors(scan.problems)
-    parts = parts_of(model, classifier, opened, data, scan.good, scan.groups, talk)
-    part = choose_part(split, parts, source)
     targets = to_model_labels(opened, classifier.labels)
-    indices = parts.parts[part] if part != "all" else np.flatnonzero(scan.good)
+    if split == "all":
+        everything = {"all": np.flatnonzero(scan.good)}
+        parts = Splits(everything, fingerprint(opened, everything), "all pictures")
+    else:
+        parts = parts_of(model, classifier, opened, data, scan.good, scan.groups)
+    part = choose_part(split, parts, source)
+    indices = parts.parts[part]
     pictures = Pictures(opened, targets, classifier.preprocess, scan.pixels, workers=data.workers)
     pictures.is_ready = ready(classifier.preprocess, scan.pixels)
     with talk.bar(f"judging {len(indices):,} pictures") as advance:
@@ -76,34 +84,42 @@ def evaluate(
         talk.warn(f"{len(absent)} classes of the model have no picture here: {', '.join(absent[:10])}")
     if pictures.dropped:
         talk.warn(f"{len(pictures.dropped)} files failed and are not counted: {', '.join(list(pictures.dropped)[:5])}")
-    return {**result, "split": part, "fingerprint": parts.fingerprint, "source": source, "model": model}
+    left_out = int((~scan.good).sum()) + len(pictures.dropped)
+    place = {"split": part, "fingerprint": parts.fingerprint, "source": source, "model": model}
+    return {**result, **place, "num_left_out": left_out}
 
 
 def parts_of(
-    model: str,
-    classifier: Classifier,
-    source: Source,
-    data: DataConfig,
-    good: np.ndarray,
-    groups: np.ndarray,
-    talk: Talk,
+    model: str, classifier: Classifier, source: Source, data: DataConfig, good: np.ndarray, groups: np.ndarray
 ) -> Splits:
-    """Return the division that the model was trained with where it is known, else the source's own folders."""
+    """Return the division that the model was trained with where the source is that data, else the source's own.
+
+    Raises:
+        ValueError: the source is that data, but has changed, so that training pictures could be judged as unseen.
+    """
     trained = classifier.header.split
     recorded = model_file(model).parent / "split.json" if Path(model).exists() else None
-    if recorded is not None and recorded.exists() and trained.get("source") == source.name:
+    same_name = trained.get("source") == source.name
+    remedy = "restore the files, or judge all pictures, those of the training included, by --split all"
+    if recorded is not None and recorded.exists() and same_name:
         try:
             return load_splits(source, recorded, good)
         except ValueError as error:
-            talk.warn(f"the recorded split does not fit: {error}")
+            raise ValueError(f"{error}. {remedy.capitalize()}") from None
     rule = {name: trained[name] for name in ("val_fraction", "test_fraction", "split_seed") if name in trained}
     made = make_splits(source, dataclasses.replace(data, **rule), good, groups)
     if made.fingerprint == trained.get("fingerprint"):
         return made
-    # Other data than the model was trained on: its own folders count, and a flat folder is one whole.
-    if source.split is None:
-        return Splits({}, "", "no parts")
-    return make_splits(source, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
+    if source.split is not None:
+        return make_splits(source, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
+    if same_name:
+        raise ValueError(
+            f"{source.name}: the model was trained on data of this name, but its files have changed, and which of them were "
+            f"trained on is not known without the run folder's split.json; {remedy}"
+        )
+    # Other data than the model was trained on: a flat folder is one whole.
+    everything = {"all": np.flatnonzero(good)}
+    return Splits(everything, fingerprint(source, everything), "all pictures")
 
 
 def choose_part(split: str | None, parts: Splits, source: str) -> str:
@@ -113,11 +129,11 @@ def choose_part(split: str | None, parts: Splits, source: str) -> str:
         ValueError: the part asked for is unknown or not there.
     """
     if split is None:
-        return next((part for part in ("test", "val", "train") if part in parts.parts), "all")
+        return next(part for part in ("test", "val", "train", "all") if part in parts.parts)
     if split not in PARTS:
         raise ValueError(unknown("--split", split, PARTS))
-    if split != "all" and split not in parts.parts:
-        raise ValueError(f"{source}: has no part {split!r}; it has {', '.join([*parts.parts, 'all'])}")
+    if split not in parts.parts:
+        raise ValueError(f"{source}: has no part {split!r}; it has {', '.join(parts.parts)}, or all by --split all")
     return split
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from vitrail.data.decode import is_picture_name
+from vitrail.data.sources import list_pictures
 from vitrail.evaluation.classifier import Prediction
 from vitrail.files import replacing, write_text
 
@@ -31,19 +31,26 @@ def write_table(path: Path, rows: Iterable[Prediction]) -> None:
     """
     check_ending(path)
     records = [{column: getattr(row, column) for column in COLUMNS} for row in rows]
+    if path.suffix.lower() != ".jsonl":  # JSON escapes what is not UTF-8 by itself
+        records = [{**record, "path": shown(record["path"])} for record in records]
     ending = path.suffix.lower()
     if ending == ".parquet":
         write_parquet(path, records)
     elif ending == ".jsonl":
-        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     else:
         memory = io.StringIO(newline="")
         writer: csv.DictWriter[str] = csv.DictWriter(memory, COLUMNS)
         writer.writeheader()
         for record in records:
-            lists = {key: json.dumps(record[key], ensure_ascii=False) for key in ("top_labels", "top_probabilities")}
+            lists = {key: json.dumps(record[key]) for key in ("top_labels", "top_probabilities")}
             writer.writerow({**record, **lists})
         write_text(path, memory.getvalue())
+
+
+def shown(path: str) -> str:
+    """Return a path as valid Unicode: bytes of a file's name that are not UTF-8 become `\\xe9` and the like."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def write_parquet(path: Path, records: list[dict]) -> None:
@@ -70,7 +77,7 @@ def find_pictures(words: Iterable[str]) -> list[str]:
     for word in words:
         path = Path(word)
         if path.is_dir():
-            inside = sorted(str(each) for each in path.rglob("*") if each.is_file() and is_picture_name(each.name))
+            inside = [str(path / each) for each in list_pictures(path, path)[0]]
             if not inside:
                 raise ValueError(f"{word}: the folder holds no pictures")
             found += inside

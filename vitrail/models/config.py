@@ -84,6 +84,8 @@ class ViTConfig:
             )
         if self.decoder == "token" and not self.class_token:
             raise ValueError("model.decoder 'token' reads the class token, but model.class_token is False; use 'mean'")
+        if self.decoder == "concat" and self.patch_dropout:
+            raise ValueError("model.patch_dropout leaves out patches that model.decoder 'concat' joins; set it to 0")
         if self.window:
             raise ValueError(
                 f"model.window {self.window} has no effect with model.attention {self.attention!r}; leave it 0"

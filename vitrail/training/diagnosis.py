@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitrail.data.loader import Batch, TrainStream
+from vitrail.data.loader import Batch, Pictures, TrainStream
+from vitrail.evaluation.judge import evaluating
+from vitrail.evaluation.metrics import Outputs
 from vitrail.models.vit import ViT
 
 
@@ -15,22 +19,48 @@ class NotFinite(ValueError):
     """The loss or the gradient is not a finite number; no checkpoint of this state is written."""
 
 
-def check_finite(first_step: int, losses: list[float], norms: list[float], model: ViT, stream: TrainStream) -> None:
+def check_finite(
+    first_step: int,
+    losses: list[float],
+    norms: list[float],
+    model: ViT,
+    stream: TrainStream,
+    precision: contextlib.AbstractContextManager,
+) -> None:
     """Raise `NotFinite` with a diagnosis when a step's loss or gradient norm is NaN or infinite.
 
     Args:
         first_step: the step (from 1) of the first value.
+        precision: the mixed precision of the run, in which the step is looked at again.
     """
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), first_step):
         if math.isfinite(loss) and math.isfinite(norm):
             continue
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         batch = next(iter(stream.batches(step - 1, step)))
+        with precision:
+            found = first_broken(model, batch)
         files = [stream.pictures.source.location(int(index)) for index in batch.indices[:5]]
         raise NotFinite(
-            f"step {step}: {what}. {first_broken(model, batch)}. The batch's files begin with {', '.join(files)}. "
+            f"step {step}: {what}. {found}. The batch's files begin with {', '.join(files)}. "
             "The saved state is from before; try a lower --optim.lr, a longer --schedule.warmup or --precision fp32"
         )
+
+
+def check_outputs(step: int, outputs: Outputs, model: ViT, pictures: Pictures) -> None:
+    """Raise `NotFinite` with a diagnosis when a judgement met numbers that are NaN or infinite."""
+    broken = np.flatnonzero(~np.isfinite(outputs.logits).all(axis=1))
+    if not len(broken):
+        return
+    index = int(outputs.indices[broken[0]])
+    pixels = torch.from_numpy(pictures.for_judging(index))[None].to(next(model.parameters()).device)
+    batch = Batch(pictures.preprocess.normalise(pixels), torch.zeros(1), np.asarray([index]))
+    with evaluating(model):
+        found = first_broken(model, batch)
+    raise NotFinite(
+        f"step {step}: for {len(broken)} validation pictures, first {pictures.source.location(index)}, the model's output "
+        f"is not finite. {found}. The saved state is from before; try a lower --optim.lr or a longer --schedule.warmup"
+    )
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
 from vitrail.files import write_text
 from vitrail.report.page import build_report
-from vitrail.training.loop import model_header
+from vitrail.training.loop import model_header, report_dropped
 from vitrail.training.parallel import World
 from vitrail.training.precision import pick_device
 from vitrail.training.prepare import TrainData
@@ -60,28 +60,12 @@ def finish(config: RunConfig, data: TrainData, run: Run, world: World, talk: Tal
             f"test_{k}": results["test"][k] for k in ("top1", "loss") if "test" in results
         }
         save_model(run.model, model.state_dict(), model_header(config, data, metrics, temperature))
-        write_text(run.folder / "evaluation.json", json.dumps(results, ensure_ascii=False) + "\n")
+        write_text(run.folder / "evaluation.json", json.dumps(results) + "\n")
         report_dropped(data, run, talk)
         run.note(status="finished")
         build_report(run.folder)
     world.wait()
     return results
-
-
-def report_dropped(data: TrainData, run: Run, talk: Talk) -> None:
-    """Say which files failed after the first look, and were left out since."""
-    dropped = data.pictures.dropped
-    if dropped:
-        talk.warn(
-            f"{len(dropped)} files failed during training and were left out from then on: {', '.join(list(dropped)[:5])}"
-        )
-        problem = {
-            "severity": "warning",
-            "kind": "unreadable",
-            "paths": list(dropped),
-            "message": "failed during training",
-        }
-        run.note(problems=[*run.info().get("problems", []), problem])
 
 
 def mistakes(outputs: Outputs, source: Source, temperature: float) -> list[dict[str, Any]]:

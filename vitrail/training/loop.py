@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import headline
 from vitrail.models.vit import ViT
 from vitrail.training.checkpoints import Progress, State, load_state, save_state
-from vitrail.training.diagnosis import check_finite
+from vitrail.training.diagnosis import check_finite, check_outputs
 from vitrail.training.meter import Meter
 from vitrail.training.objectives import Classification
 from vitrail.training.optim import build_optimizer, clip_gradient, set_lr, update_average
@@ -34,12 +34,14 @@ from vitrail.weights.store import ModelHeader, save_model, versions
 _SHOW_SECONDS = 0.5
 
 
-def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk) -> Path:
+def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk) -> Progress:
     """Train until the last step; goes on from the run's saved state where there is one.
 
+    Afterwards `model.safetensors` in the run's folder holds the weights that did best on the validation part, and
+    `last/` the exact state.
+
     Returns:
-        The run's folder: `model.safetensors` holds the weights that did best on the validation part, `last/` the
-        exact state.
+        Where the run is.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; the state is saved.
@@ -79,15 +81,17 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
 
             log, judged = rhythm.due(step, rhythm.log), rhythm.due(step, rhythm.judge)
             now = time.monotonic()
-            stopping = world.any(bool(stop.number))
-            save = judged or stopping or world.any(now - saved_at > 60 * config.log.save_minutes > 0)
+            late = now - saved_at > 60 * config.log.save_minutes > 0
+            stopping, late = (int(number) for number in world.most(stop.number, late))
+            save = judged or stopping or late
             if log or judged or save or now - shown_at > _SHOW_SECONDS:
                 pending = meter.settle()
-                check_finite(step + 1 - len(pending[0]), *pending, state.model, stream)
+                check_finite(step + 1 - len(pending[0]), *pending, state.model, stream, autocast(config, device))
                 means, shown_at = meter.means(), now
                 remaining_s = (rhythm.total - step) * (now - started_at) / (step - start)
                 display.update(step, means["train/loss"], means["train/top1"], meter.images_per_s(), remaining_s)
                 state.progress.elapsed_s = elapsed_s + now - started_at
+                report_dropped(data, run, talk)
                 if log:
                     line = {**means, "train/lr": state.optimizer.param_groups[0]["lr"], **meter.speed()}
                     run.log(step=step, epoch=rhythm.epoch(step), **line, **{"time/elapsed_s": state.progress.elapsed_s})
@@ -95,13 +99,27 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
             if judged:
                 judge_and_keep(config, data, run, world, state, rhythm, display)
                 meter.restart_clock()
-            if save and world.is_main:
+            if save:
                 state.progress.window = meter.window
-                save_state(run.last, state)
-                saved_at = now
+                if world.is_main:
+                    save_state(run.last, state)
+                saved_at = time.monotonic()
             if stopping:
-                raise Stopped(stop.number, step)
-    return run.folder
+                world.wait()  # no process may end, and so end the others, before the state is saved
+                raise Stopped(stopping, step)
+    return state.progress
+
+
+def report_dropped(data: TrainData, run: Run, talk: Talk) -> None:
+    """Say at once which files failed after the first look; they are left out from then on."""
+    dropped, told = data.pictures.dropped, data.pictures.told
+    new = [path for path in dropped if path not in told]
+    if not new:
+        return
+    told.update(new)
+    talk.warn(f"{len(new)} files can no longer be read and are left out: {', '.join(new[:5])}")
+    problems = [{"severity": "warning", "kind": "unreadable", "paths": new, "message": "failed during the run"}]
+    run.note(problems=[*run.info().get("problems", []), *problems])
 
 
 def start_state(config: RunConfig, device: torch.device) -> State:
@@ -116,16 +134,23 @@ def update(
     wrapped: nn.Module, state: State, batch: Batch, config: RunConfig, device: torch.device
 ) -> dict[str, Tensor]:
     """Do one optimizer step: forward, backward, clip, step. The figures stay on the device."""
-    size = -(-len(batch.targets) // config.optim.accumulate)
+    count = len(batch.targets)
+    parts = min(config.optim.accumulate, count)
     loss = correct = torch.zeros((), device=device)
-    for start in range(0, len(batch.targets), size):
-        part = batch.part(start, start + size)
-        with autocast(config, device):
-            losses = wrapped(part)
-        share = len(part.targets) / len(batch.targets)
-        (losses["loss"] * share).backward()
+    for number in range(parts):
+        part = batch.part(number * count // parts, (number + 1) * count // parts)
+        share = len(part.targets) / count
+        # Gradients cross processes once a step, with the last part.
+        shared = isinstance(wrapped, nn.parallel.DistributedDataParallel) and number + 1 < parts
+        with wrapped.no_sync() if shared else contextlib.nullcontext():  # pyright: ignore[reportCallIssue]
+            with autocast(config, device):
+                losses = wrapped(part)
+            (losses["loss"] * share).backward()
         loss, correct = loss + losses["loss"].detach() * share, correct + losses["correct"]
     grad_norm = clip_gradient(state.model, config.optim.clip_norm)
+    # A gradient that is not finite must not touch the weights: the diagnosis needs them as they were. The fused
+    # optimizer looks at this number on the device, without a sync.
+    state.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # pyright: ignore[reportAttributeAccessIssue]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return {"loss": loss, "correct": correct, "grad_norm": grad_norm}
@@ -137,9 +162,11 @@ def judge_and_keep(
     """Judge the weights on the validation part, log it, and keep them where they are the best so far."""
     part = data.splits.parts["val"]
     outputs = judge(state.judged, data.pictures, part, device=pick_device(config.device), world=world)
+    check_outputs(state.progress.step, outputs, state.judged, data.pictures)
     figures = headline(outputs)
     step, epoch, best = state.progress.step, rhythm.epoch(state.progress.step), state.progress.best
-    run.log(step=step, epoch=epoch, **{f"eval/{name}": value for name, value in figures.items()})
+    line = {f"eval/{name}": value for name, value in figures.items()}
+    run.log(step=step, epoch=epoch, **line, **{"eval/num_images": len(outputs.targets)})
     better = not best or (figures["top1"], -figures["loss"]) > (best["top1"], -best["loss"])
     display.judged(epoch, figures["top1"], figures["loss"], len(outputs.targets), better)
     if better:

@@ -12,8 +12,7 @@ from vitrail.models.vit import ViT
 class Classification(nn.Module):
     """Cross-entropy of the right label.
 
-    Forward returns `loss` (minimised), `sum`, the summed loss without label smoothing, and `correct`, the number of
-    right predictions, over the batch.
+    Forward returns `loss` (minimised) and `correct`, the number of right predictions of the batch.
     """
 
     def __init__(self, model: ViT, *, label_smoothing: float = 0.0) -> None:

@@ -43,5 +43,5 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     The ramp (1 + step) / (10 + step) is TensorFlow's `ExponentialMovingAverage(num_updates=…)`.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, 1 - decay)
+    means, weights = list[Tensor](average.parameters()), list[Tensor](model.parameters())
+    torch._foreach_lerp_(means, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

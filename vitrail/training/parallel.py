@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,19 +24,26 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` over all processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
     def wrap(self, objective: nn.Module) -> nn.Module:
         """Return the objective with its gradients averaged over processes."""
-        return nn.parallel.DistributedDataParallel(objective) if self.size > 1 else objective
+        if self.size == 1:
+            return objective
+        return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)])).item())
+    def most(self, *numbers: float) -> tuple[float, ...]:
+        """Return the largest of each number over all processes, so that all decide alike."""
+        if self.size == 1:
+            return numbers
+        values = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return tuple(values.tolist())
+
+    def from_main(self, value: T) -> T:
+        """Return the main process's value on every process."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def wait(self) -> None:
         """Wait for all processes."""

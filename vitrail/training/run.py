@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Run:
         if self.is_main:
             path = self.folder / "run.json"
             known = self.info() if path.exists() else {}
-            write_text(path, json.dumps(known | values, indent=2, ensure_ascii=False) + "\n")
+            write_text(path, json.dumps(known | values, indent=2) + "\n")
 
     def log(self, **values: Any) -> None:
         """Add a line to the metrics, on disk at once."""
@@ -72,8 +73,8 @@ class Run:
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
 
-def create_run(folder: Path, config: RunConfig, **info: Any) -> Run:
-    """Make a new run folder with its configuration.
+def create_run(folder: Path, config: RunConfig, save_split: Callable[[Path], None], **info: Any) -> Run:
+    """Make a new run folder with its configuration and split.
 
     Raises:
         ValueError: the folder holds something already, or cannot be made.
@@ -82,7 +83,8 @@ def create_run(folder: Path, config: RunConfig, **info: Any) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder)
     save_config(config, folder / "config.json")
-    run.note(status="running", started_at=now(), **info)
+    save_split(folder / "split.json")
+    run.note(status="running", started_at=now(), **info)  # last: with this file the folder is a run
     return run
 
 
@@ -90,7 +92,9 @@ def check_new(folder: Path) -> None:
     """Raise a ValueError when a run cannot begin in this folder, because it is a file or holds something."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another --out")
-    if folder.exists() and any(folder.iterdir()):
+    # What a start leaves that was killed before run.json made it a run.
+    beginnings = {"config.json", "split.json"}
+    if folder.exists() and any(each.name not in beginnings and not is_draft(each) for each in folder.iterdir()):
         if (folder / "run.json").exists():
             raise ValueError(f"{folder}: holds a run already; choose another --out, or go on with that run by --resume")
         raise ValueError(f"{folder}: is not empty; choose another --out")
@@ -104,7 +108,15 @@ def open_run(folder: Path) -> tuple[Run, RunConfig]:
     """
     if not (folder / "config.json").exists() or not (folder / "run.json").exists():
         raise ValueError(f"{folder}: is no run (it has no config.json and run.json); start one without --resume")
+    for place in (folder, folder / "last"):
+        for draft in place.glob(".*.part"):  # left by a process that was killed while writing
+            draft.unlink(missing_ok=True)
     return Run(folder), load_config(folder / "config.json")
+
+
+def is_draft(path: Path) -> bool:
+    """Whether a file is an unfinished write of `vitrail.files`."""
+    return path.name.startswith(".") and path.name.endswith(".part")
 
 
 def new_folder(source: str, root: Path = Path("runs")) -> Path:
@@ -122,11 +134,16 @@ def newest_folder(source: str, root: Path = Path("runs")) -> Path:
     Raises:
         ValueError: there is none.
     """
-    name = Path(source).resolve().name if source != "digits" else source
-    found = [each for each in (root / name, *root.glob(f"{name}-[0-9]*")) if (each / "run.json").exists()]
+    runs = [each.parent for each in root.glob("*/run.json")]
+    found = [each for each in runs if same_source(load_config(each / "config.json").data.source, source)]
     if not found:
         raise ValueError(f"no run of {source} in {root}/ to resume; name it with --out RUN")
     return max(found, key=lambda each: (each / "run.json").stat().st_mtime)
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two words name the same data."""
+    return one == other or ("digits" not in (one, other) and Path(one).resolve() == Path(other).resolve())
 
 
 def machine(device: str, precision: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class Schedule:
         self.config, self.total_steps = config, total_steps
         self.warmup_steps = to_steps(config.warmup, "schedule.warmup", **lengths)
         self.step_every = to_steps(config.step_every, "schedule.step_every", **lengths)
-        if self.warmup_steps >= total_steps and total_steps > 1:
+        if self.warmup_steps >= total_steps:
             raise ValueError(
                 f"schedule.warmup {config.warmup!r} is {self.warmup_steps:.0f} steps, but the run has only {total_steps}; "
                 "shorten it, for instance --schedule.warmup '5 %'"

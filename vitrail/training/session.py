@@ -6,25 +6,29 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vitrail.config import RunConfig
 from vitrail.console import Talk, duration
 from vitrail.data.splits import save_splits
-from vitrail.recipes import Choice, Facts, build_config
+from vitrail.models.cost import num_parameters
+from vitrail.recipes import Choice, Facts, build_config, recipe_file
+from vitrail.report.page import build_report
 from vitrail.settings import leaves, override
 from vitrail.training import parallel
 from vitrail.training.finish import finish
+from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
 from vitrail.training.precision import autocast, pick_device, supports_bf16
-from vitrail.training.prepare import CheckedData, check_data, ready_data
-from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run
+from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data
+from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run, same_source
+from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
 from vitrail.weights.store import versions
 
@@ -52,7 +56,7 @@ def train(
     *,
     out: str | os.PathLike[str] | None = None,
     model: str | None = None,
-    recipe: str = "auto",
+    recipe: str | None = None,
     resume: bool = False,
     talk: Talk | None = None,
     **settings: Any,
@@ -63,7 +67,7 @@ def train(
         source: `digits`, or a folder of class folders.
         out: the run's folder; `runs/<data name>` unless given.
         model: a variant's name such as `ti16`.
-        recipe: a recipe's name or an earlier run's config.json.
+        recipe: a recipe's name (`auto` unless given) or an earlier run's config.json.
         resume: go on with the run in `out`.
         settings: any setting by its dotted name, for instance `epochs=10` or `**{"optim.lr": 3e-4}`.
 
@@ -78,58 +82,59 @@ def train(
     folder = Path(out) if out is not None else None
     if resume:
         return go_on(folder or newest_folder(source), source, recipe, given, world, talk)
-    return begin(folder or new_folder(source), source, recipe, given, world, talk)
+    return begin(world.from_main(folder or new_folder(source)), source, recipe or "auto", given, world, talk)
 
 
 def begin(
     folder: Path, source: str, recipe: str, given: Mapping[str, Any], world: parallel.World, talk: Talk
 ) -> Result:
     """Start a new run."""
-    data_settings = {name: value for name, value in given.items() if name.startswith("data.")}
-    data_config = override(RunConfig(), {**data_settings, "data.source": source}).data
     refuse_early(folder, recipe, given)
-    checked = check_data(data_config, talk, channels=int(given.get("model.in_channels", 0)))
+    base = recipe_file(recipe)
+    data_settings = {name: value for name, value in given.items() if name.startswith("data.")}
+    data_config = override(base or RunConfig(), {**data_settings, "data.source": source}).data
+    channels = int(given.get("model.in_channels", base.model.in_channels if base else 0))
+    checked = check_data(data_config, talk, channels=channels)
+    refuse_idle_fractions(checked, given)
     facts = facts_of(checked, str(given.get("device", "auto")))
     config, choices = build_config(recipe, facts, {**given, "data.source": source})
-    pick_device(config.device)
-    if config.batch_size % world.size:
-        raise ValueError(
-            f"batch_size {config.batch_size} is global and must be a multiple of the {world.size} processes"
-        )
+    check_runnable(config, facts.num_train, world)
     show(checked, choices, talk)
-    device = str(pick_device(config.device))
-    run = Run(folder, world.is_main)
+    data = ready_data(checked, config)
     if world.is_main:
         create_run(
             folder,
             config,
+            lambda path: save_splits(checked.source, checked.splits, path),
             command=command(),
             counts={part: len(indices) for part, indices in checked.splits.parts.items()},
             labels=list(checked.source.labels),
             choices=[{"setting": c.setting, "value": plain(c.value), "reason": c.reason} for c in choices],
             problems=[problem.to_dict() for problem in checked.problems],
             versions=versions(),
-            machine=machine(device, config.precision),
+            machine=machine(str(pick_device(config.device)), config.precision),
+            num_parameters=num_parameters(config.model),
+            processes=world.size,
+            in_memory=data.pictures.stored is not None,
         )
-        save_splits(checked.source, checked.splits, folder / "split.json")
     world.wait()
-    return carry_out(config, checked, run, world, talk)
+    return carry_out(config, data, Run(folder, world.is_main), world, talk)
 
 
 def go_on(
-    folder: Path, source: str, recipe: str, given: Mapping[str, Any], world: parallel.World, talk: Talk
+    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: parallel.World, talk: Talk
 ) -> Result:
     """Go on with a run exactly as it was configured.
 
     Raises:
-        ValueError: it is no run, it is of other data, or a setting differs from the run's own.
+        ValueError: it is no run, it is of other data, or something differs that would make it another run.
     """
     opened, config = open_run(folder)
     run = Run(opened.folder, world.is_main)
     own = dict(leaves(config))
     if not same_source(source, config.data.source):
         raise ValueError(f"{folder}: is a run of {config.data.source}, not of {source}; resume it with its own data")
-    for name, value in given.items():
+    for name, value in {**given, **({} if recipe is None else {"recipe": recipe})}.items():
         if name not in own:
             override(config, {name: value})
         if own[name] != (tuple(value) if isinstance(value, list) else value):
@@ -140,26 +145,60 @@ def go_on(
     info = run.info()
     if info.get("status") == "finished":
         talk.say(f"{folder} is finished already; nothing to do.")
+        if run.is_main and not (folder / "report.html").exists():
+            build_report(folder)
         return Result(folder, json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
+    if info.get("processes", 1) != world.size:
+        raise ValueError(
+            f"{folder}: was trained by {info['processes']} processes, not {world.size}; resume it with as many"
+        )
+    check_runnable(config, 1, world, schedule=False)
     checked = check_data(config.data, talk, channels=config.model.in_channels, recorded=folder / "split.json")
+    data = ready_data(checked, config)
+    if info.get("in_memory") != (data.pictures.stored is not None):
+        raise ValueError(
+            f"{folder}: pictures of other sizes have come or gone since the run began, so that it would go on by another "
+            "input path and not be the same run; restore the folder, or start a new run"
+        )
     talk.say(f"resuming {folder}")
     run.note(status="running")
-    return carry_out(config, checked, run, world, talk)
+    return carry_out(config, data, run, world, talk)
 
 
-def carry_out(config: RunConfig, checked: CheckedData, run: Run, world: parallel.World, talk: Talk) -> Result:
+def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, schedule: bool = True) -> None:
+    """Raise what this machine or the number of steps rules out, before a folder is made.
+
+    Raises:
+        ValueError: device, precision, processes or schedule do not fit.
+    """
+    autocast(config, pick_device(config.device))
+    if config.batch_size % world.size:
+        raise ValueError(
+            f"batch_size {config.batch_size} is global and must be a multiple of the {world.size} processes; "
+            f"try --batch-size {-(-config.batch_size // world.size) * world.size}"
+        )
+    if schedule:
+        rhythm = rhythm_of(config, num_train)
+        Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
+
+
+def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError when a share was asked for that the source's own folders decide."""
+    own = set() if checked.source.split is None else set(checked.source.split.tolist())
+    for part in ("val", "test"):
+        if part in own and f"data.{part}_fraction" in given:
+            raise ValueError(f"data.{part}_fraction has no effect: {checked.source.name} has its own {part} folder")
+
+
+def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.World, talk: Talk) -> Result:
     """Train to the end and finish."""
-    autocast(
-        config, pick_device(config.device)
-    )  # refuses a precision that the device cannot compute, before anything else
-    data = ready_data(checked, config)
-    started_at = time.monotonic()
-    before_s = run.info().get("train_seconds", 0.0)
     again = shlex.join(["vitrail", "train", config.data.source, "--out", str(run.folder), "--resume"])
     try:
-        train_loop(config, data, run, world, talk)
+        progress = train_loop(config, data, run, world, talk)
+        run.note(train_seconds=round(progress.elapsed_s, 1))
+        evaluation = finish(config, data, run, world, talk)
     except Stopped as stop:
-        run.note(status="stopped", train_seconds=round(before_s + time.monotonic() - started_at, 1))
+        run.note(status="stopped")
         stop.command = again
         raise
     except OSError as error:
@@ -169,10 +208,16 @@ def carry_out(config: RunConfig, checked: CheckedData, run: Run, world: parallel
             f"{error.strerror or error}. What was saved before is whole; free some space and go on with: {again}",
             error.filename,
         ) from None
-    seconds = before_s + time.monotonic() - started_at
-    run.note(train_seconds=round(seconds, 1))
-    evaluation = finish(config, data, run, world, talk)
-    talk.say(f"trained in {duration(seconds)}")
+    except torch.OutOfMemoryError as error:
+        note_quietly(run, status="failed")
+        raise ValueError(
+            f"the GPU's memory is full ({str(error).splitlines()[0]}). Start anew with --optim.accumulate "
+            f"{2 * config.optim.accumulate}, which computes the same steps in smaller parts, or a smaller --batch-size"
+        ) from None
+    except Exception:
+        note_quietly(run, status="failed")
+        raise
+    talk.say(f"trained in {duration(progress.elapsed_s)}")
     return Result(run.folder, evaluation)
 
 
@@ -187,7 +232,10 @@ def note_quietly(run: Run, **values: Any) -> None:
 def refuse_early(folder: Path, recipe: str, given: Mapping[str, Any]) -> None:
     """Raise what can be known before the pictures are looked at: folder, names, settings."""
     check_new(folder)
-    nothing = Facts(1000, 2, 32, True, 3, "", "cpu", False, 1)
+    if "model.num_classes" in given:
+        raise ValueError("model.num_classes is the number of classes of the data; leave it out")
+    channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
+    nothing = Facts(1000, 2, 32, True, channels, "", "cpu", False)
     build_config(recipe, nothing, given)
 
 
@@ -205,7 +253,6 @@ def facts_of(checked: CheckedData, device: str) -> Facts:
         flip_reason=checked.source.flip_reason,
         device=chosen.type,
         bf16=supports_bf16(chosen),
-        cores=os.cpu_count() or 1,
     )
 
 
@@ -227,11 +274,6 @@ def shown(value: Any) -> str:
 def plain(value: Any) -> Any:
     """Return a value as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def same_source(one: str, other: str) -> bool:
-    """Whether two words name the same data."""
-    return one == other or (one != "digits" and other != "digits" and Path(one).resolve() == Path(other).resolve())
 
 
 def command() -> str:

@@ -60,7 +60,7 @@ def save_model(path: Path, weights: Mapping[str, Tensor], header: ModelHeader) -
         "metrics": dict(header.metrics),
         "versions": dict(header.versions),
     }
-    save_tensors(path, weights, {"vitrail": json.dumps(content, ensure_ascii=False)})
+    save_tensors(path, weights, {"vitrail": json.dumps(content)})
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

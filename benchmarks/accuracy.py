@@ -1,0 +1,60 @@
+"""Accuracy of the default recipe over several seeds: mean, spread, time.
+
+python benchmarks/accuracy.py digits --seeds 5
+python benchmarks/accuracy.py path/to/cifar10 --seeds 1 --epochs 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import vitrail
+from vitrail.console import Talk
+from vitrail.training.run import processor_name
+from vitrail.weights.store import versions
+
+
+def main() -> None:
+    """Train once per seed and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--model")
+    args = parser.parse_args()
+    print(f"{processor_name()}; {versions()}")
+    found: dict[str, list[float]] = {}
+    for seed in range(args.seeds):
+        settings = {} if args.epochs is None else {"epochs": args.epochs}
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            result = vitrail.train(
+                args.data, out=Path(folder) / "run", model=args.model, talk=Talk(quiet=True), seed=seed, **settings
+            )
+            seconds = time.perf_counter() - started
+            lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+        speeds = [line["time/images_per_s"] for line in lines if "time/images_per_s" in line]
+        waits = [line["time/data_wait"] for line in lines if "time/data_wait" in line]
+        figures = {part: judged["top1"] for part, judged in result.evaluation.items()}
+        figures |= {
+            "seconds, all": seconds,
+            "images/s": statistics.median(speeds),
+            "data wait": statistics.median(waits),
+        }
+        for name, value in figures.items():
+            found.setdefault(name, []).append(value)
+        print(f"seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+    for name, values in found.items():
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(
+            f"{name}: mean {statistics.mean(values):.4g}, deviation {spread:.2g}, {min(values):.4g} to {max(values):.4g}, n = {len(values)}"
+        )
+
+
+if __name__ == "__main__":
+    main()
