@@ -62,11 +62,14 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, bf16: boo
                 step()
             speeds[library].append(args.steps * args.batch / (time.perf_counter() - started))
     for library, values in speeds.items():
-        ratios = [ours / theirs for ours, theirs in zip(speeds["vitrail"], values, strict=True)]
-        print(
+        line = (
             f"{name}  {library:<13}{statistics.median(values):8.1f} images/s ({min(values):.1f} to {max(values):.1f})"
-            f"   vitrail/{library}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), n = {args.rounds}"
         )
+        if library != "vitrail":
+            ratios = [ours / theirs for ours, theirs in zip(speeds["vitrail"], values, strict=True)]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}, n = {args.rounds}"
+            line += f"   vitrail/{library}: {statistics.median(ratios):.2f} ({spread})"
+        print(line)
 
 
 def make_step(

@@ -49,6 +49,7 @@ def resume(out: Path, data: Path) -> list[str]:
 def test_learns_real_digits(tmp_path):
     result = train("digits", out=tmp_path / "run", talk=QUIET, epochs=12)
     assert result.top1 > 0.93
+    assert load(result).labels == tuple("0123456789")
     losses = [line["eval/loss"] for line in lines_of(tmp_path / "run") if "eval/loss" in line]
     assert losses[-1] < 0.6 * losses[0]
 

@@ -35,15 +35,18 @@ from vitrail.weights.store import versions
 
 @dataclass(frozen=True)
 class Result:
-    """What a training left.
+    """What a training left; stands for its folder wherever a path is expected, as in `vitrail.load(result)`.
 
     Attributes:
-        folder: the run; `vitrail.load(result.folder)` is its classifier.
+        folder: the run.
         evaluation: part (val, test) → its judgement, as `vitrail eval --out` writes it.
     """
 
     folder: Path
     evaluation: Mapping[str, Any]
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     @property
     def top1(self) -> float:
