@@ -117,13 +117,16 @@ def test_other_sizes_and_aspect_ratios_work_without_a_flag(decoder):
 
 def test_without_positions_permuted_patches_give_equal_logits():
     model = small(positions="none", decoder="mean").eval()
+    torch.manual_seed(5)
     images = torch.rand(1, 3, 32, 32)
     patches = images.unfold(2, 8, 8).unfold(3, 8, 8).reshape(1, 3, 16, 8, 8)
     patches = patches[:, :, torch.randperm(16)].reshape(1, 3, 4, 4, 8, 8)
     permuted = patches.permute(0, 1, 2, 4, 3, 5).reshape(1, 3, 32, 32)
     assert not torch.equal(images, permuted)
     assert_close(model(images), model(permuted), atol=1e-5, rtol=1e-5)
-    assert (small().eval()(images) - small().eval()(permuted)).abs().max() > 1e-4, "with positions they differ"
+    placed = small().eval()
+    torch.nn.init.normal_(placed.pos_embed)  # type: ignore[arg-type]
+    assert (placed(images) - placed(permuted)).abs().max() > 1e-3, "with positions they differ"
 
 
 @pytest.mark.parametrize(("source", "target"), [((4, 4), (7, 3)), ((14, 14), (16, 16)), ((3, 5), (2, 9))])
