@@ -124,9 +124,10 @@ def test_without_positions_permuted_patches_give_equal_logits():
     permuted = patches.permute(0, 1, 2, 4, 3, 5).reshape(1, 3, 32, 32)
     assert not torch.equal(images, permuted)
     assert_close(model(images), model(permuted), atol=1e-5, rtol=1e-5)
-    placed = small().eval()
-    torch.nn.init.normal_(placed.pos_embed)  # type: ignore[arg-type]
-    assert (placed(images) - placed(permuted)).abs().max() > 1e-3, "with positions they differ"
+    placed = small(decoder="mean").eval()
+    for parameter in placed.parameters():  # fresh weights attend so evenly that places hardly matter
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert (placed(images) - placed(permuted)).abs().max() > 0.05, "with positions they differ"
 
 
 @pytest.mark.parametrize(("source", "target"), [((4, 4), (7, 3)), ((14, 14), (16, 16)), ((3, 5), (2, 9))])
