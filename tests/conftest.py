@@ -17,6 +17,14 @@ jaxtyping.install_import_hook(["vitrail.models", "vitrail.kernels", "vitrail.dat
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test's random tensors are the same in every run."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real pictures beside the repository; tests that want them are skipped where they are not."""
