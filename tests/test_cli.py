@@ -72,6 +72,8 @@ def test_public_names_and_flags_grow_only_by_decision():
         (["train", "digits", "--model.patch-size", "0"], 1, "model.patch_size is 0"),
         (["train", "digits", "--seed", "99999999999999999999999"], 1, "seed is"),
         (["train", "digits", "--device", "cuda"], 1, "--device cpu"),
+        (["predict", "nano4", "a.jpg", "--device", "gpu"], 1, "unknown device 'gpu'"),
+        (["eval", "nano4", "digits", "--device", "gpu"], 1, "unknown device 'gpu'"),
         (["train", "digits", "--optim.accumulate", "7"], 1, "not a multiple of optim.accumulate 7"),
         (["eval", "/no/such/run", "digits"], 1, "/no/such/run: no such run"),
         (["predict", "/no/such/model.safetensors", "a.jpg"], 1, "no such run folder or model file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def do_train(options: Any) -> int:
         talk.good(f"{name} accuracy {judged['top1']:.2%} ({right:,} of {judged['num_images']:,})")
     talk.say(f"report:  {result.folder / 'report.html'}")
     talk.say(f"model:   {result.folder / 'model.safetensors'}")
-    talk.say(f"next:    vitrail predict {result.folder} PICTURE…")
+    talk.say(f"next:    vitrail predict {shlex.quote(str(result.folder))} PICTURE…")
     return OK
 
 
@@ -251,7 +252,9 @@ def do_eval(options: Eval) -> int:
         options.model, options.data, split=options.split, device=pick_device(options.device), talk=talk, data=data
     )
     talk.good(f"accuracy {result['top1']:.2%} of {result['num_images']:,} pictures ({result['split']})")
-    talk.say(f"top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  calibration error {result['ece']:.2%}")
+    talk.say(
+        f"top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  calibration error {result['ece']:.2%} (calibrated, as predict: {result['calibrated']['ece']:.2%})"
+    )
     worst = sorted((row["recall"], label) for label, row in result["per_class"].items() if row["recall"] is not None)[
         :3
     ]

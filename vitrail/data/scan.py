@@ -175,7 +175,9 @@ def broken(source: Source, index: int, error: PictureError | OSError, damaged: s
     severity = "error" if damaged == "stop" else "warning"
     verdict = error.info.verdict if isinstance(error, PictureError) else "unreadable"
     assert verdict != "ok"
-    message = f"{error}. Mend or remove it, or go on without such files by --data.damaged drop"
+    remedy = "Mend or remove it, or go on without such files by --data.damaged drop"
+    fate = {"stop": remedy, "drop": "It is left out", "keep": "What can be decoded is kept; else it is left out"}
+    message = f"{error}. {fate[damaged]}"
     return Problem(severity, verdict, (source.paths[index],), message)
 
 

@@ -6,15 +6,16 @@ import contextlib
 
 import torch
 
-from vitrail.config import RunConfig
+from vitrail.config import DEVICE_NAMES, RunConfig, choice
 
 
 def pick_device(name: str) -> torch.device:
     """Return the device that a configuration means.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ValueError: the name is unknown, or CUDA was asked for and is not there.
     """
+    choice("device", name, DEVICE_NAMES)
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device is 'cuda', but PyTorch sees no CUDA GPU here; use --device cpu, or install a GPU build of torch"
