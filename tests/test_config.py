@@ -118,7 +118,7 @@ def test_auto_suits_the_data():
 def test_auto_never_fails(num_train, num_classes, side, uniform, channels, device, bf16):
     facts = Facts(num_train, num_classes, side, uniform, channels, "", device, bf16)
     config, _ = build_config("auto", facts, {})
-    assert config.batch_size >= 1
+    assert 1 <= config.batch_size <= num_train
 
 
 @pytest.mark.parametrize(

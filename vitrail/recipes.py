@@ -222,7 +222,8 @@ def positions(facts: Facts) -> Choice:
 
 def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
     """Epochs, batch, rate."""
-    batch = int(known.get("batch_size", 64 if facts.num_train < 5_000 else 128 if facts.device == "cpu" else 512))
+    usual = 64 if facts.num_train < 5_000 else 128 if facts.device == "cpu" else 512
+    batch = int(known.get("batch_size", min(usual, facts.num_train)))  # a larger one would hold pictures twice
     at_least("batch_size", batch, 1)
     # About this many pictures are seen in all: what a small ViT needs to converge from scratch, less where a CPU would
     # need hours.
@@ -233,7 +234,7 @@ def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
     lr = 1e-3 * math.sqrt(batch / 128) * math.sqrt(192 / width.get(size, 192))
     steps = float(known.get("epochs", epochs)) * facts.num_train / batch
     return [
-        Choice("batch_size", batch, "small sets want more steps" if batch == 64 else "keeps the device busy"),
+        Choice("batch_size", batch, "small sets want more steps" if batch <= 64 else "keeps the device busy"),
         Choice("epochs", epochs, f"{facts.num_train:,} pictures, about {epochs * facts.num_train:,.0f} seen in all"),
         Choice("optim.lr", float(f"{lr:.1e}"), f"for width {width.get(size, 192)} and batch {batch}"),
         Choice(

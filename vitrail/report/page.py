@@ -237,7 +237,12 @@ def _cards(run: RunFiles, result: Json) -> list[tuple[str, str, str]]:
         ("Top-1", number(result.get("top1")), percent, "first answer right"),
         ("Top-5", number(result.get("top5")) if classes > 5 else None, percent, "truth among the first five"),
         ("Loss", number(result.get("loss")), "{:.3f}".format, guess),
-        ("Calibration error", number(result.get("ece")), percent, "how far its stated probability is off"),
+        (
+            "Calibration error",
+            number((result.get("calibrated") or result).get("ece")),
+            percent,
+            "how far its stated probability is off",
+        ),
         ("Training time", number(run.facts.get("train_seconds")), _duration, "on the machine named below"),
         ("Speed", speed, "{:,.0f} /s".format, f"pictures a second{waiting}"),
         ("Parameters", parameters, _short, f"{parameters or 0:,.0f} learned numbers"),
