@@ -2,6 +2,7 @@
 
 python benchmarks/accuracy.py digits --seeds 5
 python benchmarks/accuracy.py path/to/cifar10 --seeds 1 --epochs 3
+python benchmarks/accuracy.py digits --seeds 3 --epochs 20 --set model.positions=learned --model nano2
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import vitrail
 from vitrail.console import Talk
@@ -26,11 +28,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--model")
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE", help="VALUE in JSON, or a word")
     args = parser.parse_args()
     print(f"{processor_name()}; {versions()}")
     found: dict[str, list[float]] = {}
     for seed in range(args.seeds):
-        settings = {} if args.epochs is None else {"epochs": args.epochs}
+        settings: dict[str, Any] = {} if args.epochs is None else {"epochs": args.epochs}
+        settings |= dict(read_setting(text) for text in args.set)
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             result = vitrail.train(
@@ -54,6 +58,15 @@ def main() -> None:
         print(
             f"{name}: mean {statistics.mean(values):.4g}, deviation {spread:.2g}, {min(values):.4g} to {max(values):.4g}, n = {len(values)}"
         )
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """Split `optim.lr=1e-3` into the setting and its value."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 if __name__ == "__main__":
