@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,11 @@ def fail(message: str, code: int = USER_ERROR) -> int:
     return code
 
 
+_IMAGE_SIZE = "side of the square that pictures are brought to (the model's own)"
+_PATCH_SIZE = "side of a patch, for models trained with several by --model.patch-sizes (the model's own)"
+_RESIZE = "crop, squash, or aspect: whole pictures in their own aspect ratio (the model's own)"
+
+
 @dataclass(frozen=True)
 class Predict:
     """Options of `vitrail predict`."""
@@ -89,6 +95,9 @@ class Predict:
     out: Annotated[str | None, arg(help="write a table: .csv, .jsonl or .parquet", metavar="FILE")] = None
     top: Annotated[int, arg(help="labels to rank per picture")] = 5
     device: Annotated[str, arg(help="auto, cpu or cuda")] = "auto"
+    image_size: Annotated[int | None, arg(help=_IMAGE_SIZE, metavar="PIXELS")] = None
+    patch_size: Annotated[int | None, arg(help=_PATCH_SIZE, metavar="PIXELS")] = None
+    resize: Annotated[str | None, arg(help=_RESIZE, metavar="HOW")] = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,9 @@ class Eval:
     split: Annotated[str | None, arg(help="test, val, train or all; the first there is", metavar="NAME")] = None
     out: Annotated[str | None, arg(help="write all figures as JSON", metavar="FILE")] = None
     device: Annotated[str, arg(help="auto, cpu or cuda")] = "auto"
+    image_size: Annotated[int | None, arg(help=_IMAGE_SIZE, metavar="PIXELS")] = None
+    patch_size: Annotated[int | None, arg(help=_PATCH_SIZE, metavar="PIXELS")] = None
+    resize: Annotated[str | None, arg(help=_RESIZE, metavar="HOW")] = None
     damaged: Annotated[str, arg(help="broken files: stop, drop or keep", name="data.damaged")] = "stop"
 
 
@@ -113,6 +125,10 @@ class Report:
 @dataclass(frozen=True)
 class Models:
     """Options of `vitrail models`."""
+
+    name: Annotated[
+        Positional[str | None], arg(help="draw this one: size + patch + suffixes, such as s16-resnet50", metavar="NAME")
+    ] = None
 
 
 def train_options() -> type:
@@ -155,7 +171,8 @@ def settings_of(kind: type, *, skip: tuple[str, ...] = ()) -> list[Any]:
             made.append((field.name, nested, dataclasses.field(default_factory=nested)))
         else:
             default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            name = getattr(inner, "__name__", "float").upper() if not str(inner).startswith("tuple") else "FLOAT…"
+            several = typing.get_origin(inner) is tuple
+            name = (typing.get_args(inner)[0] if several else inner).__name__.upper() + "…" * several
             hint = arg(
                 help=field.metadata["help"], help_behavior_hint=f"(default: {default}, or the recipe's)", metavar=name
             )
@@ -220,6 +237,7 @@ def do_predict(options: Predict) -> int:
     if not options.paths:
         return fail("predict needs at least one picture, folder or glob after MODEL", USAGE_ERROR)
     classifier = load(options.model).to(pick_device(options.device))
+    classifier = classifier.at(image_size=options.image_size, patch_size=options.patch_size, resize=options.resize)
     rows = classifier.predict(find_pictures(options.paths), top=options.top)
     talk = Talk()
     if options.out is not None:
@@ -249,7 +267,15 @@ def do_eval(options: Eval) -> int:
     talk = Talk()
     data = DataConfig(damaged=options.damaged)
     result = evaluate(
-        options.model, options.data, split=options.split, device=pick_device(options.device), talk=talk, data=data
+        options.model,
+        options.data,
+        split=options.split,
+        device=pick_device(options.device),
+        talk=talk,
+        data=data,
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        resize=options.resize,
     )
     talk.good(f"accuracy {result['top1']:.2%} of {result['num_images']:,} pictures ({result['split']})")
     talk.say(
@@ -274,21 +300,41 @@ def do_report(options: Report) -> int:
 
 
 def do_models(options: Models) -> int:
-    """List the variants with their size."""
+    """List the variants with their size, or draw one."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from vitrail.models.cost import num_macs, num_parameters
-    from vitrail.models.variants import LISTED, variant_config
+    from vitrail.models.drawing import draw
+    from vitrail.models.variants import LISTED, SUFFIXES, variant_config
 
-    table = Table("name", "picture", "patches", "width", "depth", "heads", "parameters", "multiply-adds")
+    if options.name is not None:
+        Talk().say(f"{options.name}: {draw(variant_config(options.name))}")
+        return OK
+    table = Table(
+        "name",
+        "picture",
+        "tokens",
+        "width",
+        "depth",
+        "heads",
+        "parameters",
+        "multiply-adds",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for name in LISTED:
         config = variant_config(name)
-        figures = (config.image_size, config.grid[0] * config.grid[1], config.embed_dim, config.depth, config.num_heads)
+        tokens = config.num_prefix + config.grid[0] * config.grid[1]
+        figures = (config.image_size, tokens, config.embed_dim, config.depth, config.num_heads)
         cost = (f"{num_parameters(config) / 1e6:.2f} M", f"{num_macs(config) / 1e9:.2f} G")
         table.add_row(name, *map(str, figures), *cost)
     talk = Talk()
     talk.out.print(table)
-    talk.say("Any size and patch can be combined (s8, ti14, …); with suffixes: b16-concat, b16-mean.")
+    talk.say("Any size and patch can be combined (s8, ti14, …).")
+    talk.say(f"Suffixes: {', '.join('-' + suffix for suffix in SUFFIXES)},")
+    talk.say("and timm's CNNs as encoder, such as -resnet50, -efficientnet_b0; several combine: s16-resnet50-concat.")
+    talk.say("One as a picture of its data flow: vitrail models NAME")
     return OK
 
 
@@ -312,7 +358,7 @@ COMMANDS = {
         "Name what is on pictures; a broken file gets an error in its row.", lambda: Predict, do_predict
     ),
     "report": Command("Rebuild the HTML page of a run.", lambda: Report, do_report),
-    "models": Command("List the architectures with their parameters and cost.", lambda: Models, do_models),
+    "models": Command("List the architectures with their parameters and cost, or draw one.", lambda: Models, do_models),
 }
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitrail.lookup import unknown
-from vitrail.models.config import ViTConfig
+from vitrail.models.config import ENCODER_NAMES, ViTConfig
 from vitrail.settings import from_dict, section, setting, to_dict
 
 OPTIMIZER_NAMES = ("adamw",)
 DECAY_NAMES = ("cosine", "linear", "step", "constant")
-RESIZE_NAMES = ("crop", "squash")
+RESIZE_NAMES = ("crop", "squash", "aspect")
 INTERPOLATION_NAMES = ("bilinear", "bicubic", "lanczos")
 PRECISION_NAMES = ("fp32", "bf16")
 DAMAGED_NAMES = ("stop", "drop", "keep")
@@ -60,7 +60,11 @@ class DataConfig:
 class PreprocessConfig:
     """How a picture of any size becomes the model's input; the same in training's judgement, predict and export."""
 
-    resize: str = setting("crop", "crop: shortest side, then the centre; squash: both sides, changing the aspect ratio")
+    resize: str = setting(
+        "crop",
+        "crop: shortest side, then the centre; squash: both sides, changing the aspect ratio; aspect: the whole picture in "
+        "its own aspect ratio, with about as many pixels (training still crops squares)",
+    )
     crop_fraction: float = setting(0.9, "with crop: share of the resized short side that the centre crop keeps")
     interpolation: str = setting("bicubic", f"always antialiased: {', '.join(INTERPOLATION_NAMES)}")
     mean: tuple[float, ...] = setting((0.5, 0.5, 0.5), "subtracted from pixels in 0..1, one per channel")
@@ -119,6 +123,9 @@ class OptimConfig:
     accumulate: int = setting(1, "parts that a batch is computed in, one after the other, to save memory")
     ema_decay: float = setting(0.0, "average the weights with this decay per step and judge the average; 0: off")
     label_smoothing: float = setting(0.0, "share of the target spread over all labels")
+    freeze: tuple[str, ...] = setting(
+        (), "parts of the model that stay as they are, by name, such as patch_embed.backbone"
+    )
 
     def __post_init__(self) -> None:
         choice("optim.name", self.name, OPTIMIZER_NAMES)
@@ -177,6 +184,7 @@ class RunConfig:
 
     recipe: str = setting("auto", "name of the recipe, or a config.json of an earlier run")
     variant: str = setting("b16", "name of the architecture that `model` was made from")
+    encoder_weights: str = setting("", "trained weights of a CNN encoder: timm, or a file; empty: start at random")
     epochs: float = setting(10.0, "passes over the training part")
     batch_size: int = setting(128, "pictures per step, over all processes")
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout")
@@ -201,6 +209,16 @@ class RunConfig:
         if self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of optim.accumulate {self.optim.accumulate}"
+            )
+        if self.preprocess.resize == "aspect" and self.augment.crop_scale == 1:
+            raise ValueError(
+                "preprocess.resize 'aspect' judges pictures in their own aspect ratio, but training needs squares: set "
+                "augment.crop_scale below 1 for random crops"
+            )
+        if self.encoder_weights and self.model.encoder in ENCODER_NAMES:
+            raise ValueError(
+                f"encoder_weights {self.encoder_weights!r} is for a CNN of timm as encoder, but model.encoder is "
+                f"{self.model.encoder!r}; leave it out, or try --model.encoder resnet50"
             )
         if len(self.preprocess.mean) != self.model.in_channels:
             raise ValueError(

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from vitrail.config import RunConfig, at_least, load_config
 from vitrail.lookup import pick
-from vitrail.models.config import DECODER_NAMES
-from vitrail.models.variants import SIZES, variant_config
+from vitrail.models.config import ENCODER_NAMES
+from vitrail.models.variants import SIZES, suffix_fields, variant_config
 from vitrail.settings import leaves, override
 
 
@@ -74,7 +75,9 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
             fixed |= {name for name, _ in leaves(config) if name.startswith("model.") and name != "model.in_channels"}
     else:
         config, choices, fixed = RunConfig(), pick(RECIPES, recipe, "recipe")(facts, given), set[str]()
-    choices = [choice for choice in choices if choice.setting not in {*given, *fixed}]
+    # What the model's name says is as good as given.
+    named = {f"model.{field}" for field in suffix_fields(str(given.get("variant", "")))}
+    choices = [choice for choice in choices if choice.setting not in {*given, *fixed, *named}]
     made = {choice.setting: choice.value for choice in choices}
     variant = str({**made, **given}.get("variant", config.variant))
     wanted = {f"model.{key}": value for key, value in leaves(variant_config(variant))}
@@ -145,18 +148,21 @@ def speed(facts: Facts) -> list[Choice]:
 def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
     """Picture size, patch size, width and depth."""
     side, patch, size = picture_and_patch(facts)
+    patch_sizes = tuple(given.get("model.patch_sizes", ()))
     if "variant" in given:
         variant = variant_config(str(given["variant"]))
         patch = int(given.get("model.patch_size", variant.patch_size))
         reason = f"the size of model {given['variant']}"
         size = variant.image_size
-        if facts.side < size or patch <= 8:
-            size = max(1, round(max(facts.side, patch) / patch)) * patch
-            reason = f"the pictures' own {facts.side} px as a multiple of {patch}-px patches"
+        unit = math.lcm(patch, *patch_sizes)
+        if facts.side < size or patch <= 8 or size % unit:
+            size = max(1, round(max(min(facts.side, size) if patch > 8 else facts.side, unit) / unit)) * unit
+            reason = f"the pictures' own {facts.side} px as a multiple of {unit}-px patches"
         size = int(given.get("model.image_size", size))
         return [Choice("model.image_size", size, reason), *fitting(facts, size, given)]
     patch = int(given.get("model.patch_size", patch))
-    size = int(given.get("model.image_size", max(1, round(size / patch)) * patch))
+    unit = math.lcm(patch, *patch_sizes)
+    size = int(given.get("model.image_size", max(1, round(size / unit)) * unit))
     return [
         Choice(
             "variant", f"{body(facts)}{patch}", f"{facts.num_train:,} training pictures on a {facts.device.upper()}"
@@ -192,19 +198,26 @@ def fitting(facts: Facts, size: int, given: Mapping[str, Any]) -> list[Choice]:
     """How pictures are brought to the model's size, its first channels, and the decoder."""
     channels = int(given.get("model.in_channels", facts.channels))
     values = (0.5,) * channels
-    named = [suffix for suffix in str(given.get("variant", "")).split("-")[1:] if suffix in DECODER_NAMES]
-    decoder = str(given.get("model.decoder", named[-1] if named else "mean"))
+    named = suffix_fields(str(given.get("variant", "")))
+    decoder = str(given.get("model.decoder", named.get("decoder", "mean")))
+    encoder = str(given.get("model.encoder", named.get("encoder", "patch")))
+    mean, std, reason = values, values, "the usual for ViTs"
+    if encoder not in ENCODER_NAMES:
+        from vitrail.models.cnns import normalisation
+
+        mean, std = (each if channels == 3 else (fmean(each),) for each in normalisation(encoder))
+        reason = f"as {encoder}'s published weights expect"
     choices = [
         Choice(
             "model.in_channels",
             channels,
             "no colour in a sample of the pictures" if channels == 1 else "colour pictures",
         ),
-        Choice("model.decoder", decoder, "as asked for" if named else "small sets learn it faster than a class token"),
-        Choice("model.class_token", decoder == "token", f"as the decoder {decoder!r} needs"),
+        Choice("model.decoder", decoder, "small sets learn it faster than a class token"),
+        Choice("model.class_token", decoder in ("token", "token_mean"), f"as the decoder {decoder!r} needs"),
         positions(facts),
-        Choice("preprocess.mean", values, "the usual for ViTs"),
-        Choice("preprocess.std", values, "the usual for ViTs"),
+        Choice("preprocess.mean", mean, reason),
+        Choice("preprocess.std", std, reason),
     ]
     if facts.uniform and facts.side <= 1.15 * size:
         choices.append(Choice("preprocess.crop_fraction", 1.0, "all pictures have this size: nothing is cut off"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import threading
@@ -33,15 +34,28 @@ class Batch:
         images: normalised model input [B, C, S, S].
         targets: class indices [B].
         indices: [B] which pictures of the source these are (host memory).
+        patch_size: side of the patches to cut them into, where the step chose one; None leaves it to the model.
     """
 
     images: Tensor
     targets: Tensor
     indices: np.ndarray
+    patch_size: int | None = None
 
     def part(self, start: int, stop: int) -> Batch:
         """Return some of the batch."""
-        return Batch(self.images[start:stop], self.targets[start:stop], self.indices[start:stop])
+        return Batch(
+            self.images[start:stop], self.targets[start:stop], self.indices[start:stop], patch_size=self.patch_size
+        )
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """A batch whose pictures [C, H, W] differ in size: a model computes it by `forward_packed`."""
+
+    images: list[Tensor]
+    targets: Tensor
+    indices: np.ndarray
 
 
 @dataclass
@@ -74,6 +88,13 @@ class Pictures:
 
     def gather(self, futures: list[Future[np.ndarray]], indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the pictures that were read [B, C, S, S] and their places; one that fails is dropped and noted."""
+        pixels, places = self.collect(futures, indices)
+        side = self.preprocess.image_size
+        nothing = np.empty((0, self.preprocess.channels, side, side), dtype=np.uint8)
+        return np.stack(pixels) if pixels else nothing, places
+
+    def collect(self, futures: list[Future[np.ndarray]], indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the pictures that were read, each of its own size, and their places."""
         pixels, places = [], []
         for place, future in enumerate(futures):
             try:
@@ -81,9 +102,7 @@ class Pictures:
                 places.append(place)
             except (PictureError, OSError) as error:
                 self.dropped[self.source.location(int(indices[place]))] = str(error)
-        side = self.preprocess.image_size
-        nothing = np.empty((0, self.preprocess.channels, side, side), dtype=np.uint8)
-        return np.stack(pixels) if pixels else nothing, np.asarray(places, dtype=np.int64)
+        return pixels, np.asarray(places, dtype=np.int64)
 
     def check_some_left(self, read: int, wanted: int) -> None:
         """Raise a ValueError when all of some files have failed."""
@@ -91,7 +110,7 @@ class Pictures:
             raise ValueError(f"none of {wanted} files can be read any more: {next(iter(self.dropped.items()))}")
 
     def for_judging(self, index: int) -> np.ndarray:
-        """Return one picture as the model's uint8 input [C, S, S]."""
+        """Return one picture as the model's uint8 input [C, S, S], or [C, H, W] with preprocessing `aspect`."""
         if self.stored is None:
             return self.preprocess.apply(self.source.read(index, self.preprocess.mode))
         pixels = self.stored[index]
@@ -116,9 +135,11 @@ class TrainStream:
         seed: int,
         augment: AugmentConfig,
         device: torch.device,
+        patch_sizes: tuple[int, ...] = (),
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
+        self.patch_sizes = patch_sizes
         self.pictures, self.part, self.batch_size, self.seed = pictures, part, batch_size, seed
         self.augment, self.device, self.rank, self.ranks = augment, device, rank, ranks
         self.targets = torch.from_numpy(pictures.targets)
@@ -145,14 +166,21 @@ class TrainStream:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of steps `start` … `stop - 1`."""
         if self.pictures.stored is not None:
-            yield from ahead((self.from_memory(step) for step in range(start, stop)), self.device)
+            yield from ahead((self.at(step, self.from_memory(step)) for step in range(start, stop)), self.device)
             return
         waiting: deque = deque()
         for step in range(start, stop + 2):  # two batches are being decoded while one is trained on
             if step < stop:
                 waiting.append(self.start_reading(step))
             if step >= start + 2 and waiting:
-                yield self.from_files(*waiting.popleft())
+                yield self.at(step - 2, self.from_files(*waiting.popleft()))
+
+    def at(self, step: int, batch: Batch) -> Batch:
+        """Return the batch with its step's patch size: the same on all processes, each as likely (FlexiViT, section 3)."""
+        if not self.patch_sizes:
+            return batch
+        random = np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, 0, 1]))
+        return dataclasses.replace(batch, patch_size=int(random.choice(self.patch_sizes)))
 
     def from_memory(self, step: int) -> Batch:
         """Augment stored pictures, crop included."""
@@ -204,8 +232,11 @@ class TrainStream:
 
 def judging_batches(
     pictures: Pictures, part: np.ndarray, *, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1
-) -> Iterator[Batch]:
-    """Yield every picture of a part exactly once, over all processes, unchanged but for the model's preprocessing."""
+) -> Iterator[Batch | MixedBatch]:
+    """Yield every picture of a part exactly once, over all processes, unchanged but for the model's preprocessing.
+
+    Batches are mixed where preprocessing keeps the aspect ratio and pictures have different ones.
+    """
     mine = part[rank::ranks]
     targets = torch.from_numpy(pictures.targets)
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -223,13 +254,18 @@ def judging_batches(
                 assert pictures.stored is not None
                 pixels, places = pictures.stored[chunk], np.arange(len(chunk))
             else:
-                pixels, places = pictures.gather(futures, chunk)
+                pixels, places = pictures.collect(futures, chunk)
             if not len(places):
                 continue
             num_read += len(places)
-            images = pictures.preprocess.normalise(torch.from_numpy(pixels).to(device, non_blocking=True))
             chosen = chunk[places]
-            yield Batch(images, targets[torch.from_numpy(chosen)].to(device, non_blocking=True), chosen)
+            answers = targets[torch.from_numpy(chosen)].to(device, non_blocking=True)
+            if len({each.shape for each in pixels}) > 1:
+                images = [pictures.preprocess.normalise(torch.from_numpy(each).to(device)) for each in pixels]
+                yield MixedBatch(images, answers, chosen)
+            else:
+                images = torch.from_numpy(np.asarray(pixels)).to(device, non_blocking=True)
+                yield Batch(pictures.preprocess.normalise(images), answers, chosen)
     pictures.check_some_left(num_read, len(mine))
 
 

@@ -33,18 +33,21 @@ class Preprocess:
 
     image_size: int = setting(224, "side of the result, pixels")
     channels: int = setting(3, "3: colour, 1: grey")
-    resize: str = setting("crop", "crop: shortest side, then the centre; squash: both sides")
+    resize: str = setting(
+        "crop", "crop: shortest side, then the centre; squash: both sides; aspect: whole, about S² pixels"
+    )
     crop_fraction: float = setting(0.9, "share of the resized short side that the centre crop keeps")
     interpolation: str = setting("bicubic", "Pillow's filter")
     mean: tuple[float, ...] = setting((0.5, 0.5, 0.5), "subtracted from pixels in 0..1, one per channel")
     std: tuple[float, ...] = setting((0.5, 0.5, 0.5), "divides after the mean, one per channel")
+    multiple: int = setting(1, "with aspect, sides are multiples of this: the patch, so that none is padded")
 
     def __post_init__(self) -> None:
         PreprocessConfig(self.resize, self.crop_fraction, self.interpolation, self.mean, self.std)
-        if len(self.mean) != self.channels or self.image_size < 1:
+        if len(self.mean) != self.channels or self.image_size < 1 or self.multiple < 1:
             raise ValueError(
-                f"preprocessing: image_size {self.image_size} must be 1 or more, and mean {self.mean} needs "
-                f"{self.channels} values"
+                f"preprocessing: image_size {self.image_size} and multiple {self.multiple} must be 1 or more, and mean "
+                f"{self.mean} needs {self.channels} values"
             )
 
     @property
@@ -53,13 +56,16 @@ class Preprocess:
         return "RGB" if self.channels == 3 else "L"
 
     def apply(self, picture: PIL.Image.Image) -> np.ndarray:
-        """Resize and crop a picture of mode `self.mode`; returns uint8 [C, S, S]."""
+        """Resize and crop a picture of mode `self.mode`; returns uint8 [C, S, S], with `aspect` [C, H, W]."""
         size, filter = self.image_size, INTERPOLATIONS[self.interpolation]
         width, height = picture.size
         if self.resize == "squash":
             if (width, height) != (size, size):
                 picture = picture.resize((size, size), filter)
             return to_array(picture)
+        if self.resize == "aspect":
+            target = self.aspect_size(width, height)
+            return to_array(picture if picture.size == target else picture.resize(target, filter))
         # Sides and offsets are rounded as in torchvision's Resize and CenterCrop, to the pixel.
         short = max(size, int(size / self.crop_fraction))
         if short * short * max(width, height) > _PIXELS_LIMIT * min(width, height):
@@ -72,6 +78,15 @@ class Preprocess:
             picture = picture.resize((short, longer) if width <= height else (longer, short), filter)
         left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
         return to_array(picture.crop((left, top, left + size, top + size)))
+
+    def aspect_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height that keep a picture's aspect ratio at about image_size² pixels (Dehghani et al.
+        2023, NaViT, section 2): to the nearest multiple, and at most twice that area for a strip."""
+        scale = self.image_size / (width * height) ** 0.5
+        short = max(1, round(min(width, height) * scale / self.multiple)) * self.multiple
+        longest = max(1, 2 * self.image_size**2 // (short * self.multiple))
+        long = min(longest, max(1, round(max(width, height) * scale / self.multiple))) * self.multiple
+        return (short, long) if width <= height else (long, short)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn uint8 or 0..1 float pictures [B, C, H, W] into the model's float input."""
@@ -94,6 +109,7 @@ def preprocess_of(config: RunConfig) -> Preprocess:
         interpolation=given.interpolation,
         mean=given.mean,
         std=given.std,
+        multiple=config.model.patch_size if given.resize == "aspect" else 1,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from vitrail.data.decode import PictureError, as_decoded, read_picture
 from vitrail.data.preprocess import Preprocess
 from vitrail.data.scan import ordered_map
+from vitrail.models.encoders import PatchEncoder
 from vitrail.models.variants import is_variant, variant_config
 from vitrail.models.vit import ViT
 from vitrail.weights.store import ModelHeader, load_model
@@ -44,10 +46,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model, its labels and the exact preprocessing it was trained with."""
+    """A model, its labels and the exact preprocessing it was trained with.
+
+    Attributes:
+        patch_size: side of the patches to cut pictures into; None is the model's own (see `at`).
+    """
 
     model: ViT
     header: ModelHeader
+    patch_size: int | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -86,15 +93,52 @@ class Classifier:
         while rows := list(islice(ready, _BATCH)):
             yield from self._predict_rows(rows, min(top, len(self.labels)))
 
-    def logits(self, pixels: np.ndarray) -> torch.Tensor:
-        """Return the logits [B, classes] of preprocessed pictures, uint8 [B, C, S, S]."""
+    def logits(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
+        """Return the logits [B, classes] of preprocessed pictures, uint8 [C, H, W] each, of one size or of several."""
         device = next(self.model.parameters()).device
         with torch.inference_mode():
-            return self.model(self.preprocess.normalise(torch.from_numpy(pixels).to(device))).float().cpu()
+            if len({each.shape for each in pixels}) > 1:
+                images = [self.preprocess.normalise(torch.from_numpy(each).to(device)) for each in pixels]
+                return self.model.forward_packed(images, self.patch_size).float().cpu()
+            images = self.preprocess.normalise(torch.from_numpy(np.asarray(pixels)).to(device))
+            return self.model(images, self.patch_size).float().cpu()
 
     def to(self, device: str | torch.device) -> Classifier:
         """Return the classifier on a device."""
-        return Classifier(self.model.to(device), self.header)
+        return dataclasses.replace(self, model=self.model.to(device))
+
+    def at(
+        self, *, image_size: int | None = None, patch_size: int | None = None, resize: str | None = None
+    ) -> Classifier:
+        """Return the classifier for pictures of another size, cut into other patches, with the same weights.
+
+        Args:
+            image_size: side of the square that pictures are brought to, pixels.
+            patch_size: side of a patch, pixels; the model should have been trained with several (`model.patch_sizes`).
+            resize: `crop`, `squash`, or `aspect` for whole pictures in their own aspect ratio.
+
+        Raises:
+            ValueError: the encoder has one patch size only, or the picture would be smaller than a patch.
+        """
+        own = self.model.config
+        patch = patch_size or self.patch_size or own.patch_size
+        if patch != own.patch_size and not isinstance(self.model.patch_embed, PatchEncoder):
+            raise ValueError(
+                f"patch_size {patch}: this model's encoder has patches of {own.patch_size} only; other sizes need "
+                "model.encoder 'patch' without model.patch_norm"
+            )
+        preprocess = dataclasses.replace(
+            self.preprocess,
+            image_size=image_size or self.preprocess.image_size,
+            resize=resize or self.preprocess.resize,
+        )
+        preprocess = dataclasses.replace(preprocess, multiple=patch if preprocess.resize == "aspect" else 1)
+        if preprocess.image_size < patch or patch < 1:
+            raise ValueError(
+                f"image_size {preprocess.image_size} is smaller than a patch of {patch}; choose a larger one"
+            )
+        header = dataclasses.replace(self.header, preprocess=preprocess)
+        return dataclasses.replace(self, header=header, patch_size=None if patch == own.patch_size else patch)
 
     def _prepare(self, picture: str | os.PathLike[str] | PIL.Image.Image) -> tuple[str, np.ndarray | str]:
         """Return the picture's name, and its pixels or what is wrong with it."""
@@ -113,7 +157,7 @@ class Classifier:
         good = [row for row in rows if isinstance(row[1], np.ndarray)]
         answers: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
         if good:
-            logits = self.logits(np.stack([pixels for _, pixels in good if isinstance(pixels, np.ndarray)]))
+            logits = self.logits([pixels for _, pixels in good if isinstance(pixels, np.ndarray)])
             ranked = torch.softmax(logits / self.header.temperature, dim=1).topk(top, dim=1)
             answers = iter(zip(ranked.indices.numpy(), ranked.values.numpy(), strict=True))
         out = []

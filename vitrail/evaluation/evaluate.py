@@ -34,12 +34,17 @@ def evaluate(
     device: torch.device,
     talk: Talk,
     data: DataConfig | None = None,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    resize: str | None = None,
 ) -> dict[str, Any]:
     """Judge a model on a part of a source.
 
     Args:
         split: test, val, train or all; unless given, the first there is of test and val, or all pictures of a folder
             that has no parts and is not what the model was trained on.
+        image_size, patch_size, resize: judge at another picture size, patch size or way of resizing than the model was
+            trained with; see `Classifier.at`.
         data: how to read the source; `source` and the split's settings are taken from the arguments and the model.
 
     Returns:
@@ -48,7 +53,7 @@ def evaluate(
     Raises:
         ValueError: the model or the source cannot be read, or their classes disagree.
     """
-    classifier = load(model).to(device)
+    classifier = load(model).to(device).at(image_size=image_size, patch_size=patch_size, resize=resize)
     data = dataclasses.replace(data or DataConfig(), source=source)
     opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")
     with talk.bar(f"looking at {len(opened.paths):,} pictures") as advance:
@@ -77,7 +82,9 @@ def evaluate(
     pictures = Pictures(opened, targets, classifier.preprocess, scan.pixels, workers=data.workers)
     pictures.is_ready = ready(classifier.preprocess, scan.pixels)
     with talk.bar(f"judging {len(indices):,} pictures") as advance:
-        outputs: Outputs = judge(classifier.model, pictures, indices, device=device, advance=advance)
+        outputs: Outputs = judge(
+            classifier.model, pictures, indices, device=device, patch_size=classifier.patch_size, advance=advance
+        )
     result = judgement(outputs, classifier.labels, classifier.header.temperature)
     absent = [label for label, row in result["per_class"].items() if row["count"] == 0]
     if absent:
@@ -85,7 +92,10 @@ def evaluate(
     if pictures.dropped:
         talk.warn(f"{len(pictures.dropped)} files failed and are not counted: {', '.join(list(pictures.dropped)[:5])}")
     left_out = int((~scan.good).sum()) + len(pictures.dropped)
-    place = {"split": part, "fingerprint": parts.fingerprint, "source": source, "model": model}
+    place: dict[str, Any] = {"split": part, "fingerprint": parts.fingerprint, "source": source, "model": model}
+    place["image_size"] = classifier.preprocess.image_size
+    place["patch_size"] = classifier.patch_size or classifier.model.config.patch_size
+    place["resize"] = classifier.preprocess.resize
     return {**result, **place, "num_left_out": left_out}
 
 

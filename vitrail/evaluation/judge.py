@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from vitrail.data.loader import Pictures, judging_batches
+from vitrail.data.loader import MixedBatch, Pictures, judging_batches
 from vitrail.evaluation.metrics import Outputs
+from vitrail.models.vit import ViT
 from vitrail.training.parallel import World
 
 # One batch size everywhere, and fp32: `vitrail eval` computes the very bits that training's judgement computed.
@@ -24,6 +26,7 @@ def judge(
     part: np.ndarray,
     *,
     device: torch.device,
+    patch_size: int | None = None,
     world: World = World(),  # noqa: B008 - frozen
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outputs:
@@ -33,6 +36,7 @@ def judge(
     out and noted in `pictures.dropped`.
 
     Args:
+        patch_size: side of the patches, where it is not the model's own (FlexiViT).
         advance: called with the number done and the total, for a progress bar.
     """
     logits, targets, indices, done = [], [], [], 0
@@ -40,7 +44,11 @@ def judge(
         for batch in judging_batches(
             pictures, part, batch_size=BATCH, device=device, rank=world.rank, ranks=world.size
         ):
-            logits.append(model(batch.images).float().cpu().numpy())
+            if isinstance(batch, MixedBatch):
+                found = cast(ViT, model).forward_packed(batch.images, patch_size)
+            else:
+                found = model(batch.images, patch_size)
+            logits.append(found.float().cpu().numpy())
             targets.append(batch.targets.cpu().numpy())
             indices.append(batch.indices)
             done += len(batch.indices) * world.size
@@ -57,10 +65,11 @@ def judge(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while."""
-    was_training = model.training
+    """Put a model into evaluation mode for a while; frozen parts that were in it already stay there."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True

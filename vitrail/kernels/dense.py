@@ -12,7 +12,7 @@ _MATMUL_TOKENS = 1024
 
 
 def attend(
-    q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], *, dropout: float = 0.0
+    q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K M d"], v: Float[Tensor, "B K M d"], *, dropout: float = 0.0
 ) -> Float[Tensor, "B K N d"]:
     """Return softmax(q kᵀ / √d) v, computed in the way that is faster for these tensors.
 
@@ -25,7 +25,7 @@ def attend(
 
 
 def attend_matmul(
-    q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], *, dropout: float = 0.0
+    q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K M d"], v: Float[Tensor, "B K M d"], *, dropout: float = 0.0
 ) -> Float[Tensor, "B K N d"]:
     """Attention as matmul, softmax, matmul; holds the N×N weights."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)

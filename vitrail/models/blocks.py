@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.lookup import pick
-from vitrail.models.attention import ATTENTIONS
+from vitrail.models.attention import ATTENTIONS, Layout
 from vitrail.models.config import ViTConfig
 
 
@@ -28,6 +30,26 @@ class MLP(nn.Module):
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
+class SwiGLU(nn.Module):
+    """An MLP whose hidden layer is gated: fc2(silu(a) · b), where a and b come from fc1 (Shazeer 2020).
+
+    `fc1` holds both halves, as timm's `SwiGLUPacked`.
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, 2 * hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.drop(self.fc2(self.drop(F.silu(gate) * value)))
+
+
+MLPS = {"gelu": MLP, "swiglu": SwiGLU}
+
+
 class LayerScale(nn.Module):
     """A learned factor per channel on a residual branch (Touvron et al. 2021, "Going deeper", eq. 4)."""
 
@@ -41,17 +63,31 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample: drop a whole residual branch, scale the rest up (Huang et al. 2016, section 3)."""
+    """Stochastic depth per sample: a residual branch that a random share of the samples skips (Huang et al. 2016).
+
+    The samples that skip are not computed at all, as in DINOv2 (Oquab et al. 2023, section 5). Each sample skips with
+    exactly the chance `rate`: `int(B · rate)` of B are left out, and the fraction that this falls short of is made up by
+    dropping each of the others with a small chance. So shapes do not depend on chance, and nothing waits for the device.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, x: Float[Tensor, "B N D"], branch: Callable[[Tensor, Layout], Tensor], layout: Layout
+    ) -> Float[Tensor, "B N D"]:
         if not self.training or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep)
+            return x + branch(x, layout)
+        count = x.shape[0]
+        skipped = int(count * self.rate)
+        rest = (count * self.rate - skipped) / max(1, count - skipped)
+        kept = torch.rand(count, device=x.device).topk(count - skipped).indices
+        out = branch(x[kept], layout.take(kept)) if skipped else branch(x, layout)
+        scale = x.new_empty(out.shape[0], 1, 1).bernoulli_(1 - rest) / (1 - self.rate)
+        if not skipped:
+            return x + out * scale
+        return x.index_add(0, kept, (out * scale).to(x.dtype))
 
 
 class Block(nn.Module):
@@ -64,27 +100,38 @@ class Block(nn.Module):
         self.attn = pick(ATTENTIONS, config.attention, "model.attention")(config)
         self.ls1 = LayerScale(dim, config.layer_scale) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.mlp = MLP(dim, int(dim * config.mlp_ratio), dropout=config.dropout)
+        self.mlp = pick(MLPS, config.mlp, "model.mlp")(dim, config.hidden_dim, dropout=config.dropout)
         self.ls2 = LayerScale(dim, config.layer_scale) if config.layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+    def forward(self, x: Float[Tensor, "B N D"], layout: Layout = Layout()) -> Float[Tensor, "B N D"]:  # noqa: B008
+        x = self.drop_path(x, self.attend, layout)
+        return self.drop_path(x, self.think, layout)
+
+    def attend(self, x: Float[Tensor, "B N D"], layout: Layout) -> Float[Tensor, "B N D"]:
+        """Return the attention branch."""
+        return self.ls1(self.attn(self.norm1(x), layout))
+
+    def think(self, x: Float[Tensor, "B N D"], layout: Layout) -> Float[Tensor, "B N D"]:
+        """Return the MLP branch."""
+        return self.ls2(self.mlp(self.norm2(x)))
 
 
 class PatchDropout(nn.Module):
-    """While training, keep a random subset of the patches, the same number in every sample (Liu et al. 2023, FLIP)."""
+    """While training, keep a random subset of the patches, as many in every sample (Liu et al. 2023, "PatchDropout")."""
 
     def __init__(self, rate: float, num_prefix: int) -> None:
         super().__init__()
         self.rate, self.num_prefix = rate, num_prefix
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B M D"]:
+    def forward(self, x: Float[Tensor, "B N D"], layout: Layout) -> tuple[Float[Tensor, "B M D"], Layout]:
         if not self.training or self.rate == 0.0:
-            return x
-        prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        keep = max(1, round(patches.shape[1] * (1.0 - self.rate)))
-        chosen = torch.rand(patches.shape[:2], device=x.device).topk(keep, dim=1).indices.sort(dim=1).values
-        patches = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[2]))
-        return torch.cat([prefix, patches], dim=1)
+            return x, layout
+        count = x.shape[1] - self.num_prefix
+        keep = max(1, round(count * (1.0 - self.rate)))
+        kept = torch.rand(x.shape[0], count, device=x.device).topk(keep, dim=1).indices.sort(dim=1).values
+        prefix = torch.arange(self.num_prefix, device=x.device).expand(x.shape[0], -1)
+        kept = torch.cat([prefix, kept + self.num_prefix], dim=1)
+        if layout.rope is not None:
+            layout = layout._replace(rope=layout.rope[kept][:, None])
+        return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), layout

@@ -1,4 +1,4 @@
-"""What an architecture costs: parameters and multiply-adds, by formula. Imports no torch."""
+"""What an architecture costs: parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,47 @@ from vitrail.models.config import ViTConfig
 def num_macs(config: ViTConfig) -> int:
     """Return the multiply-adds of one forward pass over one picture of `image_size`.
 
-    depth · (N·D²·(4 + 2r) + 2·N²·D) + patches · C·P²·D + D·classes; norms, biases and softmax are left out, as usual.
+    Encoder + depth · (N·D²·(4 + 2r) + 2·N²·D) + decoder + D·classes; norms, biases and softmax are left out, as usual. A
+    swiglu MLP has three matrices instead of two: 3r.
     """
     patches, dim = config.grid[0] * config.grid[1], config.embed_dim
     tokens = config.num_prefix + patches
-    hidden = int(dim * config.mlp_ratio)
-    block = tokens * dim * (4 * dim + 2 * hidden) + 2 * tokens**2 * dim
-    join = patches * 2 * dim * dim if config.decoder == "concat" else 0
-    embed = patches * config.in_channels * config.patch_size**2 * dim
-    return config.depth * block + embed + join + dim * config.num_classes
+    pool = {
+        "concat": 2 * dim * dim,
+        # keys and values of every patch; one query, its look at all patches, its projection and MLP
+        "attention": patches * 2 * dim * dim + 2 * dim * dim + 2 * patches * dim + 2 * dim * config.hidden_dim,
+    }
+    width = 2 * dim if config.decoder == "token_mean" else dim
+    return (
+        encoder_macs(config)
+        + config.depth * block_macs(config, tokens)
+        + pool.get(config.decoder, 0)
+        + width * config.num_classes
+    )
+
+
+def block_macs(config: ViTConfig, tokens: int) -> int:
+    """Return the multiply-adds of one Transformer block over a row of tokens."""
+    dim = config.embed_dim
+    mlp = (3 if config.mlp == "swiglu" else 2) * dim * config.hidden_dim
+    return tokens * (4 * dim * dim + mlp) + 2 * tokens**2 * dim
+
+
+def encoder_macs(config: ViTConfig) -> int:
+    """Return the multiply-adds of the encoder; those of a CNN are counted on a pass without storage."""
+    if config.encoder == "patch":
+        return config.grid[0] * config.grid[1] * config.in_channels * config.patch_size**2 * config.embed_dim
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from vitrail.models.encoders import build_encoder
+
+    with torch.device("meta"):
+        encoder = build_encoder(config).eval()
+        picture = torch.empty(1, config.in_channels, config.image_size, config.image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(picture)
+    return counter.get_total_flops() // 2
 
 
 def num_parameters(config: ViTConfig) -> int:

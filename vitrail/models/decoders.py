@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.lookup import pick
+from vitrail.models.attention import AttentionPool
+from vitrail.models.blocks import MLPS
 from vitrail.models.config import ViTConfig
 
 
 class TokenDecoder(nn.Module):
     """The class token (Dosovitskiy et al. 2021, eq. 4)."""
-
-    norm_after_pooling = False
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -24,9 +25,7 @@ class TokenDecoder(nn.Module):
 
 
 class MeanDecoder(nn.Module):
-    """The mean of the patch tokens; the norm comes after the mean, as in timm's `global_pool="avg"`."""
-
-    norm_after_pooling = True
+    """The mean of the patch tokens, as timm's `global_pool="avg"`."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -36,15 +35,45 @@ class MeanDecoder(nn.Module):
         return tokens[:, self.num_prefix :].mean(dim=1)
 
 
+class TokenMeanDecoder(nn.Module):
+    """The class token and the mean of the patch tokens, side by side (Oquab et al. 2023, DINOv2, section 7.1)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_prefix, self.out_dim = config.num_prefix, 2 * config.embed_dim
+
+    def forward(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
+        return torch.cat([tokens[:, 0], tokens[:, self.num_prefix :].mean(dim=1)], dim=1)
+
+
+class AttentionDecoder(nn.Module):
+    """Attention pooling over the patch tokens, as timm's `global_pool="map"`."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_prefix, self.out_dim = config.num_prefix, config.embed_dim
+        self.attn_pool = AttentionPool(
+            config.embed_dim,
+            config.num_heads,
+            pick(MLPS, "gelu", "mlp")(config.embed_dim, config.hidden_dim),
+            qkv_bias=config.qkv_bias,
+            layer_norm_eps=config.layer_norm_eps,
+        )
+
+    def forward(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
+        return self.attn_pool(tokens[:, self.num_prefix :])
+
+
 class ConcatDecoder(nn.Module):
-    """The article's decoder: the encoder's and the Transformer's output, joined per patch, then pooled.
+    """The article's decoder: the encoder's and the Transformer's output of every patch, joined, pooled, then an MLP.
 
-    encoder output [B, D, h, w] ─ norm ─┐
-                                         ├─ concatenate [B, h·w, 2D] ─ Linear, GELU [B, h·w, D] ─ mean [B, D]
-    Transformer output [B, h·w, D] ─────┘
+        encoder output     [B, D, h, w] ─ norm ─┐
+                                                ├─ join [B, h·w, 2D] ─ mean [B, 2D] ─ Linear, GELU [B, D] ─ head
+        Transformer output [B, h·w, D] ─────────┘
+
+    Joining two vectors and taking the mean over patches can change places, so each side is pooled on its own and the
+    joined table of h·w rows is never made.
     """
-
-    norm_after_pooling = False
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -52,12 +81,17 @@ class ConcatDecoder(nn.Module):
         # The encoder's raw output has another scale than the normalised Transformer's.
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.join = nn.Linear(2 * config.embed_dim, config.embed_dim)
-        self.act = nn.GELU()
 
     def forward(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
-        patches = self.norm(rearrange(encoded, "B D h w -> B (h w) D"))
-        joined = torch.cat([patches, tokens[:, self.num_prefix :]], dim=2)
-        return self.act(self.join(joined)).mean(dim=1)
+        patches = self.norm(encoded.flatten(2).transpose(1, 2))
+        joined = torch.cat([patches.mean(dim=1), tokens[:, self.num_prefix :].mean(dim=1)], dim=1)
+        return F.gelu(self.join(joined))
 
 
-DECODERS = {"token": TokenDecoder, "mean": MeanDecoder, "concat": ConcatDecoder}
+DECODERS = {
+    "token": TokenDecoder,
+    "mean": MeanDecoder,
+    "token_mean": TokenMeanDecoder,
+    "attention": AttentionDecoder,
+    "concat": ConcatDecoder,
+}

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from vitrail.lookup import pick, unknown
-from vitrail.models.config import DECODER_NAMES, ViTConfig
+from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES, ViTConfig
 
 # Ti, S: DeiT (Touvron et al. 2021, table 1). B, L, H: ViT (Dosovitskiy et al. 2021, table 1).
 # nano, micro: ours, for small pictures on CPUs; heads of 32, since 16 to 64 tokens need few heads, and MLP ratio 2, which
@@ -21,8 +21,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "h": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
 
-# The article's other forms as suffixes of a variant's name.
-SUFFIXES: dict[str, dict[str, Any]] = {decoder: {"decoder": decoder} for decoder in DECODER_NAMES}
+# The article's other forms as suffixes of a variant's name; any other suffix names a CNN of timm as encoder.
+SUFFIXES: dict[str, dict[str, Any]] = {
+    **{decoder: {"decoder": decoder} for decoder in DECODER_NAMES},
+    **{encoder: {"encoder": encoder} for encoder in ENCODER_NAMES},
+    **{positions: {"positions": positions} for positions in POSITION_NAMES if positions != "none"},
+    "swiglu": {"mlp": "swiglu", "mlp_ratio": 8 / 3},
+}
 
 # What `vitrail models` lists; any other size and patch can be written in the same way.
 LISTED = ("nano2", "nano4", "micro2", "micro4", "ti4", "s4", "ti16", "s16", "b16", "b32", "l16", "h14")
@@ -34,7 +39,7 @@ def variant_config(name: str, **changes: Any) -> ViTConfig:
     Raises:
         ValueError: the name is not size + patch + known suffixes, or the changes are refused.
     """
-    size, *suffixes = name.split("-")
+    size = name.split("-")[0]
     parsed = re.fullmatch(r"([a-z]+?)(\d+)", size)
     if parsed is None:
         raise ValueError(unknown("model", name, LISTED))
@@ -42,9 +47,40 @@ def variant_config(name: str, **changes: Any) -> ViTConfig:
     fields["patch_size"] = int(parsed[2])
     # Small patches are for small pictures: 16 patches a side, at most 32 px for nano and micro of patch 2.
     fields["image_size"] = 224 if fields["patch_size"] > 8 else 8 * fields["patch_size"]
-    for suffix in suffixes:
-        fields.update(pick(SUFFIXES, suffix, f"suffix in model {name!r}:"))
+    fields |= suffix_fields(name)
     return ViTConfig(**{**fields, **changes})
+
+
+def suffix_fields(name: str) -> dict[str, Any]:
+    """Return what the suffixes of a variant's name say of its architecture.
+
+    Raises:
+        ValueError: a suffix is unknown.
+    """
+    fields: dict[str, Any] = {}
+    for suffix in name.split("-")[1:]:
+        fields |= SUFFIXES[suffix] if suffix in SUFFIXES else {"encoder": cnn_suffix(suffix, name)}
+    return fields
+
+
+def cnn_suffix(suffix: str, name: str) -> str:
+    """Return the CNN of timm that a suffix names.
+
+    Raises:
+        ValueError: it is neither one of `SUFFIXES` nor a model of timm.
+    """
+    from vitrail.models.cnns import nearest, refuse_unknown
+
+    try:
+        refuse_unknown(suffix)
+    except ValueError:
+        near = nearest(suffix, SUFFIXES)
+        hint = f"; did you mean {near!r}?" if near else "."
+        raise ValueError(
+            f"unknown suffix in model {name!r}: {suffix!r}{hint} Known: {', '.join(SUFFIXES)}, and timm's CNNs, such as "
+            "resnet50, efficientnet_b0"
+        ) from None
+    return suffix
 
 
 def is_variant(name: str) -> bool:

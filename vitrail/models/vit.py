@@ -7,6 +7,7 @@ State-dict names are those of timm's `VisionTransformer`, so that public weights
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from einops import rearrange
@@ -14,12 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.lookup import pick
+from vitrail.models.attention import Layout
 from vitrail.models.blocks import Block, PatchDropout
 from vitrail.models.config import ViTConfig
 from vitrail.models.decoders import DECODERS
-from vitrail.models.encoders import ENCODERS
+from vitrail.models.encoders import PatchEncoder, build_encoder
 from vitrail.models.init import init_weights
-from vitrail.models.positions import resize_table, sincos2d
+from vitrail.models.positions import resize_table, rope2d, sincos2d
 
 
 class ViT(nn.Module):
@@ -33,101 +35,174 @@ class ViT(nn.Module):
     """
 
     pos_fixed: Tensor | None
+    rope: Tensor | None
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
         dim, eps = config.embed_dim, config.layer_norm_eps
         h, w = config.grid
-        self.patch_embed = pick(ENCODERS, config.encoder, "model.encoder")(config)
+        self.patch_embed = build_encoder(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
         learned = config.positions == "learned"
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_prefix + h * w, dim)) if learned else None
         fixed = sincos2d(config.grid, dim) if config.positions == "sincos2d" else None
         self.register_buffer("pos_fixed", fixed, persistent=False)
+        rope = self._rope(config.grid) if config.positions == "rope2d" else None
+        self.register_buffer("rope", rope, persistent=False)
         self.pos_drop = nn.Dropout(config.dropout)
         self.patch_drop = PatchDropout(config.patch_dropout, config.num_prefix)
         # Stochastic depth grows linearly from 0 in the first block to drop_path in the last (Huang et al. 2016).
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList([Block(config, drop_path=rate) for rate in rates])
         self.decoder = pick(DECODERS, config.decoder, "model.decoder")(config)
-        after = self.decoder.norm_after_pooling
-        self.norm = nn.Identity() if after else nn.LayerNorm(dim, eps=eps)
-        self.fc_norm = nn.LayerNorm(dim, eps=eps) if after else nn.Identity()
+        pooled = config.decoder == "mean" and config.fc_norm
+        self.norm = nn.Identity() if pooled else nn.LayerNorm(dim, eps=eps)
+        self.fc_norm = nn.LayerNorm(dim, eps=eps) if pooled else nn.Identity()
         self.head_drop = nn.Dropout(config.dropout)
         self.head = nn.Linear(self.decoder.out_dim, config.num_classes) if config.num_classes else nn.Identity()
-        init_weights(self)
+        init_weights(self, config.init)
 
-    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
-        """Return the logits, or the pooled vector when `num_classes` is 0."""
-        encoded = self.encode(images)
-        tokens = self.embed(encoded)
+    def forward(self, images: Float[Tensor, "B C H W"], patch_size: int | None = None) -> Float[Tensor, "B classes"]:
+        """Return the logits, or the pooled vector when `num_classes` is 0.
+
+        Pictures may have any size and aspect ratio; see `encode` for sides that are no multiple of the patch.
+
+        Args:
+            patch_size: cut the pictures into patches of this side instead of the configuration's (FlexiViT).
+        """
+        encoded = self.encode(images, patch_size)
+        tokens, layout = self.embed(encoded)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, layout)
         return self.head(self.head_drop(self.pool(encoded, self.norm(tokens))))
 
-    def features(self, images: Float[Tensor, "B C H W"]) -> dict[str, Tensor]:
+    def features(self, images: Float[Tensor, "B C H W"], patch_size: int | None = None) -> dict[str, Tensor]:
         """Return every intermediate by name.
 
         Keys: `encoder` [B, D, h, w]; `blocks.0` … [B, N, D], the output of each block; `transformer` [B, N, D], after
-        the final norm; `pooled` [B, D]; `logits` [B, classes].
+        the final norm; `pooled` [B, E], what the head gets (E is 2D for decoder `token_mean`, else D); `logits`
+        [B, classes].
         """
-        out = {"encoder": self.encode(images)}
-        tokens = self.embed(out["encoder"])
+        out = {"encoder": self.encode(images, patch_size)}
+        tokens, layout = self.embed(out["encoder"])
         for i, block in enumerate(self.blocks):
-            tokens = out[f"blocks.{i}"] = block(tokens)
+            tokens = out[f"blocks.{i}"] = block(tokens, layout)
         out["transformer"] = self.norm(tokens)
         out["pooled"] = self.pool(out["encoder"], out["transformer"])
         out["logits"] = self.head(self.head_drop(out["pooled"]))
         return out
 
-    def encode(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Encoder: pixels → one vector per patch.
+    def forward_packed(
+        self, images: Sequence[Float[Tensor, "C _H _W"]], patch_size: int | None = None
+    ) -> Float[Tensor, "B classes"]:
+        """Return the logits of pictures of different sizes, computed together as one row of tokens.
+
+        Equal to calling the model on each picture alone: a token attends within its picture (Dehghani et al. 2023,
+        NaViT). The linear layers see all pictures at once, attention costs what each picture costs alone.
 
         Raises:
-            ValueError: the pictures have other channels than the model, or a side that is no multiple of the patch.
+            ValueError: the model is in training mode, where a sample's dropout would depend on its neighbours.
         """
-        patch, channels, size = self.config.patch_size, images.shape[1], tuple(images.shape[2:])
+        if self.training:
+            raise ValueError("packed pictures are for inference and evaluation; call model.eval() first")
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        order = sorted(range(len(images)), key=sizes.__getitem__)
+        encoded, rows, ropes, lengths = [], [], [], []
+        for _, group in groupby(order, key=sizes.__getitem__):
+            encoded.append(self.encode(torch.stack([images[i] for i in group]), patch_size))
+            tokens, layout = self.embed(encoded[-1])
+            rows.append(tokens.flatten(0, 1))
+            lengths.append(tokens.shape[1])
+            if layout.rope is not None:
+                ropes.append(layout.rope.repeat(len(tokens), 1))
+        if not rows:
+            return self(next(self.parameters()).new_empty(0, self.config.in_channels, *2 * (self.config.image_size,)))
+        counts = [len(maps) for maps in encoded]
+        layout = Layout(
+            rope=torch.cat(ropes) if ropes else None,
+            lengths=tuple(length for length, count in zip(lengths, counts, strict=True) for _ in range(count)),
+        )
+        tokens = torch.cat(rows)[None]
+        for block in self.blocks:
+            tokens = block(tokens, layout)
+        parts = self.norm(tokens)[0].split([length * count for length, count in zip(lengths, counts, strict=True)])
+        pooled = [
+            self.pool(maps, part.unflatten(0, (len(maps), -1))) for maps, part in zip(encoded, parts, strict=True)
+        ]
+        logits = self.head(torch.cat(pooled))
+        return logits[torch.tensor(order, device=logits.device).argsort()]
+
+    def encode(self, images: Float[Tensor, "B C H W"], patch_size: int | None = None) -> Float[Tensor, "B D h w"]:
+        """Encoder: pixels → one vector per patch.
+
+        A side that is no multiple of the patch is padded with zeros (the mean colour, after normalisation) at the right
+        and at the bottom, up to the next multiple, as timm's `dynamic_img_pad` does.
+
+        Raises:
+            ValueError: the pictures have other channels than the model, a side is smaller than a patch, or the encoder
+                has no other patch size.
+        """
+        patch, channels, (height, width) = patch_size or self.config.patch_size, images.shape[1], images.shape[2:]
         if channels != self.config.in_channels:
             raise ValueError(f"pictures have {channels} channels, but model.in_channels is {self.config.in_channels}")
-        if any(side < patch or side % patch for side in size):
+        if height < patch or width < patch:
+            raise ValueError(f"pictures of {height}×{width} are smaller than a patch of {patch}×{patch}; enlarge them")
+        if height % patch or width % patch:
+            images = nn.functional.pad(images, (0, -width % patch, 0, -height % patch))
+        if patch == self.config.patch_size:
+            return self.patch_embed(images)
+        if not isinstance(self.patch_embed, PatchEncoder):
             raise ValueError(
-                f"picture size {size[0]}×{size[1]} is not a multiple of model.patch_size {patch}; resize or pad it"
+                f"patch_size {patch}: this model's encoder has patches of {self.config.patch_size} only; other sizes need "
+                "model.encoder 'patch' without model.patch_norm"
             )
-        return self.patch_embed(images)
+        return self.patch_embed(images, patch)
 
-    def embed(self, encoded: Float[Tensor, "B D h w"]) -> Float[Tensor, "B N D"]:
-        """Put prefix tokens before the patch vectors and add positions."""
-        tokens = rearrange(encoded, "B D h w -> B (h w) D")
+    def embed(self, encoded: Float[Tensor, "B D h w"]) -> tuple[Float[Tensor, "B N D"], Layout]:
+        """Put prefix tokens before the patch vectors and add positions; returns also what attention must know."""
+        tokens = encoded.flatten(2).transpose(1, 2)
+        grid = (encoded.shape[2], encoded.shape[3])
         prefix = [
             token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None
         ]
         tokens = torch.cat([*prefix, tokens], dim=1) if prefix else tokens
-        positions = self.positions((encoded.shape[2], encoded.shape[3]))
-        return self.patch_drop(self.pos_drop(tokens if positions is None else tokens + positions))
+        positions = self.positions(grid)
+        tokens = self.pos_drop(tokens if positions is None else tokens + positions)
+        rope = self.rope if self.rope is None or grid == self.config.grid else self._rope(grid).to(self.rope)
+        return self.patch_drop(tokens, Layout(rope))
 
     def pool(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
         """Decoder: the encoder's and the Transformer's outputs → one vector per picture."""
         return self.fc_norm(self.decoder(encoded, tokens))
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 N D"] | None:
-        """Return the position table for a patch grid, prefix rows included, or None when there are no positions."""
+        """Return what is added to the tokens of a patch grid, prefix rows included; None when nothing is added."""
         if self.pos_embed is not None:
             return resize_table(self.pos_embed, self.config.grid, grid, self.config.num_prefix)
         if self.pos_fixed is None:
             return None
-        table = self.pos_fixed if grid == self.config.grid else sincos2d(grid, self.config.embed_dim).to(self.pos_fixed)
+        table = self.pos_fixed
+        if grid != self.config.grid:
+            table = sincos2d(grid, self.config.embed_dim, source=self.config.grid).to(table)
         return nn.functional.pad(table, (0, 0, self.config.num_prefix, 0))
 
     def positional_encoding(self, shape: Sequence[int]) -> Float[Tensor, "1 D h w"]:
         """Return what is added to each patch of pictures of `shape` ([B, C, H, W] or [H, W]), as a map.
 
         Raises:
-            ValueError: the model has no additive positions.
+            ValueError: the model adds no positions.
         """
-        h, w = shape[-2] // self.config.patch_size, shape[-1] // self.config.patch_size
+        h, w = -(-shape[-2] // self.config.patch_size), -(-shape[-1] // self.config.patch_size)
         table = self.positions((h, w))
         if table is None:
-            raise ValueError("this model has no position encoding to show: model.positions is 'none'")
+            why = "they turn queries and keys" if self.rope is not None else "it has none"
+            raise ValueError(
+                f"this model adds no positions to show: model.positions is {self.config.positions!r}, {why}"
+            )
         return rearrange(table[:, self.config.num_prefix :], "1 (h w) D -> 1 D h w", h=h, w=w)
+
+    def _rope(self, grid: tuple[int, int]) -> Tensor:
+        head_dim = self.config.embed_dim // self.config.num_heads
+        return rope2d(grid, head_dim, num_prefix=self.config.num_prefix)

@@ -77,7 +77,7 @@ def first_broken(model: ViT, batch: Batch) -> str:
         if not any(module.children()):
             hooks.append(module.register_forward_hook(_recorder(name, found)))
     try:
-        model(batch.images)
+        model(batch.images, batch.patch_size)
     finally:
         for hook in hooks:
             hook.remove()

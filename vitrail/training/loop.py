@@ -7,6 +7,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from vitrail.evaluation.metrics import headline
 from vitrail.models.vit import ViT
 from vitrail.training.checkpoints import Progress, State, load_state, save_state
 from vitrail.training.diagnosis import check_finite, check_outputs
+from vitrail.training.frozen import freeze, running_statistics, slow_statistics
 from vitrail.training.meter import Meter
 from vitrail.training.objectives import Classification
 from vitrail.training.optim import build_optimizer, clip_gradient, set_lr, update_average
@@ -51,9 +53,10 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
     device = pick_device(config.device)
     rhythm = rhythm_of(config, len(data.splits.parts["train"]))
     schedule = Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
-    state = start_state(config, device)
+    state = start_state(config, device, fresh=not run.has_state)
     if run.has_state:
         load_state(run.last, state)
+    statistics = running_statistics(state.model)
     run.forget_after(state.progress.step)
     objective = Classification(state.model, label_smoothing=config.optim.label_smoothing)
     if config.compile:
@@ -74,6 +77,7 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
             # All randomness of a step comes from its number: resuming needs no generator state.
             torch.manual_seed(step_seed(config.seed, step, world.rank))
             losses = update(wrapped, state, batch, config, device)
+            world.average_(statistics)
             if state.average is not None:
                 update_average(state.average, state.model, config.optim.ema_decay, step)
             meter.add(losses, len(batch.targets))
@@ -122,12 +126,29 @@ def report_dropped(data: TrainData, run: Run, talk: Talk) -> None:
     run.note(problems=[*run.info().get("problems", []), *problems])
 
 
-def start_state(config: RunConfig, device: torch.device) -> State:
-    """Return the state before the first step."""
-    torch.manual_seed(config.seed)
-    model = ViT(config.model).to(device)
+def start_state(config: RunConfig, device: torch.device, *, fresh: bool) -> State:
+    """Return the state before the first step; unless `fresh`, its weights are about to be replaced by saved ones."""
+    model = start_model(config, fresh=fresh).to(device)
     average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
-    return State(model.train(), average, build_optimizer(model, config.optim), Progress())
+    return State(model, average, build_optimizer(model, config.optim), Progress())
+
+
+def start_model(config: RunConfig, *, fresh: bool) -> ViT:
+    """Return the model before the first step, in training mode but for its frozen parts.
+
+    Raises:
+        ValueError: the encoder's weights cannot be had, or a frozen part is not in the model.
+    """
+    torch.manual_seed(config.seed)
+    model = ViT(config.model)
+    if config.encoder_weights and fresh:
+        from vitrail.models.cnns import load_pretrained
+
+        load_pretrained(cast(nn.Module, model.patch_embed.backbone), config.model, config.encoder_weights)
+    model.train()
+    freeze(model, config.optim.freeze)
+    slow_statistics(model, config.optim.accumulate)
+    return model
 
 
 def update(

@@ -20,6 +20,6 @@ class Classification(nn.Module):
         self.model, self.label_smoothing = model, label_smoothing
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.model(batch.images).float()
+        logits = self.model(batch.images, batch.patch_size).float()
         loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
         return {"loss": loss, "correct": (logits.argmax(dim=1) == batch.targets).sum()}

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from vitrail.config import OptimConfig
 
 # Added to every picture alike, or a scale: pulling them to zero has no regularising meaning (Google's and DeiT's recipes).
-_NO_DECAY = ("cls_token", "reg_token", "pos_embed")
+_NO_DECAY = ("cls_token", "reg_token", "pos_embed", "latent")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov & Hutter 2019) in which matrices decay, and biases, norms, tokens and positions do not."""
     decayed, exempt = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         no_decay = parameter.ndim < 2 or name.split(".")[-1] in _NO_DECAY
         (exempt if no_decay else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
@@ -45,3 +47,6 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     decay = min(decay, (1 + step) / (10 + step))
     means, weights = list[Tensor](average.parameters()), list[Tensor](model.parameters())
     torch._foreach_lerp_(means, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    # Batch norm's running statistics belong to the weights, and are averaged with them; its counters are copied.
+    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
+        mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)

@@ -38,6 +38,16 @@ class World:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return tuple(values.tolist())
 
+    def average_(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each tensor by its mean over all processes."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = (flat / self.size).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def from_main(self, value: T) -> T:
         """Return the main process's value on every process."""
         box = [value]

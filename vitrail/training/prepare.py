@@ -47,6 +47,7 @@ class TrainData:
             seed=config.seed,
             augment=config.augment,
             device=device,
+            patch_sizes=config.model.patch_sizes,
             rank=world.rank,
             ranks=world.size,
         )
@@ -121,5 +122,7 @@ def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
 def is_identity(preprocess: Preprocess, size: tuple[int, int]) -> bool:
     """Whether preprocessing leaves pictures of this size as they are."""
     side = preprocess.image_size
+    if preprocess.resize == "aspect":
+        return preprocess.aspect_size(size[1], size[0]) == (size[1], size[0])
     uncropped = preprocess.resize == "squash" or int(side / preprocess.crop_fraction) <= side
     return size == (side, side) and uncropped

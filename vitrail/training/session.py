@@ -23,7 +23,7 @@ from vitrail.report.page import build_report
 from vitrail.settings import leaves, override
 from vitrail.training import parallel
 from vitrail.training.finish import finish
-from vitrail.training.loop import rhythm_of
+from vitrail.training.loop import rhythm_of, start_model
 from vitrail.training.loop import train as train_loop
 from vitrail.training.precision import autocast, pick_device, supports_bf16
 from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data
@@ -102,6 +102,8 @@ def begin(
     facts = facts_of(checked, str(given.get("device", "auto")))
     config, choices = build_config(recipe, facts, {**given, "data.source": source})
     check_runnable(config, facts.num_train, world)
+    if config.encoder_weights or config.optim.freeze:
+        start_model(config, fresh=True)  # what is wrong with them shows before a folder is made
     show(checked, choices, talk)
     data = ready_data(checked, config)
     if world.is_main:

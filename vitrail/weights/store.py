@@ -21,7 +21,7 @@ from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.settings import from_dict, to_dict
 
-FORMAT = 1
+FORMAT = 2  # 2: decoder concat pools before its linear layer, in 1 it pooled after it
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            # Cloned: tensors inside the file's memory are not aligned, which oneDNN computes in another order.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -115,6 +116,8 @@ def load_model(path: Path) -> tuple[ViT, ModelHeader]:
             metrics=content["metrics"],
             versions=content["versions"],
         )
+        if content["format"] < 2 and header.architecture.decoder == "concat":
+            raise ValueError("decoder 'concat' computed something else when it was written (format 1); train it anew")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its header cannot be read: {error}") from None
     with torch.device("meta"):
@@ -144,11 +147,6 @@ def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str) -> None
         ] * bool(unexpected)
         raise ValueError("\n".join(lines + [f"  shape: {line}" for line in shapes]))
     model.load_state_dict(dict(tensors), strict=True, assign=True)
-    if model.config.positions == "sincos2d":
-        # Not in the file: it is a formula, made anew here because the model was built without storage.
-        from vitrail.models.positions import sincos2d
-
-        model.pos_fixed = sincos2d(model.config.grid, model.config.embed_dim)
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,399 @@
+"""CNN encoders and patch sizes through a whole training: frozen parts, statistics, weights, resume, judgement."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vitrail.cli import run as vitrail
+from vitrail.config import RunConfig
+from vitrail.console import Talk
+from vitrail.data.preprocess import Preprocess
+from vitrail.evaluation.classifier import load
+from vitrail.evaluation.evaluate import evaluate
+from vitrail.models.cnns import build_cnn, feature_strides
+from vitrail.models.config import ViTConfig
+from vitrail.models.cost import num_macs, num_parameters
+from vitrail.models.variants import variant_config
+from vitrail.models.vit import ViT
+from vitrail.recipes import Facts, build_config
+from vitrail.settings import override
+from vitrail.training.frozen import freeze, running_statistics, slow_statistics
+from vitrail.training.session import train
+
+QUIET = Talk(quiet=True)
+SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=3, embed_dim=24, depth=1, num_heads=3)
+FACTS = Facts(2000, 3, 32, True, 3, "", "cpu", False)
+
+
+@pytest.fixture
+def settings(tiny):
+    return {name: value for name, value in tiny.items() if name != "variant"} | {"model": "nano8-resnet18"}
+
+
+@pytest.fixture
+def cnn_file(tmp_path):
+    """Weights of a whole timm CNN, as its trainer would have left them."""
+    torch.manual_seed(5)
+    net = timm.create_model("resnet18", num_classes=11)
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    save_file(net.state_dict(), tmp_path / "resnet18.safetensors")
+    return tmp_path / "resnet18.safetensors"
+
+
+def backbone_of(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    start = f"{prefix}patch_embed.backbone."
+    return {name.removeprefix(start): each for name, each in load_file(path).items() if name.startswith(start)}
+
+
+def test_a_frozen_encoder_keeps_weights_and_statistics_to_the_bit(make_folder, tmp_path, settings, cnn_file):
+    data = make_folder(tmp_path / "data")
+    freezing = {"optim.freeze": ("patch_embed.backbone",), "encoder_weights": str(cnn_file), "optim.ema_decay": 0.5}
+    run = train(data, out=tmp_path / "run", talk=QUIET, **settings, **freezing).folder
+    source = load_file(cnn_file)
+    for part, path in (("", run / "model.safetensors"), ("model.", run / "last" / "state.safetensors")):
+        kept = backbone_of(path, part)
+        assert len(kept) > 10
+        assert all(torch.equal(each, source[name]) for name, each in kept.items())
+    before, after = ViT(load(run).model.config), load(run).model
+    assert not torch.equal(before.patch_embed.proj.weight, after.patch_embed.proj.weight), "the projection learns"
+    assert load(run).preprocess.mean == (0.485, 0.456, 0.406), "pretrained nets expect ImageNet's normalisation"
+
+
+def test_a_trained_encoder_moves_weights_and_statistics(make_folder, tmp_path, settings, cnn_file):
+    data = make_folder(tmp_path / "data")
+    run = train(data, out=tmp_path / "run", talk=QUIET, encoder_weights=str(cnn_file), **settings).folder
+    source, kept = load_file(cnn_file), backbone_of(run / "model.safetensors")
+    assert not torch.equal(kept["conv1.weight"], source["conv1.weight"])
+    assert not torch.equal(kept["bn1.running_mean"], source["bn1.running_mean"])
+    judged = evaluate(str(run), str(data), split="val", device=torch.device("cpu"), talk=QUIET)
+    told = json.loads((run / "evaluation.json").read_text())["val"]
+    assert judged["top1"] == told["top1"]
+    assert judged["loss"] == told["loss"], "the averaged statistics are in the model file"
+
+
+@pytest.mark.slow
+def test_resume_with_batch_norm_average_and_accumulation_is_bit_identical(make_folder, tmp_path):
+    data = make_folder(tmp_path / "data", count=24)
+    words = [sys.executable, "-m", "vitrail", "train", str(data), "--out"]
+    more = ["--model", "nano8-resnet18", "--model.depth", "1", "--batch-size", "16", "--optim.accumulate", "2"]
+    more += ["--optim.ema-decay", "0.9", "--log.save-minutes", "0.0001", "--epochs", "4"]
+    subprocess.run([*words, str(tmp_path / "whole"), *more], check=True, capture_output=True)
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([*words, str(cut), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (cut / "last" / "state.safetensors").exists():
+        pass
+    process.kill()
+    process.wait()
+    assert json.loads((cut / "run.json").read_text())["status"] != "finished"
+    subprocess.run([*words, str(cut), "--resume"], check=True, capture_output=True)
+    for name in ("model.safetensors", "last/state.safetensors"):
+        ours, theirs = load_file(tmp_path / "whole" / name), load_file(cut / name)
+        assert ours.keys() == theirs.keys()
+        assert any("running_mean" in key for key in ours)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+@pytest.mark.slow
+def test_two_processes_keep_one_set_of_statistics(make_folder, tmp_path):
+    data = make_folder(tmp_path / "data", count=24)
+    program = """
+import sys, torch
+import torch.distributed as dist
+from vitrail.training import parallel
+from vitrail.training import loop
+from vitrail.console import Talk
+from vitrail.training.session import train
+seen = {}
+original = loop.judge_and_keep
+def spy(config, data, run, world, state, *rest):
+    seen.update({name: each.clone() for name, each in state.model.named_buffers() if "running" in name})
+    return original(config, data, run, world, state, *rest)
+loop.judge_and_keep = spy
+settings = {"model.depth": 1, "epochs": 1.0, "batch_size": 16, "model.drop_path": 0.0}
+train(sys.argv[1], out=sys.argv[2], model="nano8-resnet18", talk=Talk(quiet=True), **settings)
+assert len(seen) > 4
+all_seen = [None, None]
+dist.all_gather_object(all_seen, seen)
+assert all(torch.equal(all_seen[0][name], all_seen[1][name]) for name in seen)
+assert not torch.equal(seen["patch_embed.backbone.bn1.running_mean"], torch.zeros(64))
+parallel.leave()
+print("alike")
+"""
+    (tmp_path / "two.py").write_text(program)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "two.py")]
+    done = subprocess.run(
+        [*launcher, str(data), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.count("alike") == 2, done.stderr[-3000:]
+
+
+def test_statistics_move_per_step_as_without_accumulation():
+    torch.manual_seed(0)
+    whole, parts = (nn.Sequential(nn.BatchNorm2d(3)).train() for _ in range(2))
+    slow_statistics(parts, 4)
+    picture = torch.randn(1, 3, 4, 4).expand(
+        8, -1, -1, -1
+    )  # alike everywhere, so that parts have the batch's statistics
+    whole(picture)
+    for _ in range(4):
+        parts(picture)
+    torch.testing.assert_close(running_statistics(parts)[0], running_statistics(whole)[0])
+
+
+def test_freezing_by_name():
+    model = ViT(SMALL).train()
+    freeze(model, ("blocks", "pos_embed"))
+    frozen = {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"blocks", "pos_embed"}
+    assert not model.blocks[0].training
+    assert model.patch_embed.training
+    with pytest.raises(ValueError, match="unknown part in optim.freeze 'block'; did you mean 'blocks'"):
+        freeze(model, ("block",))
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        freeze(model, tuple({name.split(".")[0] for name, _ in model.named_parameters()}))
+
+
+def test_a_misspelt_part_leaves_no_run_behind(make_folder, tmp_path, settings):
+    with pytest.raises(ValueError, match="patch_embed"):
+        train(
+            make_folder(tmp_path / "data"),
+            out=tmp_path / "run",
+            talk=QUIET,
+            **settings,
+            **{"optim.freeze": ("patch_embd",)},
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_cannot_be_had_are_refused(make_folder, tmp_path, settings, cnn_file, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = make_folder(tmp_path / "data", count=4)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(cnn_file.read_bytes()[:5000])
+    other = tmp_path / "other.safetensors"
+    save_file({"conv1.weight": torch.zeros(3)}, other)
+    touched = tmp_path / "touched"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (touched,))
+
+    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
+    cases = {
+        str(tmp_path / "none.pth"): "no such file",
+        str(cut): "could not be loaded",
+        str(other): "could not be loaded",
+        str(tmp_path / "evil.pth"): "could not be loaded",
+        "timm": "needs the network once",
+    }
+    for weights, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            train(data, out=tmp_path / "run", talk=QUIET, encoder_weights=weights, **settings)
+        assert not (tmp_path / "run").exists()
+    assert not touched.exists(), "a pickle's code ran"
+    with pytest.raises(ValueError, match="is for a CNN of timm as encoder"):
+        override(RunConfig(), {"encoder_weights": "timm"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "resnet5"}, "did you mean 'resnet50'"),
+        ({"encoder": "con"}, "unknown model.encoder 'con'; did you mean 'conv'"),
+        ({"encoder": "vit_tiny_patch16_224"}, "is no CNN"),
+        (
+            {"encoder": "resnet18", "image_size": 35, "patch_size": 7},
+            "stride 2, 4, 8, 16, 32, not 7; try --model.patch_size 8",
+        ),
+        ({"encoder": "maxvit_tiny_rw_224", "image_size": 96, "patch_size": 16}, "cannot take pictures of 96 px"),
+        ({"encoder": "hrnet_w18_small", "image_size": 64, "patch_size": 16}, "layers behind the map"),
+    ],
+)
+def test_encoders_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ViT(dataclasses.replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "conv", "image_size": 36, "patch_size": 12}, "patch_size must be 2, 4, 8, 16 or 32"),
+        ({"encoder": "conv", "embed_dim": 27, "patch_size": 8}, "multiple of 4 at model.patch_size 8, got 27"),
+        ({"encoder": "r50"}, "stride 16 or 32, got model.patch_size 8"),
+        ({"encoder": "conv", "patch_sizes": (4, 8)}, "patch_sizes is for model.encoder 'patch'"),
+        ({"patch_sizes": (4, 5)}, "these divide it: 2 4 8 16"),
+        ({"patch_sizes": (4, 4)}, "stand once"),
+        ({"patch_sizes": (4, 8), "patch_norm": True}, "leave one of them out"),
+        ({"positions": "rope2d", "embed_dim": 18}, "a head's width must be a multiple of 4"),
+        ({"fc_norm": False}, "fc_norm has no effect with model.decoder 'token'"),
+        ({"decoder": "token_mean", "class_token": False}, "reads the class token"),
+        ({"mlp": "swigl"}, "did you mean 'swiglu'"),
+        ({"init": "mimetik"}, "did you mean 'mimetic'"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_remedy(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_published_sizes_of_the_hybrid_and_of_h14():
+    r50 = variant_config("b16-r50", num_classes=0)
+    assert num_parameters(r50) == 97_890_112  # timm's vit_base_r50_s16_224 without head
+    assert num_macs(r50) == pytest.approx(21.66e9, rel=0.007)
+    h14 = variant_config("h14", num_classes=0)
+    assert num_parameters(h14) == pytest.approx(630.8e6, rel=1e-3)
+    assert num_macs(h14) == pytest.approx(167.4e9, rel=0.002)
+
+
+def test_a_cnn_is_cut_after_its_map_and_takes_grey_pictures():
+    assert feature_strides("efficientnet_b0") == (2, 4, 8, 16, 32)
+    whole = sum(parameter.numel() for parameter in timm.create_model("efficientnet_b0", num_classes=0).parameters())
+    net, channels = build_cnn("efficientnet_b0", 4, 1)
+    assert channels == 24
+    assert sum(parameter.numel() for parameter in net.parameters()) < whole / 50
+    assert net(torch.rand(1, 1, 64, 64))[-1].shape == (1, 24, 16, 16)
+
+
+def test_names_of_variants_reach_the_configuration():
+    config, _ = build_config("auto", FACTS, {"variant": "micro4-resnet18-concat-rope2d"})
+    assert (config.model.encoder, config.model.decoder, config.model.positions) == ("resnet18", "concat", "rope2d")
+    assert config.preprocess.mean == (0.485, 0.456, 0.406)
+    assert build_config("auto", FACTS, {"variant": "micro4-conv"})[0].preprocess.mean == (0.5, 0.5, 0.5)
+    flexible, _ = build_config("auto", dataclasses.replace(FACTS, side=30), {"model.patch_sizes": (4, 8)})
+    assert flexible.model.image_size == 32
+    with pytest.raises(ValueError, match="unknown suffix in model 's16-resnet5': 'resnet5'; did you mean 'resnet50'"):
+        variant_config("s16-resnet5")
+
+
+def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys):
+    data = make_folder(tmp_path / "data", count=40)
+    many = tiny | {"model.patch_sizes": (4, 8, 16), "epochs": 40.0, "variant": "nano4", "model.embed_dim": 48}
+    run = train(data, out=tmp_path / "run", talk=QUIET, **many).folder
+    fixed = train(data, out=tmp_path / "fixed", talk=QUIET, **{**many, "model.patch_sizes": ()}).folder
+    for patch in (4, 8, 16):
+        out = tmp_path / f"{patch}.json"
+        flags = ["--split", "all", "--patch-size", str(patch), "--out", str(out)]
+        assert vitrail(["eval", str(run), str(data), *flags]) == 0
+        judged = json.loads(out.read_text())
+        assert judged["patch_size"] == patch
+        assert judged["top1"] >= 0.7, f"patches of {patch}"  # a third by chance
+        if patch > 4:
+            assert vitrail(["eval", str(fixed), str(data), *flags]) == 0
+            assert json.loads(out.read_text())["top1"] < 0.55, "one trained size does not carry to others"
+    capsys.readouterr()
+    other = train(data, out=tmp_path / "other", talk=QUIET, **{**tiny, "variant": "nano8-conv"}).folder
+    assert vitrail(["eval", str(other), str(data), "--patch-size", "4"]) == 1
+    assert "patches of 8 only" in capsys.readouterr().err
+
+
+def test_every_step_has_its_patch_size(make_folder, tmp_path, tiny):
+    from vitrail.data.loader import TrainStream
+    from vitrail.training.prepare import check_data, ready_data
+
+    data = make_folder(tmp_path / "data", count=8)
+    config, _ = build_config("auto", FACTS, {**tiny, "data.source": str(data), "model.patch_sizes": (4, 8)})
+    ready = ready_data(check_data(config.data, QUIET), config)
+
+    def sizes(start: int, stop: int, rank: int = 0) -> list[int | None]:
+        stream = TrainStream(
+            ready.pictures,
+            ready.splits.parts["train"],
+            batch_size=4,
+            seed=1,
+            augment=config.augment,
+            device=torch.device("cpu"),
+            patch_sizes=(4, 8),
+            rank=rank,
+            ranks=2,
+        )
+        return [batch.patch_size for batch in stream.batches(start, stop)]
+
+    whole = sizes(0, 40)
+    assert 8 < whole.count(4) < 32
+    assert whole.count(4) + whole.count(8) == 40
+    assert sizes(17, 40) == whole[17:], "a resumed run goes on with the same"
+    assert sizes(0, 40, rank=1) == whole, "all processes cut alike"
+
+
+def test_whole_pictures_in_their_own_aspect_ratio(tmp_path, make_folder, tiny, capsys):
+    run = train(make_folder(tmp_path / "data"), out=tmp_path / "run", talk=QUIET, **tiny).folder
+    random, folder = np.random.default_rng(0), tmp_path / "mixed"
+    for number, (width, height) in enumerate([(40, 20), (16, 16), (20, 40), (300, 3), (40, 20)]):
+        (folder / ("flat", "steep", "slant")[number % 3]).mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / ("flat", "steep", "slant")[number % 3] / f"{number}.png")
+    wide = load(run).at(resize="aspect", image_size=32)
+    paths = sorted(folder.rglob("*.png"))
+    shapes = {wide.preprocess.apply(PIL.Image.open(path)).shape for path in paths}
+    assert len(shapes) > 2
+    assert all(side % 8 == 0 for shape in shapes for side in shape[1:])
+    together = wide.predict(paths)
+    for path, row in zip(paths, together, strict=True):
+        assert row.probability == pytest.approx(wide.predict([path])[0].probability, abs=1e-5)
+    judged = evaluate(
+        str(run), str(folder), split="all", device=torch.device("cpu"), talk=QUIET, resize="aspect", image_size=32
+    )
+    right = sum(row.label == path.parent.name for row, path in zip(together, paths, strict=True))
+    assert judged["top1"] == pytest.approx(right / 5)
+    assert judged["resize"] == "aspect"
+    assert vitrail(["predict", str(run), str(folder), "--resize", "aspect", "--image-size", "32"]) == 0
+    assert vitrail(["predict", str(run), str(folder), "--resize", "aspekt"]) == 1
+    assert "did you mean 'aspect'" in capsys.readouterr().err
+    assert vitrail(["predict", str(run), str(folder), "--image-size", "4"]) == 1
+    assert "smaller than a patch of 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "expected"),
+    [
+        ((400, 100), 16, (448, 112)),
+        ((100, 400), 16, (112, 448)),
+        ((224, 224), 16, (224, 224)),
+        ((5000, 1), 16, (6272, 16)),
+    ],
+)
+def test_aspect_sizes_by_hand(size, multiple, expected):
+    preprocess = Preprocess(image_size=224, resize="aspect", multiple=multiple)
+    assert preprocess.aspect_size(*size) == expected
+
+
+def test_packing_is_for_evaluation():
+    with pytest.raises(ValueError, match="call model.eval"):
+        ViT(SMALL).train().forward_packed([torch.rand(3, 32, 32)])
+    assert ViT(SMALL).eval().forward_packed([]).shape == (0, 3)
+
+
+def test_a_drawing_has_the_shapes_and_sums_of_the_model(capsys):
+    for name in ("s16-resnet50-concat", "b16-r50", "ti4-conv-rope2d-attention", "nano4-swiglu-token_mean"):
+        assert vitrail(["models", name]) == 0
+        text = capsys.readouterr().out
+        config = variant_config(name)
+        counts = [
+            int(word.replace(",", ""))
+            for line in text.splitlines()
+            if "parameters" in line
+            for word in line.split()
+            if word.replace(",", "").isdigit() and "," in word
+        ]
+        assert sum(counts) == pytest.approx(num_parameters(config), abs=1000)
+        assert f"[B, {config.embed_dim}, {config.grid[0]}, {config.grid[1]}]" in text
+        assert f"[B, {config.num_prefix + config.grid[0] * config.grid[1]}, {config.embed_dim}]" in text
+    assert vitrail(["models", "s16-conca"]) == 1
+    assert "did you mean 'concat'" in capsys.readouterr().err
