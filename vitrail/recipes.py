@@ -140,7 +140,7 @@ def speed(facts: Facts) -> list[Choice]:
             choices.append(Choice("precision", "bf16", "this GPU computes bfloat16 several times faster"))
         return choices
     if facts.bf16 and facts.side > 16:
-        return [Choice("precision", "bf16", "this CPU has bfloat16 instructions: about twice as fast as fp32")]
+        return [Choice("precision", "bf16", "this CPU has bfloat16 instructions: nearly twice as fast as fp32")]
     reason = "too little work a picture for bfloat16 to pay" if facts.bf16 else "this CPU has no bfloat16 instructions"
     return [Choice("precision", "fp32", reason)]
 
@@ -300,7 +300,7 @@ def augmentation(facts: Facts) -> list[Choice]:
 def article(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
     """The article's own settings: ViT-B/16 at 224, AdamW 3e-5, linear warm-up over 500 of 10,000 steps, dropout 0.1.
 
-    Its other schedule is `--schedule.decay step --schedule.step_every "1 epochs"`.
+    Its other schedule is `--schedule.decay step --schedule.step-every "1 epochs" --schedule.warmup "0 steps"`.
     """
     why = "as in the article"
     seen = 10_000 * int(given.get("batch_size", 128))

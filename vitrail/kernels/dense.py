@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# Above this many tokens the N×N weights no longer fit in a core's cache and the fused kernel wins again.
+# Not where the fused kernel gets faster (benchmarks/attention_kernel.py: at 1,601 tokens it still takes twice as long), but
+# where the N×N weights get too large to hold: at this many tokens 2 MB a head and picture.
 _MATMUL_TOKENS = 1024
 
 
@@ -17,7 +18,8 @@ def attend(
     """Return softmax(q kᵀ / √d) v, computed in the way that is faster for these tensors.
 
     A fixed rule, not a measurement, so that two runs of one configuration compute the same bits. In bfloat16 on CPUs
-    PyTorch's fused kernel takes 2 to 7 times as long in training as the three plain operations (docs/log.md).
+    PyTorch's fused kernel takes 1.3 to 5.4 times as long in training as the three plain operations
+    (benchmarks/attention_kernel.py, figures in benchmarks/RESULTS.md).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= _MATMUL_TOKENS:
         return attend_matmul(q, k, v, dropout=dropout)

@@ -76,14 +76,12 @@ class AttentionPool(nn.Module):
     Names and arithmetic are those of timm's `AttentionPoolLatent`.
     """
 
-    def __init__(
-        self, embed_dim: int, num_heads: int, mlp: nn.Module, *, qkv_bias: bool, layer_norm_eps: float
-    ) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, mlp: nn.Module, *, layer_norm_eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.latent = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.q = nn.Linear(embed_dim, embed_dim, bias=qkv_bias)
-        self.kv = nn.Linear(embed_dim, 2 * embed_dim, bias=qkv_bias)
+        self.q = nn.Linear(embed_dim, embed_dim)
+        self.kv = nn.Linear(embed_dim, 2 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
         self.mlp = mlp

@@ -15,10 +15,7 @@ from vitrail.models.config import ViTConfig
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between, applied to every token alone.
-
-    The GELU is the exact one (erf): in bfloat16 on CPUs the tanh form takes four times as long.
-    """
+    """Two linear layers with a GELU between, the exact one (erf), applied to every token alone."""
 
     def __init__(self, embed_dim: int, hidden_dim: int, *, dropout: float = 0.0) -> None:
         super().__init__()

@@ -56,7 +56,6 @@ class AttentionDecoder(nn.Module):
             config.embed_dim,
             config.num_heads,
             pick(MLPS, "gelu", "mlp")(config.embed_dim, config.hidden_dim),
-            qkv_bias=config.qkv_bias,
             layer_norm_eps=config.layer_norm_eps,
         )
 

@@ -112,7 +112,7 @@ def kernel_resize(source: int, target: int) -> Float[Tensor, "t s"]:
 def resize_kernel(weight: Float[Tensor, "D C P Q"], matrix: Float[Tensor, "t s"]) -> Float[Tensor, "D C S T"]:
     """Return a patch kernel at another patch size, by a matrix of `kernel_resize`; gradients flow through."""
     side = round(matrix.shape[0] ** 0.5)
-    # In fp32 also under autocast: the matrix is badly conditioned when patches grow.
+    # In fp32 also under autocast: a kernel rounded twice would be another one than the one that is trained.
     with torch.autocast(weight.device.type, enabled=False):
         return (weight.float().flatten(2) @ matrix.T).unflatten(2, (side, side)).to(weight.dtype)
 

@@ -9,8 +9,8 @@ from vitrail.lookup import pick, unknown
 from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES, ViTConfig
 
 # Ti, S: DeiT (Touvron et al. 2021, table 1). B, L, H: ViT (Dosovitskiy et al. 2021, table 1).
-# nano, micro: ours, for small pictures on CPUs; heads of 32, since 16 to 64 tokens need few heads, and MLP ratio 2, which
-# at these widths costs a third less per step than 4 at equal accuracy (docs/log.md).
+# nano, micro: ours, for small pictures on CPUs; heads of 32, since 16 to 64 tokens need few heads, and MLP ratio 2: a third
+# fewer parameters than 4 at equal accuracy on the digits (docs/log.md).
 SIZES: dict[str, dict[str, Any]] = {
     "nano": {"embed_dim": 96, "depth": 6, "num_heads": 3, "mlp_ratio": 2.0},
     "micro": {"embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0},

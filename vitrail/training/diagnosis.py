@@ -89,8 +89,9 @@ def first_broken(model: ViT, batch: Batch) -> str:
 
 
 def _recorder(name: str, found: list[str]):
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not finite(output):
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        if not all(finite(each) for each in outputs if isinstance(each, Tensor)):
             found.append(name)
 
     return record

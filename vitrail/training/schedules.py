@@ -22,6 +22,12 @@ class Schedule:
             )
 
     def __call__(self, step: int) -> float:
+        if (
+            self.config.decay == "step"
+        ):  # the warm-up lies over the steps: a rate that fell never rises to the peak again
+            return min(1.0, step / max(1.0, self.warmup_steps)) * self.config.step_gamma ** int(
+                (step - 1) // self.step_every
+            )
         if step < self.warmup_steps:
             return step / self.warmup_steps
         done = min(1.0, (step - self.warmup_steps) / max(1.0, self.total_steps - self.warmup_steps))
@@ -30,6 +36,4 @@ class Schedule:
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
         if self.config.decay == "linear":
             return final + (1 - final) * (1 - done)
-        if self.config.decay == "step":
-            return self.config.step_gamma ** int((step - 1) // self.step_every)
         return 1.0
