@@ -5,6 +5,7 @@ batch and number format; the libraries take turns, round by round. Prints images
 maximum) and the ratio of Vitrail to each peer, paired by round.
 
     python benchmarks/train_step.py [--rounds 5] [--batch 32] [--size 224] [--patch 16] [--width 192] [--heads 3] [--depth 12]
+    python benchmarks/train_step.py --drop-path 0.4    # stochastic depth, against timm
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def main() -> None:
     packages = ("torch", "timm", "transformers", "vit-pytorch")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     print(f"{processor_name()}, {torch.get_num_threads()} threads, {platform.system()}; {versions}")
-    print(f"picture {args.size}, patch {args.patch}, width {args.width}, depth {args.depth}, batch {args.batch}\n")
+    print(
+        f"picture {args.size}, patch {args.patch}, width {args.width}, depth {args.depth}, batch {args.batch}, drop path {args.drop_path}\n"
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for bf16 in (False, True):
         if bf16 and not supports_bf16(device):
@@ -51,6 +54,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, bf16: boo
     steps = {
         library: make_step(build(args).to(device).train(), library, args, device, bf16)
         for library, build in PEERS.items()
+        if not args.drop_path or library in ("vitrail", "timm")  # the others have no stochastic depth
     }
     for step in steps.values():
         step(), step()
@@ -103,9 +107,10 @@ def vitrail(args: argparse.Namespace) -> nn.Module:
     """Ours."""
     return ViT(
         ViTConfig(
-            image_size=args.size, patch_size=args.patch, embed_dim=args.width, depth=args.depth, num_heads=args.heads
+            image_size=args.size, patch_size=args.patch, embed_dim=args.width, depth=args.depth, num_heads=args.heads,
+            drop_path=args.drop_path,
         )
-    )
+    )  # fmt: skip
 
 
 def timm(args: argparse.Namespace) -> nn.Module:
@@ -113,8 +118,9 @@ def timm(args: argparse.Namespace) -> nn.Module:
     import timm
 
     return timm.models.VisionTransformer(
-        img_size=args.size, patch_size=args.patch, embed_dim=args.width, depth=args.depth, num_heads=args.heads
-    )
+        img_size=args.size, patch_size=args.patch, embed_dim=args.width, depth=args.depth, num_heads=args.heads,
+        drop_path_rate=args.drop_path,
+    )  # fmt: skip
 
 
 def transformers(args: argparse.Namespace) -> nn.Module:
@@ -149,6 +155,7 @@ def arguments() -> argparse.Namespace:
         ("rounds", 5), ("steps", 3), ("batch", 32), ("size", 224), ("patch", 16), ("width", 192), ("heads", 3), ("depth", 12)
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--drop-path", type=float, default=0.0)
     return parser.parse_args()
 
 

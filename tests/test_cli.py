@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
+from conftest import draw_picture
 
 from vitrail.cli import COMMANDS, run, train_options
 from vitrail.config import RunConfig
@@ -253,3 +255,32 @@ def test_models_and_report(tiny_run, capsys):
     (done / "report.html").unlink()
     assert run(["report", str(done)]) == 0
     assert (done / "report.html").stat().st_size > 10_000
+
+
+def test_the_terminal_ranks_as_many_labels_as_asked_for(tiny_run, capsys):
+    done, data = tiny_run
+    picture = str(next(data.rglob("*.png")))
+    assert run(["predict", str(done), picture]) == 0
+    assert capsys.readouterr().out.count("%") == 1
+    assert run(["predict", str(done), picture, "--top", "3"]) == 0
+    assert capsys.readouterr().out.count("%") == 3
+
+
+def test_a_figure_that_flatters_says_so(tiny_run, make_folder, tmp_path, capsys):
+    done, data = tiny_run
+    for part in ("train", "all"):
+        assert run(["eval", str(done), str(data), "--split", part]) == 0
+        assert "was trained on" in said(capsys)
+    assert run(["eval", str(done), str(data)]) == 0
+    assert "was trained on" not in said(capsys)
+    more = shutil.copytree(data, tmp_path / data.name)
+    draw_picture(1, 999).save(more / "steep" / "999.png")
+    assert run(["eval", str(done), str(more)]) == 0
+    assert "came after the division that the model was trained with: 1" in said(capsys)
+
+
+def test_what_a_run_leaves_can_be_read_by_others(tiny_run):
+    mask = os.umask(0)
+    os.umask(mask)
+    for name in ("model.safetensors", "last/state.safetensors", "config.json"):
+        assert (tiny_run[0] / name).stat().st_mode & 0o777 == 0o666 & ~mask

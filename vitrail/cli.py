@@ -93,7 +93,9 @@ class Predict:
     model: Annotated[Positional[str], arg(help="run folder or model file", metavar="MODEL")]
     paths: Annotated[Positional[tuple[str, ...]], arg(help="pictures, folders, globs", metavar="PATH…")]
     out: Annotated[str | None, arg(help="write a table: .csv, .jsonl or .parquet", metavar="FILE")] = None
-    top: Annotated[int, arg(help="labels to rank per picture")] = 5
+    top: Annotated[
+        int | None, arg(help="labels to rank per picture (5 in a table, 1 on the terminal)", metavar="K")
+    ] = None
     device: Annotated[str, arg(help="auto, cpu or cuda")] = "auto"
     image_size: Annotated[int | None, arg(help=_IMAGE_SIZE, metavar="PIXELS")] = None
     patch_size: Annotated[int | None, arg(help=_PATCH_SIZE, metavar="PIXELS")] = None
@@ -238,17 +240,15 @@ def do_predict(options: Predict) -> int:
         return fail("predict needs at least one picture, folder or glob after MODEL", USAGE_ERROR)
     classifier = load(options.model).to(pick_device(options.device))
     classifier = classifier.at(image_size=options.image_size, patch_size=options.patch_size, resize=options.resize)
-    rows = classifier.predict(find_pictures(options.paths), top=options.top)
+    rows = classifier.predict(find_pictures(options.paths), top=5 if options.top is None else options.top)
     talk = Talk()
     if options.out is not None:
         write_table(Path(options.out), rows)
     else:
         for row in rows:
-            talk.say(
-                f"{row.path}  {row.label}  {row.probability:.1%}"
-                if row.error is None
-                else f"{row.path}  ERROR {row.error}"
-            )
+            ranked = list(zip(row.top_labels, row.top_probabilities, strict=True))[: options.top or 1]
+            named = "  ".join(f"{label}  {probability:.1%}" for label, probability in ranked)
+            talk.say(f"{row.path}  {named if row.error is None else f'ERROR {row.error}'}")
     failed = sum(row.error is not None for row in rows)
     if options.out is not None:
         talk.say(f"{len(rows):,} rows in {options.out}" + (f", {failed:,} with an error" if failed else ""))

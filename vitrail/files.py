@@ -8,6 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def _umask() -> int:
+    """Return the process's mask of permissions; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # once, at import, before there are threads
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.
@@ -19,6 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield draft
         with draft.open("rb+") as handle:
             os.fsync(handle.fileno())
+        draft.chmod(0o666 & ~_UMASK)  # safetensors writes files that only their owner can read
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -79,6 +79,7 @@ def evaluate(
         parts = parts_of(model, classifier, opened, data, scan.good, scan.groups)
     part = choose_part(split, parts, source)
     indices = parts.parts[part]
+    tell_of_training_pictures(part, parts, classifier, opened, int(scan.good.sum()), talk)
     pictures = Pictures(opened, targets, classifier.preprocess, scan.pixels, workers=data.workers)
     pictures.is_ready = ready(classifier.preprocess, scan.pixels)
     with talk.bar(f"judging {len(indices):,} pictures") as advance:
@@ -97,6 +98,19 @@ def evaluate(
     place["patch_size"] = classifier.patch_size or classifier.model.config.patch_size
     place["resize"] = classifier.preprocess.resize
     return {**result, **place, "num_left_out": left_out}
+
+
+def tell_of_training_pictures(
+    part: str, parts: Splits, classifier: Classifier, source: Source, num_good: int, talk: Talk
+) -> None:
+    """Warn where a figure would flatter: pictures that were trained on, or pictures that no part has."""
+    if classifier.header.split.get("source") != source.name:
+        return
+    if part in ("train", "all"):
+        talk.warn(f"the model was trained on pictures of part {part!r}: this figure says how well it remembers them")
+    left = num_good - sum(len(indices) for indices in parts.parts.values())
+    if left > 0 and part != "all":
+        talk.warn(f"not judged, since they came after the division that the model was trained with: {left:,} pictures")
 
 
 def parts_of(

@@ -48,6 +48,10 @@ class Result:
     def __fspath__(self) -> str:
         return str(self.folder)
 
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{part} accuracy {judged['top1']:.2%}" for part, judged in self.evaluation.items())
+        return f"<run {self.folder}: {figures}>"
+
     @property
     def top1(self) -> float:
         """Share of right answers on the test part where there is one, else on the validation part."""
