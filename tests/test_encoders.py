@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitrail.cli import run as vitrail
-from vitrail.config import RunConfig
+from vitrail.config import RunConfig, save_config
 from vitrail.console import Talk
 from vitrail.data.preprocess import Preprocess
 from vitrail.evaluation.classifier import load
 from vitrail.evaluation.evaluate import evaluate
-from vitrail.models.cnns import build_cnn, feature_strides
+from vitrail.models.cnns import build_cnn, feature_strides, load_pretrained
 from vitrail.models.config import ViTConfig
 from vitrail.models.cost import num_macs, num_parameters
 from vitrail.models.variants import variant_config
@@ -30,6 +31,7 @@ from vitrail.recipes import Facts, build_config
 from vitrail.settings import override
 from vitrail.training.frozen import freeze, running_statistics, slow_statistics
 from vitrail.training.session import train
+from vitrail.weights.store import ModelHeader, load_model, save_model
 
 QUIET = Talk(quiet=True)
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=3, embed_dim=24, depth=1, num_heads=3)
@@ -94,7 +96,7 @@ def test_resume_with_batch_norm_average_and_accumulation_is_bit_identical(make_f
     cut = tmp_path / "cut"
     process = subprocess.Popen([*words, str(cut), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (cut / "last" / "state.safetensors").exists():
-        pass
+        time.sleep(0.01)
     process.kill()
     process.wait()
     assert json.loads((cut / "run.json").read_text())["status"] != "finished"
@@ -116,6 +118,7 @@ from vitrail.training import parallel
 from vitrail.training import loop
 from vitrail.console import Talk
 from vitrail.training.session import train
+from vitrail.weights.store import ModelHeader, load_model, save_model
 seen = {}
 original = loop.judge_and_keep
 def spy(config, data, run, world, state, *rest):
@@ -198,9 +201,9 @@ def test_weights_that_cannot_be_had_are_refused(make_folder, tmp_path, settings,
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
     cases = {
         str(tmp_path / "none.pth"): "no such file",
-        str(cut): "could not be loaded",
-        str(other): "could not be loaded",
-        str(tmp_path / "evil.pth"): "could not be loaded",
+        str(cut): "could not be read",
+        str(other): "are not the weights of timm's resnet18",
+        str(tmp_path / "evil.pth"): "could not be read",
         "timm": "needs the network once",
     }
     for weights, message in cases.items():
@@ -234,10 +237,11 @@ def test_encoders_that_cannot_be_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder": "conv", "image_size": 36, "patch_size": 12}, "patch_size must be 2, 4, 8, 16 or 32"),
+        ({"encoder": "conv", "image_size": 36, "patch_size": 12}, "patch_size must be a power of two"),
         ({"encoder": "conv", "embed_dim": 27, "patch_size": 8}, "multiple of 4 at model.patch_size 8, got 27"),
         ({"encoder": "r50"}, "stride 16 or 32, got model.patch_size 8"),
         ({"encoder": "conv", "patch_sizes": (4, 8)}, "patch_sizes is for model.encoder 'patch'"),
+        ({"patch_sizes": (4, 16)}, "not among model.patch_sizes 4 16; add it, or try --model.patch_size 16"),
         ({"patch_sizes": (4, 5)}, "these divide it: 2 4 8 16"),
         ({"patch_sizes": (4, 4)}, "stand once"),
         ({"patch_sizes": (4, 8), "patch_norm": True}, "leave one of them out"),
@@ -397,3 +401,93 @@ def test_a_drawing_has_the_shapes_and_sums_of_the_model(capsys):
         assert f"[B, {config.num_prefix + config.grid[0] * config.grid[1]}, {config.embed_dim}]" in text
     assert vitrail(["models", "s16-conca"]) == 1
     assert "did you mean 'concat'" in capsys.readouterr().err
+
+
+def spoilt(state, how):
+    if how == "prefix":
+        return {f"backbone.{name}": value for name, value in state.items()}
+    if how == "half":
+        return {name: value for name, value in state.items() if "layer2" not in name and "blocks.2" not in name}
+    return {"foo": torch.zeros(3)}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "convnext_atto", "mobilenetv3_small_050"])
+def test_a_cnns_own_file_loads_whole_and_others_are_refused(name, tmp_path):
+    net = timm.create_model(name, num_classes=5)
+    for value in (*net.parameters(), *net.buffers()):  # values that no fresh net has
+        if value.is_floating_point():
+            value.data = torch.rand_like(value) + 0.5
+    config = dataclasses.replace(SMALL, encoder=name)
+    model, path = ViT(config), tmp_path / "net.pth"
+    torch.save({"state_dict": {f"module.{key}": value for key, value in net.state_dict().items()}}, path)
+    load_pretrained(model.patch_embed.backbone, config, str(path))
+    loaded = [each for each in model.patch_embed.backbone.state_dict().values() if each.is_floating_point()]
+    assert len(loaded) > 5
+    assert all(float(each.min()) >= 0.5 for each in loaded), "something stayed as it was"
+    grey = dataclasses.replace(config, in_channels=1)
+    load_pretrained(ViT(grey).patch_embed.backbone, grey, str(path))
+    other = "resnet34" if name == "resnet18" else "resnet18"
+    for how in ("prefix", "half", "other", "foo"):
+        state = timm.create_model(other).state_dict() if how == "other" else spoilt(net.state_dict(), how)
+        save_file(state, tmp_path / f"{how}.safetensors")
+        with pytest.raises(ValueError, match=f"are not the weights of timm's {name}"):
+            load_pretrained(model.patch_embed.backbone, config, str(tmp_path / f"{how}.safetensors"))
+
+
+def test_constants_that_stand_in_no_file_are_there_after_loading(tmp_path):
+    config = dataclasses.replace(SMALL, encoder="resnetblur50")
+    model, images = ViT(config).eval(), torch.rand(2, 3, 32, 32)
+    save_model(tmp_path / "model.safetensors", model.state_dict(), ModelHeader(config, tuple("abc"), Preprocess(32)))
+    loaded, _ = load_model(tmp_path / "model.safetensors")
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_weights_bring_their_normalisation_into_every_recipe(tmp_path, tiny_run):
+    given = {"variant": "b16-xception41", "encoder_weights": "timm"}
+    assert build_config("article", FACTS, given)[0].preprocess.mean == (0.5, 0.5, 0.5)
+    earlier = str(tiny_run[0] / "config.json")
+    given = {"variant": "micro4-resnet18", "encoder_weights": "timm"}
+    assert build_config(earlier, FACTS, given)[0].preprocess.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(ValueError, match="belong together"):
+        build_config("auto", FACTS, {**given, "preprocess.mean": (0.1, 0.1, 0.1)})
+    config, _ = build_config("auto", FACTS, {**given, "optim.freeze": ("patch_embed.backbone",)})
+    save_config(config, tmp_path / "cnn.json")
+    plain, _ = build_config(str(tmp_path / "cnn.json"), FACTS, {"variant": "micro4"})
+    assert (plain.encoder_weights, plain.optim.freeze) == ("", ()), "they belong to the earlier encoder"
+    same, _ = build_config(str(tmp_path / "cnn.json"), FACTS, {})
+    assert (same.encoder_weights, same.optim.freeze) == ("timm", ("patch_embed.backbone",))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.encoder", "resnet5"], "did you mean 'resnet50'"),
+        (["--model.encoder", "resnet18", "--model.patch_size", "7"], "not 7; try --model.patch_size 8"),
+        (["--model.patch_sizes", "0", "8"], "model.patch_sizes is 0; expected 1 or more"),
+        (["--model.patch_sizes", "7", "9", "11"], "choose sizes that are multiples of each other"),
+        (["--model", "nano4", "--model.patch_sizes", "8", "16"], "not among model.patch_sizes 8 16"),
+        (["--model", "s16-mean-concat"], "names its decoder twice: 'mean' and 'concat'"),
+        (["--model", "nano16-resnet18", "--batch-size", "4", "--optim.accumulate", "4"], "needs more than one value"),
+    ],
+)
+def test_bad_words_for_encoders_and_patches(words, message, make_folder, tmp_path, capsys):
+    data = make_folder(tmp_path / "data", count=6)
+    assert vitrail(["train", str(data), "--out", str(tmp_path / "run"), *words]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_of_nothing_are_refused(tiny_run):
+    classifier = load(tiny_run[0])
+    for wrong in ({"image_size": 0}, {"patch_size": 0}, {"patch_size": -3}):
+        with pytest.raises(ValueError, match="at least 1 pixel"):
+            classifier.at(**wrong)
+    with pytest.raises(ValueError, match="patch_size is 0"):
+        classifier.model(torch.rand(1, 3, 16, 16), 0)
+
+
+def test_a_resized_kernel_in_bf16():
+    model = ViT(dataclasses.replace(SMALL, patch_sizes=(8, 16))).eval()
+    images = torch.rand(2, 3, 32, 32)
+    expected = model(images, 16)
+    assert (model.bfloat16()(images.bfloat16(), 16).float() - expected).abs().max() < 0.1

@@ -66,6 +66,8 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
     """
     for name in ("batch_size", "model.patch_size", "model.image_size"):
         at_least(name, given.get(name, 1), 1)
+    for size in given.get("model.patch_sizes", ()):
+        at_least("model.patch_sizes", size, 1)
     if given.get("epochs", 1) <= 0:
         raise ValueError(f"epochs is {given['epochs']}; expected above 0")
     if (config := recipe_file(recipe)) is not None:
@@ -73,6 +75,9 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
         fixed = {"recipe", "data.source", "model.num_classes"}
         if "variant" in given:  # another architecture: only what the pictures decide stays
             fixed |= {name for name, _ in leaves(config) if name.startswith("model.") and name != "model.in_channels"}
+        if "variant" in given or "model.encoder" in given:  # these name parts and files of the earlier architecture
+            fixed |= {"encoder_weights", "optim.freeze"}
+            config = override(config, {"encoder_weights": "", "optim.freeze": ()})
     else:
         config, choices, fixed = RunConfig(), pick(RECIPES, recipe, "recipe")(facts, given), set[str]()
     # What the model's name says is as good as given.
@@ -83,8 +88,33 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
     wanted = {f"model.{key}": value for key, value in leaves(variant_config(variant))}
     wanted |= {**made, **given, "recipe": recipe, "model.num_classes": facts.num_classes}
     config = override(config, wanted)
+    if config.encoder_weights:
+        config, choices = as_published(config, choices, given)
     refuse_idle(config, given)
     return config, choices
+
+
+def as_published(config: RunConfig, choices: list[Choice], given: Mapping[str, Any]) -> tuple[RunConfig, list[Choice]]:
+    """Give trained weights the normalisation that they were trained with, whatever the recipe says of others.
+
+    Raises:
+        ValueError: the user fixed one of mean and std, which would mix two normalisations.
+    """
+    from vitrail.models.cnns import normalisation
+
+    names = ("preprocess.mean", "preprocess.std")
+    if sum(name in given for name in names) == 1:
+        raise ValueError("preprocess.mean and preprocess.std belong together; give both, or none for the encoder's own")
+    if names[0] in given:
+        return config, choices
+    channels = config.model.in_channels
+    values = [each if channels == 3 else (fmean(each),) for each in normalisation(config.model.encoder)]
+    made = [
+        Choice(name, value, f"as {config.model.encoder}'s weights expect")
+        for name, value in zip(names, values, strict=True)
+    ]
+    others = [choice for choice in choices if choice.setting not in names]
+    return override(config, {choice.setting: choice.value for choice in made}), [*others, *made]
 
 
 def recipe_file(recipe: str) -> RunConfig | None:
@@ -154,14 +184,18 @@ def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
         patch = int(given.get("model.patch_size", variant.patch_size))
         reason = f"the size of model {given['variant']}"
         size = variant.image_size
-        unit = math.lcm(patch, *patch_sizes)
+        unit = patch if "model.image_size" in given else common_multiple(patch, patch_sizes, facts.side)
         if facts.side < size or patch <= 8 or size % unit:
             size = max(1, round(max(min(facts.side, size) if patch > 8 else facts.side, unit) / unit)) * unit
             reason = f"the pictures' own {facts.side} px as a multiple of {unit}-px patches"
         size = int(given.get("model.image_size", size))
         return [Choice("model.image_size", size, reason), *fitting(facts, size, given)]
+    if given.get("model.encoder") == "r50":
+        patch = 16  # its finest stride
+    if patch_sizes:
+        patch = min(patch_sizes, key=lambda trained: abs(trained - patch))
     patch = int(given.get("model.patch_size", patch))
-    unit = math.lcm(patch, *patch_sizes)
+    unit = patch if "model.image_size" in given else common_multiple(patch, patch_sizes, size)
     size = int(given.get("model.image_size", max(1, round(size / unit)) * unit))
     return [
         Choice(
@@ -171,6 +205,21 @@ def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
         Choice("model.patch_size", patch, f"{(size // patch) ** 2} patches a picture: fine enough, and cheap enough"),
         *fitting(facts, size, given),
     ]
+
+
+def common_multiple(patch: int, patch_sizes: tuple[int, ...], side: int) -> int:
+    """Return the smallest side that all patch sizes divide.
+
+    Raises:
+        ValueError: it is much larger than the pictures.
+    """
+    unit = math.lcm(patch, *patch_sizes)
+    if unit > 2 * max(side, patch):
+        raise ValueError(
+            f"model.patch_sizes {' '.join(map(str, patch_sizes))}: the smallest picture that patches of {patch} and these all "
+            f"divide has {unit} px, but the pictures have about {side}; choose sizes that are multiples of each other"
+        )
+    return unit
 
 
 def picture_and_patch(facts: Facts) -> tuple[str, int, int]:

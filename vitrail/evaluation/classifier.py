@@ -121,7 +121,10 @@ class Classifier:
             ValueError: the encoder has one patch size only, or the picture would be smaller than a patch.
         """
         own = self.model.config
-        patch = patch_size or self.patch_size or own.patch_size
+        patch = patch_size if patch_size is not None else self.patch_size or own.patch_size
+        size = self.preprocess.image_size if image_size is None else image_size
+        if patch < 1 or size < 1:
+            raise ValueError(f"patch_size {patch} and image_size {size}: expected at least 1 pixel each")
         if patch != own.patch_size and not isinstance(self.model.patch_embed, PatchEncoder):
             raise ValueError(
                 f"patch_size {patch}: this model's encoder has patches of {own.patch_size} only; other sizes need "
@@ -129,14 +132,12 @@ class Classifier:
             )
         preprocess = dataclasses.replace(
             self.preprocess,
-            image_size=image_size or self.preprocess.image_size,
+            image_size=size,
             resize=resize or self.preprocess.resize,
         )
         preprocess = dataclasses.replace(preprocess, multiple=patch if preprocess.resize == "aspect" else 1)
-        if preprocess.image_size < patch or patch < 1:
-            raise ValueError(
-                f"image_size {preprocess.image_size} is smaller than a patch of {patch}; choose a larger one"
-            )
+        if size < patch:
+            raise ValueError(f"image_size {size} is smaller than a patch of {patch}; choose a larger one")
         header = dataclasses.replace(self.header, preprocess=preprocess)
         return dataclasses.replace(self, header=header, patch_size=None if patch == own.patch_size else patch)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from vitrail.models.config import ENCODER_NAMES, ViTConfig
@@ -30,6 +31,20 @@ def build_cnn(
     Raises:
         ValueError: timm has no such model, it is no CNN, it has no map of that stride, or cannot take such pictures.
     """
+    index = index_of(name, stride)
+    if image_size is not None:
+        check_fit(name, index, stride, image_size)
+    backbone = features_of(name, in_chans=in_channels, out_indices=(index,), **how)
+    info: Any = backbone.feature_info
+    return backbone, info.channels()[-1]
+
+
+def index_of(name: str, stride: int) -> int:
+    """Return which of a CNN's feature maps has a stride.
+
+    Raises:
+        ValueError: timm has no such model, it is no CNN, or it has no map of that stride.
+    """
     strides = feature_strides(name)
     if stride not in strides:
         raise ValueError(
@@ -37,12 +52,7 @@ def build_cnn(
             f"try --model.patch_size {min(strides, key=lambda known: abs(known - stride))}"
         )
     # The last map of a stride is the richest: some nets have several.
-    index = len(strides) - 1 - strides[::-1].index(stride)
-    if image_size is not None:
-        check_fit(name, index, stride, image_size)
-    backbone = features_of(name, in_chans=in_channels, out_indices=(index,), **how)
-    info: Any = backbone.feature_info
-    return backbone, info.channels()[-1]
+    return len(strides) - 1 - strides[::-1].index(stride)
 
 
 @cache
@@ -128,23 +138,66 @@ def load_pretrained(backbone: nn.Module, config: ViTConfig, weights: str) -> Non
         ValueError: the weights cannot be had, or do not fit.
     """
     name = config.encoder
-    how: dict[str, Any] = {}
     if weights != "timm":
-        if not Path(weights).is_file():
-            raise ValueError(
-                f"encoder_weights {weights}: no such file; expected 'timm', or a file of {name}'s weights "
-                "(.safetensors or .pth)"
-            )
-        how = {"pretrained_cfg_overlay": {"file": weights}}
-    elif not timm.is_model_pretrained(name):
+        how = {"pretrained_cfg_overlay": {"state_dict": read_weights(Path(weights), name)}}
+    elif timm.is_model_pretrained(name):
+        how: dict[str, Any] = {}
+    else:
         raise ValueError(f"encoder_weights 'timm': timm publishes no weights for {name}; leave it out, or name a file")
     try:
         trained, _ = build_cnn(name, config.patch_size, config.in_channels, pretrained=True, **how)
-    except Exception as error:  # network, cache, file and shape errors come in many classes
+    except Exception as error:  # network and cache errors come in many classes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "check the file" if how else "it needs the network once; or name a local file of the weights"
         raise ValueError(f"encoder_weights {weights}: {name} could not be loaded ({reason}); {remedy}") from None
     backbone.load_state_dict(trained.state_dict())
+
+
+def read_weights(path: Path, name: str) -> dict[str, torch.Tensor]:
+    """Read a file of a CNN's weights under timm's names; a pickle's code is never run.
+
+    timm itself loads what it finds and leaves the rest at random, so all names and shapes are compared here. The first
+    layer may have other channels and the classifier other classes.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, or it holds not the weights of this CNN.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"encoder_weights {path}: no such file; expected 'timm', or a file of {name}'s weights (.safetensors or .pth)"
+        )
+    try:
+        content: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # safetensors, zip, pickle and OS errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"encoder_weights {path}: could not be read ({reason}); check the file") from None
+    for key in ("state_dict", "model"):
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    found = {str(key).removeprefix("module."): value for key, value in dict(content).items()}
+    with torch.device("meta"):
+        net: Any = timm.create_model(name)
+    wanted = net.state_dict()
+    heads, first = (_names(net.pretrained_cfg.get(key)) for key in ("classifier", "first_conv"))
+
+    def free(key: str, of: tuple[str, ...]) -> bool:
+        return key.endswith("num_batches_tracked") or key.rpartition(".")[0] in of
+
+    missing = [key for key in wanted if key not in found and not free(key, heads)]
+    unexpected = [key for key in found if key not in wanted and not free(key, heads)]
+    shapes = [
+        f"{key} is {tuple(found[key].shape)}, {name} has {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in found and found[key].shape != wanted[key].shape and not free(key, (*heads, *first))
+    ]
+    if missing or unexpected or shapes:
+        parts = {"missing": missing, "unexpected": unexpected, "shape": shapes}
+        lines = [f"  {kind}: {', '.join(each[:5])}{' …' * (len(each) > 5)}" for kind, each in parts.items() if each]
+        raise ValueError("\n".join([f"encoder_weights {path}: are not the weights of timm's {name}", *lines]))
+    return found
+
+
+def _names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def refuse_unknown(name: str) -> None:

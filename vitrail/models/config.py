@@ -114,10 +114,15 @@ class ViTConfig:
                 f"model.patch_sizes {' '.join(map(str, self.patch_sizes))}: each must divide model.image_size "
                 f"{self.image_size} and stand once; these divide it: {' '.join(map(str, fitting))}"
             )
+        if self.patch_sizes and self.patch_size not in self.patch_sizes:
+            raise ValueError(
+                f"model.patch_size {self.patch_size}, at which the run is judged, is not among model.patch_sizes "
+                f"{' '.join(map(str, self.patch_sizes))}; add it, or try --model.patch_size {max(self.patch_sizes)}"
+            )
         if self.encoder == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(
-                f"model.encoder 'conv' halves the picture with every layer, so model.patch_size must be 2, 4, 8, 16 or 32, "
-                f"got {self.patch_size}"
+                f"model.encoder 'conv' halves the picture with every layer, so model.patch_size must be a power of two, "
+                f"such as 4, 8 or 16, got {self.patch_size}"
             )
         if self.encoder == "conv" and self.embed_dim % (self.patch_size // 2):
             raise ValueError(

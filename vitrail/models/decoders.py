@@ -55,7 +55,7 @@ class AttentionDecoder(nn.Module):
         self.attn_pool = AttentionPool(
             config.embed_dim,
             config.num_heads,
-            pick(MLPS, "gelu", "mlp")(config.embed_dim, config.hidden_dim),
+            pick(MLPS, "gelu", "mlp")(config.embed_dim, config.hidden_dim, dropout=config.dropout),
             layer_norm_eps=config.layer_norm_eps,
         )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.lookup import pick
 from vitrail.models.config import ViTConfig
 
 
@@ -23,7 +24,7 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
-        for size in patch_sizes:  # a pseudo-inverse takes longer than a training step: once is enough
+        for size in {*patch_sizes} - {patch_size}:  # a pseudo-inverse takes longer than a training step: once is enough
             self.register_buffer(f"resize_{size}", kernel_resize(patch_size, size), persistent=False)
 
     def forward(self, images: Float[Tensor, "B C H W"], patch_size: int | None = None) -> Float[Tensor, "B D h w"]:
@@ -98,6 +99,7 @@ class CnnEncoder(nn.Module):
         return self.proj(features[-1] if isinstance(features, (list, tuple)) else features)
 
 
+@cache
 def kernel_resize(source: int, target: int) -> Float[Tensor, "t s"]:
     """Return the matrix that turns a patch kernel of one side into one of another (flattened, row by row).
 
@@ -114,7 +116,7 @@ def resize_kernel(weight: Float[Tensor, "D C P Q"], matrix: Float[Tensor, "t s"]
     side = round(matrix.shape[0] ** 0.5)
     # In fp32 also under autocast: a kernel rounded twice would be another one than the one that is trained.
     with torch.autocast(weight.device.type, enabled=False):
-        return (weight.float().flatten(2) @ matrix.T).unflatten(2, (side, side)).to(weight.dtype)
+        return (weight.float().flatten(2) @ matrix.float().T).unflatten(2, (side, side)).to(weight.dtype)
 
 
 def _patch(config: ViTConfig) -> PatchEncoder | NormedPatchEncoder:
@@ -166,6 +168,4 @@ def build_encoder(config: ViTConfig) -> nn.Module:
     Raises:
         ValueError: there is no such encoder, nor a CNN of that name in timm, or it has no feature map of the stride.
     """
-    if config.encoder in ENCODERS:
-        return pick(ENCODERS, config.encoder, "model.encoder")(config)
-    return _timm(config)
+    return ENCODERS.get(config.encoder, _timm)(config)

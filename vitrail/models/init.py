@@ -36,8 +36,8 @@ _BACKBONE = "patch_embed.backbone."
 
 
 def _normal(modules: dict[str, nn.Module]) -> None:
-    """timm's and Google's: matrices and tables normal with deviation 0.02 cut at two deviations, biases zero, norms one;
-    convolutions LeCun normal (big_vision, models/vit.py); the class token close to zero."""
+    """Matrices and tables normal with deviation 0.02 (timm's `init_weights_vit_timm`), cut at two deviations, biases zero,
+    norms one; convolutions LeCun normal (big_vision, models/vit.py); the class token close to zero."""
     for name, module in modules.items():
         if isinstance(module, nn.Linear) and name != "patch_embed.proj":
             nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)

@@ -59,7 +59,10 @@ def suffix_fields(name: str) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for suffix in name.split("-")[1:]:
-        fields |= SUFFIXES[suffix] if suffix in SUFFIXES else {"encoder": cnn_suffix(suffix, name)}
+        added = SUFFIXES[suffix] if suffix in SUFFIXES else {"encoder": cnn_suffix(suffix, name)}
+        if again := sorted(set(added) & set(fields)):
+            raise ValueError(f"model {name!r} names its {again[0]} twice: {fields[again[0]]!r} and {added[again[0]]!r}")
+        fields |= added
     return fields
 
 

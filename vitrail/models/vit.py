@@ -144,7 +144,10 @@ class ViT(nn.Module):
             ValueError: the pictures have other channels than the model, a side is smaller than a patch, or the encoder
                 has no other patch size.
         """
-        patch, channels, (height, width) = patch_size or self.config.patch_size, images.shape[1], images.shape[2:]
+        patch = self.config.patch_size if patch_size is None else patch_size
+        channels, (height, width) = images.shape[1], images.shape[2:]
+        if patch < 1:
+            raise ValueError(f"patch_size is {patch}; expected at least 1 pixel")
         if channels != self.config.in_channels:
             raise ValueError(f"pictures have {channels} channels, but model.in_channels is {self.config.in_channels}")
         if height < patch or width < patch:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitrail.models.vit import ViT
-from vitrail.weights.store import load_tensors, save_tensors
+from vitrail.weights.store import FORMAT, load_tensors, save_tensors
 
 
 @dataclass
@@ -62,7 +62,8 @@ def save_state(folder: Path, state: State) -> None:
         for key, value in state.optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
     folder.mkdir(exist_ok=True)
-    save_tensors(folder / "state.safetensors", tensors, {"progress": json.dumps(vars(state.progress))})
+    metadata = {"progress": json.dumps(vars(state.progress)), "format": str(FORMAT)}
+    save_tensors(folder / "state.safetensors", tensors, metadata)
 
 
 def load_state(folder: Path, state: State) -> None:
@@ -73,6 +74,11 @@ def load_state(folder: Path, state: State) -> None:
     """
     path = folder / "state.safetensors"
     tensors, metadata = load_tensors(path)
+    if metadata.get("format") != str(FORMAT):
+        raise ValueError(
+            f"{path}: was written by another Vitrail, whose steps compute other numbers, so that the run could not go on "
+            "exactly; start a new run with --recipe and its config.json"
+        )
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, rest = name.split(".", 1)

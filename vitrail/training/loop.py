@@ -60,6 +60,9 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
     run.forget_after(state.progress.step)
     objective = Classification(state.model, label_smoothing=config.optim.label_smoothing)
     if config.compile:
+        # A graph for each patch size: beyond its limit torch would go on uncompiled, and say so in a log only.
+        limit = torch._dynamo.config.recompile_limit  # pyright: ignore[reportAttributeAccessIssue]
+        torch._dynamo.config.recompile_limit = limit + len(config.model.patch_sizes)  # pyright: ignore[reportAttributeAccessIssue]
         objective.compile()
     wrapped = world.wrap(objective)
     stream = data.stream(config, device, world)

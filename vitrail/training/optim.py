@@ -48,5 +48,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
     means, weights = list[Tensor](average.parameters()), list[Tensor](model.parameters())
     torch._foreach_lerp_(means, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     # Batch norm's running statistics belong to the weights, and are averaged with them; its counters are copied.
-    for mean, value in zip(average.buffers(), model.buffers(), strict=True):
-        mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+    for (name, mean), value in zip(average.named_buffers(), model.buffers(), strict=True):
+        if name.endswith(("running_mean", "running_var")):
+            mean.lerp_(value, 1 - decay)
+        elif name.endswith("num_batches_tracked"):
+            mean.copy_(value)

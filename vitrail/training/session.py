@@ -17,6 +17,7 @@ import torch
 from vitrail.config import RunConfig
 from vitrail.console import Talk, duration
 from vitrail.data.splits import save_splits
+from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.cost import num_parameters
 from vitrail.recipes import Choice, Facts, build_config, recipe_file
 from vitrail.report.page import build_report
@@ -181,6 +182,13 @@ def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, 
         ValueError: device, precision, processes or schedule do not fit.
     """
     autocast(config, pick_device(config.device))
+    samples = config.batch_size // world.size // config.optim.accumulate
+    if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:
+        raise ValueError(
+            f"a CNN's batch norm needs more than one value a channel, but its map has one pixel and a part of a batch has "
+            f"{samples} picture; lower optim.accumulate ({config.optim.accumulate}) or model.patch_size "
+            f"({config.model.patch_size}), or raise batch_size ({config.batch_size})"
+        )
     if config.batch_size % world.size:
         raise ValueError(
             f"batch_size {config.batch_size} is global and must be a multiple of the {world.size} processes; "
@@ -244,8 +252,13 @@ def refuse_early(folder: Path, recipe: str, given: Mapping[str, Any]) -> None:
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
-    nothing = Facts(1000, 2, 32, True, channels, "", "cpu", False)
-    build_config(recipe, nothing, given)
+    nothing = Facts(1000, 2, 224, True, channels, "", "cpu", False)
+    encoder = build_config(recipe, nothing, given)[0].model.encoder
+    if encoder not in ENCODER_NAMES:
+        from vitrail.models.cnns import feature_strides, index_of
+
+        # The pictures' size may yet decide the stride; a name or a stride that is given is known to be wrong now.
+        index_of(encoder, int(given["model.patch_size"])) if "model.patch_size" in given else feature_strides(encoder)
 
 
 def facts_of(checked: CheckedData, device: str) -> Facts:

@@ -120,7 +120,8 @@ def load_model(path: Path) -> tuple[ViT, ModelHeader]:
             raise ValueError("decoder 'concat' computed something else when it was written (format 1); train it anew")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its header cannot be read: {error}") from None
-    with torch.device("meta"):
+    # Without storage, for speed; but a CNN of timm may hold constants that stand in no file.
+    with torch.device("cpu" if header.architecture.is_cnn else "meta"):
         model = ViT(header.architecture)
     load_strictly(model, tensors, str(path))
     return model.eval(), header
@@ -147,6 +148,7 @@ def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str) -> None
         ] * bool(unexpected)
         raise ValueError("\n".join(lines + [f"  shape: {line}" for line in shapes]))
     model.load_state_dict(dict(tensors), strict=True, assign=True)
+    assert not any(values.is_meta for values in (*model.parameters(), *model.buffers()))
 
 
 def versions() -> dict[str, str]:
