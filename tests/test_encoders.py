@@ -302,6 +302,10 @@ def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys
             assert vitrail(["eval", str(fixed), str(data), *flags]) == 0
             assert json.loads(out.read_text())["top1"] < 0.55, "one trained size does not carry to others"
     capsys.readouterr()
+    assert vitrail(["eval", str(run), str(data), "--patch-size", "2"]) == 0
+    assert "trained with patches of 4 8 16 px, not 2" in " ".join(capsys.readouterr().out.split())
+    assert vitrail(["eval", str(run), str(data), "--image-size", "100000"]) == 1
+    assert "expected at most 1024" in " ".join(capsys.readouterr().err.split())
     other = train(data, out=tmp_path / "other", talk=QUIET, **{**tiny, "variant": "nano8-conv"}).folder
     assert vitrail(["eval", str(other), str(data), "--patch-size", "4"]) == 1
     assert "patches of 8 only" in capsys.readouterr().err

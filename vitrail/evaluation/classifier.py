@@ -103,6 +103,12 @@ class Classifier:
             images = self.preprocess.normalise(torch.from_numpy(np.asarray(pixels)).to(device))
             return self.model(images, self.patch_size).float().cpu()
 
+    @property
+    def is_trained_size(self) -> bool:
+        """Whether the patches are of a size that the weights were trained with."""
+        own = self.model.config
+        return self.patch_size is None or self.patch_size in own.patch_sizes
+
     def to(self, device: str | torch.device) -> Classifier:
         """Return the classifier on a device."""
         return dataclasses.replace(self, model=self.model.to(device))
@@ -136,6 +142,11 @@ class Classifier:
             resize=resize or self.preprocess.resize,
         )
         preprocess = dataclasses.replace(preprocess, multiple=patch if preprocess.resize == "aspect" else 1)
+        if size > max(1024, 8 * own.image_size):
+            raise ValueError(
+                f"image_size {size} is far beyond the {own.image_size} px of the training, and would fill the memory; "
+                f"expected at most {max(1024, 8 * own.image_size)}"
+            )
         if size < patch:
             raise ValueError(f"image_size {size} is smaller than a patch of {patch}; choose a larger one")
         header = dataclasses.replace(self.header, preprocess=preprocess)

@@ -54,6 +54,7 @@ def evaluate(
         ValueError: the model or the source cannot be read, or their classes disagree.
     """
     classifier = load(model).to(device).at(image_size=image_size, patch_size=patch_size, resize=resize)
+    warn_of_patches(classifier, talk)
     data = dataclasses.replace(data or DataConfig(), source=source)
     opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")
     with talk.bar(f"looking at {len(opened.paths):,} pictures") as advance:
@@ -98,6 +99,16 @@ def evaluate(
     place["patch_size"] = classifier.patch_size or classifier.model.config.patch_size
     place["resize"] = classifier.preprocess.resize
     return {**result, **place, "num_left_out": left_out}
+
+
+def warn_of_patches(classifier: Classifier, talk: Talk) -> None:
+    """Say when the weights have never seen patches of this size."""
+    if not classifier.is_trained_size:
+        own = classifier.model.config
+        trained = " ".join(map(str, own.patch_sizes or (own.patch_size,)))
+        talk.warn(
+            f"the model was trained with patches of {trained} px, not {classifier.patch_size}: expect a much lower accuracy"
+        )
 
 
 def tell_of_training_pictures(

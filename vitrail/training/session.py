@@ -253,12 +253,13 @@ def refuse_early(folder: Path, recipe: str, given: Mapping[str, Any]) -> None:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
     nothing = Facts(1000, 2, 224, True, channels, "", "cpu", False)
-    encoder = build_config(recipe, nothing, given)[0].model.encoder
-    if encoder not in ENCODER_NAMES:
+    model = build_config(recipe, nothing, given)[0].model
+    if model.is_cnn and model.encoder not in ENCODER_NAMES:
         from vitrail.models.cnns import feature_strides, index_of
 
         # The pictures' size may yet decide the stride; a name or a stride that is given is known to be wrong now.
-        index_of(encoder, int(given["model.patch_size"])) if "model.patch_size" in given else feature_strides(encoder)
+        fixed = "variant" in given or "model.patch_size" in given
+        index_of(model.encoder, model.patch_size) if fixed else feature_strides(model.encoder)
 
 
 def facts_of(checked: CheckedData, device: str) -> Facts:
