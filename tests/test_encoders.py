@@ -460,6 +460,9 @@ def test_weights_bring_their_normalisation_into_every_recipe(tmp_path, tiny_run)
     assert (plain.encoder_weights, plain.optim.freeze) == ("", ()), "they belong to the earlier encoder"
     same, _ = build_config(str(tmp_path / "cnn.json"), FACTS, {})
     assert (same.encoder_weights, same.optim.freeze) == ("timm", ("patch_embed.backbone",))
+    own = {"preprocess.mean": (0.1, 0.1, 0.1), "preprocess.std": (0.2, 0.2, 0.2)}
+    save_config(build_config("auto", FACTS, {**given, **own})[0], tmp_path / "own.json")
+    assert build_config(str(tmp_path / "own.json"), FACTS, {})[0].preprocess.mean == (0.1, 0.1, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
         at_least("model.patch_sizes", size, 1)
     if given.get("epochs", 1) <= 0:
         raise ValueError(f"epochs is {given['epochs']}; expected above 0")
+    new_encoder = "variant" in given or "model.encoder" in given or "encoder_weights" in given
     if (config := recipe_file(recipe)) is not None:
         choices = [Choice(name, value, f"from {recipe}") for name, value in leaves(config)]
         fixed = {"recipe", "data.source", "model.num_classes"}
@@ -88,7 +89,7 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
     wanted = {f"model.{key}": value for key, value in leaves(variant_config(variant))}
     wanted |= {**made, **given, "recipe": recipe, "model.num_classes": facts.num_classes}
     config = override(config, wanted)
-    if config.encoder_weights:
+    if config.encoder_weights and (new_encoder or recipe in RECIPES):  # else the earlier run's own normalisation stands
         config, choices = as_published(config, choices, given)
     refuse_idle(config, given)
     return config, choices
