@@ -16,7 +16,6 @@ import torch
 from vitrail.data.decode import PictureError, as_decoded, read_picture
 from vitrail.data.preprocess import Preprocess
 from vitrail.data.scan import ordered_map
-from vitrail.models.encoders import PatchEncoder
 from vitrail.models.variants import is_variant, variant_config
 from vitrail.models.vit import ViT
 from vitrail.weights.store import ModelHeader, load_model
@@ -131,11 +130,7 @@ class Classifier:
         size = self.preprocess.image_size if image_size is None else image_size
         if patch < 1 or size < 1:
             raise ValueError(f"patch_size {patch} and image_size {size}: expected at least 1 pixel each")
-        if patch != own.patch_size and not isinstance(self.model.patch_embed, PatchEncoder):
-            raise ValueError(
-                f"patch_size {patch}: this model's encoder has patches of {own.patch_size} only; other sizes need "
-                "model.encoder 'patch' without model.patch_norm"
-            )
+        self.model.check_patch_size(patch)
         preprocess = dataclasses.replace(
             self.preprocess,
             image_size=size,

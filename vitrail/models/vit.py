@@ -146,8 +146,7 @@ class ViT(nn.Module):
         """
         patch = self.config.patch_size if patch_size is None else patch_size
         channels, (height, width) = images.shape[1], images.shape[2:]
-        if patch < 1:
-            raise ValueError(f"patch_size is {patch}; expected at least 1 pixel")
+        self.check_patch_size(patch)
         if channels != self.config.in_channels:
             raise ValueError(f"pictures have {channels} channels, but model.in_channels is {self.config.in_channels}")
         if height < patch or width < patch:
@@ -156,12 +155,17 @@ class ViT(nn.Module):
             images = nn.functional.pad(images, (0, -width % patch, 0, -height % patch))
         if patch == self.config.patch_size:
             return self.patch_embed(images)
-        if not isinstance(self.patch_embed, PatchEncoder):
-            raise ValueError(
-                f"patch_size {patch}: this model's encoder has patches of {self.config.patch_size} only; other sizes need "
-                "model.encoder 'patch' without model.patch_norm"
-            )
         return self.patch_embed(images, patch)
+
+    def check_patch_size(self, patch_size: int) -> None:
+        """Raise a ValueError unless this model can cut pictures into patches of this side."""
+        if patch_size < 1:
+            raise ValueError(f"patch_size is {patch_size}; expected at least 1 pixel")
+        if patch_size != self.config.patch_size and not isinstance(self.patch_embed, PatchEncoder):
+            raise ValueError(
+                f"patch_size {patch_size}: this model's encoder has patches of {self.config.patch_size} only; other sizes "
+                "need model.encoder 'patch' without model.patch_norm"
+            )
 
     def embed(self, encoded: Float[Tensor, "B D h w"]) -> tuple[Float[Tensor, "B N D"], Layout]:
         """Put prefix tokens before the patch vectors and add positions; returns also what attention must know."""
