@@ -17,7 +17,7 @@ from typing import Any
 
 import vitrail
 from vitrail.console import Talk
-from vitrail.training.run import processor_name
+from vitrail.machine import processor_name
 from vitrail.weights.store import versions
 
 

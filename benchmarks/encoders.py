@@ -29,6 +29,7 @@ from vitrail.console import Talk
 from vitrail.data.loader import Batch
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import headline
+from vitrail.machine import processor_name
 from vitrail.models.cost import num_macs, num_parameters
 from vitrail.recipes import build_config
 from vitrail.training.loop import start_state, update
@@ -36,7 +37,7 @@ from vitrail.training.loop import train as train_loop
 from vitrail.training.objectives import Classification
 from vitrail.training.parallel import World
 from vitrail.training.prepare import CheckedData, check_data, ready_data
-from vitrail.training.run import create_run, open_run, processor_name
+from vitrail.training.run import create_run, open_run
 from vitrail.training.session import facts_of
 from vitrail.weights.store import load_model, versions
 

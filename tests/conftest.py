@@ -17,6 +17,12 @@ jaxtyping.install_import_hook(["vitrail.models", "vitrail.kernels", "vitrail.dat
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is measured in tests stays in the tests, and all of one session choose alike."""
+    os.environ["VITRAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """A test's random tensors are the same in every run."""

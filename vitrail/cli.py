@@ -233,6 +233,7 @@ def do_predict(options: Predict) -> int:
     from vitrail.evaluation.classifier import load
     from vitrail.evaluation.evaluate import warn_of_patches
     from vitrail.evaluation.tables import check_ending, find_pictures, write_table
+    from vitrail.training.attention import tune
     from vitrail.training.precision import pick_device
 
     if options.out is not None:
@@ -242,6 +243,7 @@ def do_predict(options: Predict) -> int:
     classifier = load(options.model).to(pick_device(options.device))
     classifier = classifier.at(image_size=options.image_size, patch_size=options.patch_size, resize=options.resize)
     warn_of_patches(classifier, Talk())
+    tune(classifier, measuring=False)
     rows = classifier.predict(find_pictures(options.paths), top=5 if options.top is None else options.top)
     talk = Talk()
     if options.out is not None:

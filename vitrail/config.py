@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES
 from vitrail.lookup import unknown
 from vitrail.models.config import ENCODER_NAMES, ViTConfig
 from vitrail.settings import from_dict, section, setting, to_dict
@@ -179,6 +180,18 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class KernelConfig:
+    """How attention is computed. The result is the same up to rounding; `vitrail doctor` shows what was measured."""
+
+    global_attention: str = setting("auto", f"auto: measured once on this machine; or {', '.join(GLOBAL_NAMES)}")
+    local_attention: str = setting("auto", f"auto: measured once on this machine; or {', '.join(LOCAL_NAMES)}")
+
+    def __post_init__(self) -> None:
+        choice("kernels.global_attention", self.global_attention, ("auto", *GLOBAL_NAMES))
+        choice("kernels.local_attention", self.local_attention, ("auto", *LOCAL_NAMES))
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run's result, resolved: nothing is left to be chosen later."""
 
@@ -198,6 +211,7 @@ class RunConfig:
     optim: OptimConfig = section(OptimConfig, "how weights move")
     schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over time")
     log: LogConfig = section(LogConfig, "reports, judgements and saves")
+    kernels: KernelConfig = section(KernelConfig, "how attention is computed")
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:

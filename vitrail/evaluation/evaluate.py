@@ -21,6 +21,7 @@ from vitrail.evaluation.classifier import Classifier, load, model_file
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
 from vitrail.lookup import unknown
+from vitrail.training.attention import tune
 from vitrail.training.prepare import is_identity
 
 PARTS = ("test", "val", "train", "all")
@@ -54,6 +55,7 @@ def evaluate(
         ValueError: the model or the source cannot be read, or their classes disagree.
     """
     classifier = load(model).to(device).at(image_size=image_size, patch_size=patch_size, resize=resize)
+    tune(classifier, measuring=True)
     warn_of_patches(classifier, talk)
     data = dataclasses.replace(data or DataConfig(), source=source)
     opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")

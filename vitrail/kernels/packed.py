@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -9,27 +10,30 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.kernels.dense import attend
-
 
 def attend_packed(
     q: Float[Tensor, "1 K N d"],
     k: Float[Tensor, "1 K N d"],
     v: Float[Tensor, "1 K N d"],
-    lengths: tuple[int, ...],
-    *,
-    dropout: float = 0.0,
+    grids: Sequence[tuple[int, int]],
+    num_prefix: int,
+    attend: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor],
 ) -> Float[Tensor, "1 K N d"]:
-    """Return attention under the block-diagonal mask of `lengths` (Dehghani et al. 2023, NaViT, section 2.1).
+    """Return attention under the block-diagonal mask of the pictures (Dehghani et al. 2023, NaViT, section 2.1).
 
-    The mask is never made: neighbours of equal length are one batch of ordinary attention, so time and memory are
-    those of each picture alone, and not of N×N.
+    The mask is never made: neighbours of equal grids are one batch of ordinary attention, so time and memory are those of
+    each picture alone, and not of N×N.
+
+    Args:
+        grids: patch rows and columns of each picture; its prefix tokens stand before its patches.
+        attend: computes attention of a batch of pictures of one grid.
     """
-    assert sum(lengths) == q.shape[2], (lengths, q.shape)
     out, start = [], 0
-    for length, group in groupby(lengths):
+    for grid, group in groupby(grids):
+        length = num_prefix + grid[0] * grid[1]
         end = start + length * len(list(group))
-        parts = (rearrange(x[:, :, start:end], "1 K (n N) d -> n K N d", N=length) for x in (q, k, v))
-        out.append(rearrange(attend(*parts, dropout=dropout), "n K N d -> 1 K (n N) d"))
+        alone = [rearrange(x[:, :, start:end], "1 K (n N) d -> n K N d", N=length) for x in (q, k, v)]
+        out.append(rearrange(attend(alone[0], alone[1], alone[2], grid), "n K N d -> 1 K (n N) d"))
         start = end
+    assert start == q.shape[2], (grids, num_prefix, q.shape)
     return torch.cat(out, dim=2)

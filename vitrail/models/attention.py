@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vitrail.kernels.dense import attend
 from vitrail.kernels.packed import attend_packed
+from vitrail.kernels.table import Kernels
+from vitrail.lookup import pick
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import rotate
 
@@ -20,11 +24,16 @@ class Layout(NamedTuple):
 
     Attributes:
         rope: sines and cosines of every token's place, [N, 2d], or [B, 1, N, 2d] where samples differ.
-        lengths: tokens of each picture when several stand in one packed row; a token sees its own picture only.
+        grids: patch rows and columns of the pictures. One: of every picture of the batch. Several: the row holds these
+            pictures one after the other, and a token sees its own only.
+        num_prefix: tokens before a picture's patches.
+        kernels: how attention is computed.
     """
 
     rope: Tensor | None = None
-    lengths: tuple[int, ...] | None = None
+    grids: tuple[tuple[int, int], ...] = ()
+    num_prefix: int = 0
+    kernels: Kernels = Kernels()
 
     def take(self, samples: Int[Tensor, " S"]) -> Layout:
         """Return the layout of some samples of a batch."""
@@ -33,8 +42,11 @@ class Layout(NamedTuple):
         return self._replace(rope=self.rope[samples])
 
 
-class GlobalAttention(nn.Module):
-    """Every token attends to every token (Dosovitskiy et al. 2021, eq. 5-8)."""
+class SelfAttention(nn.Module, ABC):
+    """Queries, keys and values of every token, and the projection of what attention makes of them.
+
+    Which tokens attend to which is the subclasses' to say. Their weights are the same.
+    """
 
     def __init__(
         self,
@@ -62,12 +74,90 @@ class GlobalAttention(nn.Module):
         if layout.rope is not None:
             q, k = rotate(q, layout.rope), rotate(k, layout.rope)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm may have left them in fp32
+        return self.proj_drop(self.proj(rearrange(self.attend(q, k, v, layout), "B K N d -> B N (K d)")))
+
+    @abstractmethod
+    def attend(
+        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: Layout
+    ) -> Float[Tensor, "B K N d"]:
+        """Return the weighted values of each head."""
+
+
+class GlobalAttention(SelfAttention):
+    """Every token attends to every token (Dosovitskiy et al. 2021, eq. 5-8)."""
+
+    def attend(
+        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: Layout
+    ) -> Float[Tensor, "B K N d"]:
         dropout = self.attention_dropout if self.training else 0.0
-        if layout.lengths is None:
-            x = attend(q, k, v, dropout=dropout)
-        else:
-            x = attend_packed(q, k, v, layout.lengths, dropout=dropout)
-        return self.proj_drop(self.proj(rearrange(x, "B K N d -> B N (K d)")))
+        if len(layout.grids) <= 1:
+            return layout.kernels.attend(q, k, v, dropout=dropout)
+        return attend_packed(
+            q, k, v, layout.grids, layout.num_prefix, lambda q, k, v, _: layout.kernels.attend(q, k, v, dropout=dropout)
+        )
+
+
+class LocalAttention(SelfAttention):
+    """Each patch attends to its window of k×k patches and to the prefix tokens, and these attend to all.
+
+    The article's small-block attention mask, computed without the mask (`vitrail.kernels`). A window over the whole grid
+    is global attention. Without a layout the tokens must be the patches of a square grid.
+
+    Raises:
+        ValueError: the window is not odd, or it is unknown on which grid the tokens stand.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        window: int,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        layer_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            layer_norm_eps=layer_norm_eps,
+        )
+        if window < 1 or window % 2 == 0:
+            raise ValueError(
+                f"window is {window}; expected an odd number of patches, so that it has a middle, such as 7"
+            )
+        self.window = window
+
+    def attend(
+        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: Layout
+    ) -> Float[Tensor, "B K N d"]:
+        dropout = self.attention_dropout if self.training else 0.0
+        grids = layout.grids or (self._square(q.shape[2]),)
+        if len(grids) == 1:
+            return layout.kernels.attend_local(q, k, v, grids[0], self.window, dropout=dropout)
+        return attend_packed(
+            q,
+            k,
+            v,
+            grids,
+            layout.num_prefix,
+            lambda q, k, v, grid: layout.kernels.attend_local(q, k, v, grid, self.window, dropout=dropout),
+        )
+
+    def _square(self, tokens: int) -> tuple[int, int]:
+        side = math.isqrt(tokens)
+        if side**2 != tokens:
+            raise ValueError(
+                f"local attention must know the grid of its patches, and {tokens} tokens are no square; give a Layout "
+                "with grids=((rows, columns),), prefix tokens first"
+            )
+        return side, side
 
 
 class AttentionPool(nn.Module):
@@ -89,20 +179,22 @@ class AttentionPool(nn.Module):
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         q = rearrange(self.q(self.latent).expand(x.shape[0], -1, -1), "B N (K d) -> B K N d", K=self.num_heads)
         k, v = rearrange(self.kv(x), "B N (two K d) -> two B K N d", two=2, K=self.num_heads).unbind(0)
-        x = self.proj(rearrange(attend(q, k, v), "B K N d -> B N (K d)"))
+        x = self.proj(rearrange(Kernels().attend(q, k, v), "B K N d -> B N (K d)"))
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
-def _global(config: ViTConfig) -> GlobalAttention:
-    return GlobalAttention(
-        config.embed_dim,
-        config.num_heads,
-        qkv_bias=config.qkv_bias,
-        qk_norm=config.qk_norm,
-        dropout=config.dropout,
-        attention_dropout=config.attention_dropout,
-        layer_norm_eps=config.layer_norm_eps,
-    )
+def build_attention(config: ViTConfig, name: str) -> SelfAttention:
+    """Return the attention called `name` as a configuration wants it."""
+    settings: dict[str, Any] = {
+        "qkv_bias": config.qkv_bias,
+        "qk_norm": config.qk_norm,
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "layer_norm_eps": config.layer_norm_eps,
+    }
+    if name == "local":
+        settings["window"] = config.window
+    return pick(ATTENTIONS, name, "model.attention")(config.embed_dim, config.num_heads, **settings)
 
 
-ATTENTIONS = {"global": _global}
+ATTENTIONS: dict[str, Callable[..., SelfAttention]] = {"global": GlobalAttention, "local": LocalAttention}

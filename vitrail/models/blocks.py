@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.lookup import pick
-from vitrail.models.attention import ATTENTIONS, Layout
+from vitrail.models.attention import Layout, build_attention
 from vitrail.models.config import ViTConfig
 
 
@@ -90,11 +90,11 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each behind a layer norm and inside a residual connection."""
 
-    def __init__(self, config: ViTConfig, *, drop_path: float) -> None:
+    def __init__(self, config: ViTConfig, attention: str, *, drop_path: float) -> None:
         super().__init__()
         dim = config.embed_dim
         self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.attn = pick(ATTENTIONS, config.attention, "model.attention")(config)
+        self.attn = build_attention(config, attention)
         self.ls1 = LayerScale(dim, config.layer_scale) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.mlp = pick(MLPS, config.mlp, "model.mlp")(dim, config.hidden_dim, dropout=config.dropout)

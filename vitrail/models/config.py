@@ -9,7 +9,7 @@ from vitrail.settings import setting
 
 ENCODER_NAMES = ("patch", "conv", "r50")  # and every CNN of timm by its own name
 POSITION_NAMES = ("learned", "sincos2d", "rope2d", "none")
-ATTENTION_NAMES = ("global",)
+ATTENTION_NAMES = ("global", "local")
 DECODER_NAMES = ("token", "mean", "token_mean", "attention", "concat")
 MLP_NAMES = ("gelu", "swiglu")
 INIT_NAMES = ("normal", "mimetic")
@@ -43,8 +43,12 @@ class ViTConfig:
     mlp_ratio: float = setting(4.0, "hidden width of a block's MLP, as a multiple of embed_dim; swiglu of 2.67 costs 4")
     qkv_bias: bool = setting(True, "bias in the query, key and value projections")
     qk_norm: bool = setting(False, "layer norm of every head's queries and keys (Dehghani et al. 2023, ViT-22B)")
-    attention: str = setting("global", f"who attends to whom: {', '.join(ATTENTION_NAMES)}")
-    window: int = setting(0, "neighbourhood side of local attention, patches; 0 with global attention")
+    attention: str = setting(
+        "global",
+        "who attends to whom: global, local (each patch to its window and the prefix tokens), or a pattern that repeats over "
+        "the blocks, such as local,local,global",
+    )
+    window: int = setting(0, "local attention: side of the window, patches, odd, such as 7; 0 with global attention")
     positions: str = setting("learned", f"position encoding: {', '.join(POSITION_NAMES)}")
     class_token: bool = setting(True, "put a learned class token before the patches")
     num_registers: int = setting(0, "learned register tokens after the class token (Darcet et al. 2024)")
@@ -60,6 +64,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         self._check_ranges()
+        self._check_attention()
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
                 raise ValueError(unknown(f"model.{field}", getattr(self, field), known))
@@ -149,10 +154,39 @@ class ViTConfig:
             )
         if not self.fc_norm and self.decoder != "mean":
             raise ValueError(f"model.fc_norm has no effect with model.decoder {self.decoder!r}; leave it on")
-        if self.window:
+
+    def _check_attention(self) -> None:
+        pattern = self.attention.split(",")
+        for name in pattern:
+            if name not in ATTENTION_NAMES:
+                raise ValueError(unknown("model.attention", name, ATTENTION_NAMES))
+        if len(pattern) > self.depth:
             raise ValueError(
-                f"model.window {self.window} has no effect with model.attention {self.attention!r}; leave it 0"
+                f"model.attention {self.attention!r} is a pattern of {len(pattern)} blocks, but model.depth is {self.depth}"
             )
+        if "local" not in pattern:
+            if self.window:
+                raise ValueError(
+                    f"model.window {self.window} has no effect with model.attention {self.attention!r}; leave it 0, or add "
+                    "--model.attention local"
+                )
+            return
+        if self.window % 2 == 0:
+            raise ValueError(
+                f"model.attention {self.attention!r} needs model.window, an odd number of patches, so that the window has a "
+                f"middle, such as --model.window 7; got {self.window}"
+            )
+        if self.patch_dropout:
+            raise ValueError(
+                f"model.patch_dropout {self.patch_dropout} leaves holes in the grid on which local attention finds its "
+                "neighbours; leave it 0 with local attention"
+            )
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The attention of every block: the pattern, repeated."""
+        pattern = self.attention.split(",")
+        return tuple(pattern[i % len(pattern)] for i in range(self.depth))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -179,7 +213,6 @@ class ViTConfig:
 # The encoder is not among them: whether timm has a CNN of that name is known when it is built.
 _CHOICES = {
     "positions": POSITION_NAMES,
-    "attention": ATTENTION_NAMES,
     "decoder": DECODER_NAMES,
     "mlp": MLP_NAMES,
     "init": INIT_NAMES,

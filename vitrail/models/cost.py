@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitrail.kernels.window import num_pairs
 from vitrail.models.config import ViTConfig
 
 
@@ -9,7 +10,7 @@ def num_macs(config: ViTConfig) -> int:
     """Return the multiply-adds of one forward pass over one picture of `image_size`.
 
     Encoder + depth · (N·D²·(4 + 2r) + 2·N²·D) + decoder + D·classes; norms, biases and softmax are left out, as usual. A
-    swiglu MLP has three matrices instead of two: 3r.
+    swiglu MLP has three matrices instead of two: 3r. With local attention the pairs in the windows take the place of N².
     """
     patches, dim = config.grid[0] * config.grid[1], config.embed_dim
     tokens = config.num_prefix + patches
@@ -21,17 +22,18 @@ def num_macs(config: ViTConfig) -> int:
     width = 2 * dim if config.decoder == "token_mean" else dim
     return (
         encoder_macs(config)
-        + config.depth * block_macs(config, tokens)
+        + sum(block_macs(config, tokens, attention) for attention in config.attentions)
         + pool.get(config.decoder, 0)
         + width * config.num_classes
     )
 
 
-def block_macs(config: ViTConfig, tokens: int) -> int:
-    """Return the multiply-adds of one Transformer block over a row of tokens."""
+def block_macs(config: ViTConfig, tokens: int, attention: str) -> int:
+    """Return the multiply-adds of one Transformer block over a row of tokens, with `local` or `global` attention."""
     dim = config.embed_dim
     mlp = (3 if config.mlp == "swiglu" else 2) * dim * config.hidden_dim
-    return tokens * (4 * dim * dim + mlp) + 2 * tokens**2 * dim
+    pairs = num_pairs(config.grid, config.window, config.num_prefix) if attention == "local" else tokens**2
+    return tokens * (4 * dim * dim + mlp) + 2 * pairs * dim
 
 
 def encoder_macs(config: ViTConfig) -> int:

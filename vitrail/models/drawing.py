@@ -21,7 +21,7 @@ def draw(config: ViTConfig) -> str:
     macs = encoder_macs(config)
     head_macs = (model.decoder.out_dim if config.num_classes else 0) * config.num_classes
     tokens = shapes["transformer"]
-    transformer = config.depth * block_macs(config, tokens[0])
+    transformer = sum(block_macs(config, tokens[0], attention) for attention in config.attentions)
     rows = [
         ("picture", (config.in_channels, config.image_size, config.image_size), "", "", ""),
         ("│ Encoder", None, _encoder(config), _size(model, "patch_embed"), _giga(macs)),
@@ -115,9 +115,19 @@ def _tokens(config: ViTConfig) -> str:
 def _transformer(config: ViTConfig) -> str:
     heads = f"{config.num_heads} heads of {config.embed_dim // config.num_heads}"
     extras = [name for name, on in (("QK-norm", config.qk_norm), ("rope2d", config.positions == "rope2d")) if on]
-    attention = ", ".join([f"{config.attention} attention, {heads}", *extras])
+    attention = ", ".join([f"{_attention(config)}, {heads}", *extras])
     scale = ", LayerScale" if config.layer_scale else ""
     return f"{config.depth} × [norm, {attention}; norm, MLP {config.hidden_dim} {config.mlp}], both residual{scale}"
+
+
+def _attention(config: ViTConfig) -> str:
+    local = f"local attention in windows of {config.window}×{config.window}"
+    if set(config.attentions) == {"local"}:
+        return local
+    if set(config.attentions) == {"global"}:
+        return "global attention"
+    counts = {name: config.attentions.count(name) for name in ("local", "global")}
+    return f"{local} ({counts['local']} blocks) or global ({counts['global']}), in turn {config.attention}"
 
 
 def _size(model: ViT, *parts: str) -> str:

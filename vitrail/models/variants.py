@@ -21,7 +21,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "h": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
 
-# The article's other forms as suffixes of a variant's name; any other suffix names a CNN of timm as encoder.
+# The article's other forms as suffixes of a variant's name; so does local and a window, such as local7. Any other suffix
+# names a CNN of timm as encoder.
 SUFFIXES: dict[str, dict[str, Any]] = {
     **{decoder: {"decoder": decoder} for decoder in DECODER_NAMES},
     **{encoder: {"encoder": encoder} for encoder in ENCODER_NAMES},
@@ -59,7 +60,10 @@ def suffix_fields(name: str) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for suffix in name.split("-")[1:]:
-        added = SUFFIXES[suffix] if suffix in SUFFIXES else {"encoder": cnn_suffix(suffix, name)}
+        if local := re.fullmatch(r"local(\d+)", suffix):
+            added = {"attention": "local", "window": int(local[1])}
+        else:
+            added = SUFFIXES[suffix] if suffix in SUFFIXES else {"encoder": cnn_suffix(suffix, name)}
         if again := sorted(set(added) & set(fields)):
             raise ValueError(f"model {name!r} names its {again[0]} twice: {fields[again[0]]!r} and {added[again[0]]!r}")
         fields |= added
@@ -80,8 +84,8 @@ def cnn_suffix(suffix: str, name: str) -> str:
         near = nearest(suffix, SUFFIXES)
         hint = f"; did you mean {near!r}?" if near else "."
         raise ValueError(
-            f"unknown suffix in model {name!r}: {suffix!r}{hint} Known: {', '.join(SUFFIXES)}, and timm's CNNs, such as "
-            "resnet50, efficientnet_b0"
+            f"unknown suffix in model {name!r}: {suffix!r}{hint} Known: {', '.join(SUFFIXES)}, local and an odd window, such "
+            "as local7, and timm's CNNs, such as resnet50, efficientnet_b0"
         ) from None
     return suffix
 

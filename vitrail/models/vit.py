@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.kernels.table import Kernels
 from vitrail.lookup import pick
 from vitrail.models.attention import Layout
 from vitrail.models.blocks import Block, PatchDropout
@@ -32,6 +33,7 @@ class ViT(nn.Module):
         blocks: the Transformer's pre-norm blocks.
         decoder: tokens [B, N, D] and the feature map → one vector [B, D].
         head: the last linear layer, or the identity when `num_classes` is 0.
+        kernels: how attention is computed; a fixed rule unless `vitrail.kernels.choose` has measured. No weights.
     """
 
     pos_fixed: Tensor | None
@@ -55,7 +57,10 @@ class ViT(nn.Module):
         self.patch_drop = PatchDropout(config.patch_dropout, config.num_prefix)
         # Stochastic depth grows linearly from 0 in the first block to drop_path in the last (Huang et al. 2016).
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList([Block(config, drop_path=rate) for rate in rates])
+        self.blocks = nn.ModuleList(
+            [Block(config, name, drop_path=rate) for name, rate in zip(config.attentions, rates, strict=True)]
+        )
+        self.kernels = Kernels()
         self.decoder = pick(DECODERS, config.decoder, "model.decoder")(config)
         pooled = config.decoder == "mean" and config.fc_norm
         self.norm = nn.Identity() if pooled else nn.LayerNorm(dim, eps=eps)
@@ -109,12 +114,12 @@ class ViT(nn.Module):
             raise ValueError("packed pictures are for inference and evaluation; call model.eval() first")
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         order = sorted(range(len(images)), key=sizes.__getitem__)
-        encoded, rows, ropes, lengths = [], [], [], []
+        encoded, rows, ropes, grids = [], [], [], []
         for _, group in groupby(order, key=sizes.__getitem__):
             encoded.append(self.encode(torch.stack([images[i] for i in group]), patch_size))
             tokens, layout = self.embed(encoded[-1])
             rows.append(tokens.flatten(0, 1))
-            lengths.append(tokens.shape[1])
+            grids.append(layout.grids[0])
             if layout.rope is not None:
                 ropes.append(layout.rope.repeat(len(tokens), 1))
         if not rows:
@@ -122,11 +127,14 @@ class ViT(nn.Module):
         counts = [len(maps) for maps in encoded]
         layout = Layout(
             rope=torch.cat(ropes) if ropes else None,
-            lengths=tuple(length for length, count in zip(lengths, counts, strict=True) for _ in range(count)),
+            grids=tuple(grid for grid, count in zip(grids, counts, strict=True) for _ in range(count)),
+            num_prefix=self.config.num_prefix,
+            kernels=self.kernels,
         )
         tokens = torch.cat(rows)[None]
         for block in self.blocks:
             tokens = block(tokens, layout)
+        lengths = [self.config.num_prefix + h * w for h, w in grids]
         parts = self.norm(tokens)[0].split([length * count for length, count in zip(lengths, counts, strict=True)])
         pooled = [
             self.pool(maps, part.unflatten(0, (len(maps), -1))) for maps, part in zip(encoded, parts, strict=True)
@@ -178,7 +186,7 @@ class ViT(nn.Module):
         positions = self.positions(grid)
         tokens = self.pos_drop(tokens if positions is None else tokens + positions)
         rope = self.rope if self.rope is None or grid == self.config.grid else self._rope(grid).to(self.rope)
-        return self.patch_drop(tokens, Layout(rope))
+        return self.patch_drop(tokens, Layout(rope, (grid,), self.config.num_prefix, self.kernels))
 
     def pool(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
         """Decoder: the encoder's and the Transformer's outputs → one vector per picture."""

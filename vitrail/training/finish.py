@@ -19,6 +19,7 @@ from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
 from vitrail.files import write_text
 from vitrail.report.page import build_report
+from vitrail.training.attention import run_kernels
 from vitrail.training.loop import model_header, report_dropped
 from vitrail.training.parallel import World
 from vitrail.training.precision import pick_device
@@ -41,7 +42,7 @@ def finish(config: RunConfig, data: TrainData, run: Run, world: World, talk: Tal
     world.wait()
     device = pick_device(config.device)
     model, header = load_model(run.model)
-    model.to(device)
+    model.to(device).kernels = run_kernels(config, device, run, world)
     outputs = {}
     for part in ("val", "test"):
         if part in data.splits.parts:

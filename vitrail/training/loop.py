@@ -19,6 +19,7 @@ from vitrail.data.preprocess import preprocess_of
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import headline
 from vitrail.models.vit import ViT
+from vitrail.training.attention import run_kernels
 from vitrail.training.checkpoints import Progress, State, load_state, save_state
 from vitrail.training.diagnosis import check_finite, check_outputs
 from vitrail.training.frozen import freeze, running_statistics, slow_statistics
@@ -54,6 +55,9 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
     rhythm = rhythm_of(config, len(data.splits.parts["train"]))
     schedule = Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
     state = start_state(config, device, fresh=not run.has_state)
+    state.model.kernels = run_kernels(config, device, run, world)
+    if state.average is not None:
+        state.average.kernels = state.model.kernels
     if run.has_state:
         load_state(run.last, state)
     statistics = running_statistics(state.model)

@@ -13,6 +13,7 @@ from typing import Any
 
 from vitrail.config import RunConfig, load_config, save_config
 from vitrail.files import write_text
+from vitrail.machine import processor_name
 
 
 @dataclass(frozen=True)
@@ -156,16 +157,6 @@ def machine(device: str, precision: str) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
-
-
-def processor_name() -> str:
-    """Return the processor's marketing name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def now() -> str:

@@ -23,6 +23,7 @@ from vitrail.recipes import Choice, Facts, build_config, recipe_file
 from vitrail.report.page import build_report
 from vitrail.settings import leaves, override
 from vitrail.training import parallel
+from vitrail.training.attention import choose_kernels
 from vitrail.training.finish import finish
 from vitrail.training.loop import rhythm_of, start_model
 from vitrail.training.loop import train as train_loop
@@ -182,6 +183,7 @@ def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, 
         ValueError: device, precision, processes or schedule do not fit.
     """
     autocast(config, pick_device(config.device))
+    choose_kernels(config, pick_device(config.device), measuring=False)  # raises what a wish rules out
     samples = config.batch_size // world.size // config.optim.accumulate
     if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:
         raise ValueError(

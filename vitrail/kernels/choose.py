@@ -1,0 +1,153 @@
+"""Measure which kernel is fastest here, once per machine, shape and number format; keep the answer in a small file."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from vitrail.files import write_text
+from vitrail.kernels.table import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, runs
+from vitrail.machine import processor_name
+
+# The rule's kernel stays unless another is faster by more than noise: choices should not flip from run to run.
+_MARGIN = 0.9
+_ROUNDS = 5
+_BUDGET_S = 0.4  # for all candidates of one case; a large shape gets fewer rounds
+_TOKENS = 8192  # of one measurement, in all its samples and heads
+
+
+def choose(
+    cases: Iterable[Case],
+    *,
+    cache: Path | None,
+    known: Mapping[str, str] | None = None,
+    global_attention: str = "auto",
+    local_attention: str = "auto",
+    measuring: bool = True,
+) -> Kernels:
+    """Return the kernels for some cases.
+
+    Args:
+        cases: what a model will compute.
+        cache: file of what was measured before; None: measure anew, and keep nothing.
+        known: choices to keep to, by case: those of a run that goes on.
+        global_attention: a kernel's name instead of a choice, for global attention; `auto` measures.
+        local_attention: the same for local attention.
+        measuring: whether a case that is not known may be measured; if not, the rule decides.
+
+    Raises:
+        ValueError: a kernel that was asked for by name cannot compute one of the cases.
+    """
+    wished = {"global": global_attention, "local": local_attention}
+    before = _read(cache)
+    chosen, measured = dict(known or {}), {}
+    for case in cases:
+        wish = wished["local" if case.grid else "global"]
+        if wish != "auto":
+            if not runs(wish, case):
+                raise ValueError(
+                    f"kernels.{'local' if case.grid else 'global'}_attention is {wish!r}, which cannot compute {case.key}; "
+                    f"these can: {', '.join(['auto', *candidates(case)])}"
+                )
+        elif case.key in chosen:
+            continue
+        elif case.key in before:
+            chosen[case.key] = fastest(before[case.key])
+        elif measuring and len(candidates(case)) > 1:
+            measured[case.key] = measure(case)
+            chosen[case.key] = fastest(measured[case.key])
+    if measured and cache is not None:
+        _write(cache, measured)
+    own = {name: "" if wish == "auto" else wish for name, wish in wished.items()}
+    return Kernels(chosen, global_attention=own["global"], local_attention=own["local"])
+
+
+def fastest(taken: Mapping[str, float]) -> str:
+    """Return the fastest kernel of a measurement, whose first entry is the rule's."""
+    usual, best = next(iter(taken)), min(taken, key=taken.__getitem__)
+    return best if taken[best] < _MARGIN * taken[usual] else usual
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Return the milliseconds that each candidate takes for a case (median), the rule's own first.
+
+    Candidates take turns, so that a busy moment of the machine does not meet one of them alone.
+    """
+    names = candidates(case)
+    device, dtype = torch.device(case.device), getattr(torch, case.dtype)
+    tokens = max(2 * torch.get_num_threads(), _TOKENS // case.tokens) * case.tokens
+    heads = 4 if case.grid is None else 3
+    batch = max(1, tokens // case.tokens // heads)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode(False):
+        packed = torch.randn(batch, case.tokens, 3, heads, case.width, dtype=dtype, device=device)
+    q, k, v = (part.transpose(1, 2).detach().requires_grad_(case.training) for part in packed.unbind(2))
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    started = time.perf_counter()
+    for number in range(_ROUNDS + 1):  # the first warms up, and counts only where there is time for no other
+        for name in names:
+            taken[name].append(_time(name, case, q, k, v))
+        if number and time.perf_counter() - started > _BUDGET_S:
+            break
+    return {name: round(1000 * statistics.median(times[1:]), 3) for name, times in taken.items()}
+
+
+def _time(name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    """Return the seconds of one call, with its backward pass where the case trains."""
+    dropout = 0.1 if case.dropout else 0.0
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    with torch.inference_mode(False), torch.set_grad_enabled(case.training), torch.autocast(case.device, enabled=False):
+        if case.grid is None:
+            out = GLOBAL_KERNELS[name](q, k, v, dropout=dropout)
+        else:
+            out = LOCAL_KERNELS[name](q, k, v, case.grid, case.window, case.num_prefix, dropout=dropout)
+        if case.training:
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def cache_file() -> Path:
+    """Return where measurements are kept: `VITRAIL_CACHE`, else the user's cache folder."""
+    own = os.environ.get("VITRAIL_CACHE")
+    if own:
+        return Path(own) / "kernels.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrail" / "kernels.json"
+
+
+def machine_key() -> str:
+    """Return what measurements hold for: processor, threads, GPU, and the version of torch."""
+    parts = [processor_name(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def _read(cache: Path | None) -> dict[str, dict[str, float]]:
+    """Return what was measured on this machine; a file that cannot be read counts as empty, and is measured again."""
+    try:
+        return json.loads(cache.read_text(encoding="utf-8")).get(machine_key(), {}) if cache else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _write(cache: Path, measured: dict[str, dict[str, float]]) -> None:
+    """Add measurements; a cache that cannot be written is done without."""
+    try:
+        content = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
+        content.setdefault(machine_key(), {}).update(measured)
+    except (OSError, ValueError, AttributeError):
+        content = {machine_key(): measured}
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_text(cache, json.dumps(content, indent=2) + "\n")
+    except OSError:
+        return

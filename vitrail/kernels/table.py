@@ -1,0 +1,158 @@
+"""The ways to compute attention by name, where each runs, and the choices that a model carries.
+
+Where nothing was chosen a fixed rule decides, so that two runs of one configuration compute the same bits;
+`vitrail.kernels.choose` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitrail.kernels.dense import attend_fused, attend_matmul
+from vitrail.kernels.masked import attend_masked_fused, attend_masked_matmul
+from vitrail.kernels.tiles import attend_tiles
+from vitrail.kernels.tiling import attend_tiles_plain, tiling_of
+from vitrail.kernels.window import covers
+
+GLOBAL_KERNELS: dict[str, Callable[..., Tensor]] = {"fused": attend_fused, "matmul": attend_matmul}
+LOCAL_KERNELS: dict[str, Callable[..., Tensor]] = {
+    "tiles": attend_tiles,
+    "plain": attend_tiles_plain,
+    "fused": attend_masked_fused,
+    "matmul": attend_masked_matmul,
+}
+
+# Not where other ways get faster, but where N×N weights or masks get too large to hold: 2 MB a head and picture.
+_DENSE_TOKENS = 1024
+
+
+class Case(NamedTuple):
+    """What decides which kernel is fastest: the machine's part, the number format and the shape; not the batch.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        dtype: of queries, keys and values, as `float32`.
+        training: whether gradients are wanted.
+        dropout: whether attention weights are dropped.
+        tokens: N, the prefix included.
+        width: d, of a head.
+        grid: patch rows and columns of local attention; None: global.
+        window: of local attention; 0: global.
+    """
+
+    device: str
+    dtype: str
+    training: bool
+    dropout: bool
+    tokens: int
+    width: int
+    grid: tuple[int, int] | None = None
+    window: int = 0
+
+    @property
+    def num_prefix(self) -> int:
+        """Prefix tokens of local attention."""
+        return 0 if self.grid is None else self.tokens - self.grid[0] * self.grid[1]
+
+    @property
+    def key(self) -> str:
+        """The case as text, for files and people."""
+        work = ("training" if self.training else "inference") + (" with dropout" if self.dropout else "")
+        where = f"{self.device} {self.dtype} {work}, {self.tokens} tokens of {self.width}"
+        if self.grid is None:
+            return where
+        return f"{where}, window {self.window} on {self.grid[0]}x{self.grid[1]}"
+
+
+def runs(name: str, case: Case) -> bool:
+    """Whether a kernel can compute a case at all."""
+    if name == "tiles":
+        return case.device == "cpu"
+    return True
+
+
+def candidates(case: Case) -> list[str]:
+    """Return the kernels worth measuring for a case, the rule's own first."""
+    dense = [
+        name for name in ("fused", "matmul") if case.tokens <= _DENSE_TOKENS or (name == "fused" and not case.grid)
+    ]
+    names = dense if case.grid is None else [*dense, "tiles" if case.device == "cpu" else "plain"]
+    first = rule(case)
+    return [first, *(name for name in names if name != first and runs(name, case))]
+
+
+def rule(case: Case) -> str:
+    """Return the kernel that is taken without measuring."""
+    dense = "fused"
+    if case.device == "cpu" and case.dtype == "bfloat16" and case.tokens <= _DENSE_TOKENS:
+        dense = "matmul"
+    if case.grid is None:
+        return dense
+    if tiling_of(case.grid, case.window, case.num_prefix).num_scores > case.tokens**2 / 2:
+        return dense
+    return "tiles" if case.device == "cpu" else "plain"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernel computes what.
+
+    Attributes:
+        chosen: a case's key → the kernel's name.
+        global_attention: the kernel for all global attention, whatever `chosen` says; empty: no such wish.
+        local_attention: the same for local attention.
+    """
+
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    global_attention: str = ""
+    local_attention: str = ""
+
+    def attend(
+        self,
+        q: Float[Tensor, "B K N d"],
+        k: Float[Tensor, "B K M d"],
+        v: Float[Tensor, "B K M d"],
+        *,
+        dropout: float = 0.0,
+    ) -> Float[Tensor, "B K N d"]:
+        """Return softmax(q kᵀ / √d) v."""
+        name = self.global_attention
+        if torch.compiler.is_exporting():
+            name = "fused"
+        if not name:
+            case = _case(q, dropout)
+            name = self.chosen.get(case.key) or rule(case)
+        return GLOBAL_KERNELS[name](q, k, v, dropout=dropout)
+
+    def attend_local(
+        self,
+        q: Float[Tensor, "B K N d"],
+        k: Float[Tensor, "B K N d"],
+        v: Float[Tensor, "B K N d"],
+        grid: tuple[int, int],
+        window: int,
+        *,
+        dropout: float = 0.0,
+    ) -> Float[Tensor, "B K N d"]:
+        """Return the same with patches that attend to their window and the prefix (`vitrail.kernels.window`)."""
+        if covers(grid, window):
+            return self.attend(q, k, v, dropout=dropout)
+        name = self.local_attention
+        if torch.compiler.is_exporting():
+            name = "plain"  # of operations that every runtime knows
+        case = _case(q, dropout, grid, window)
+        if not name:
+            name = self.chosen.get(case.key) or rule(case)
+        return LOCAL_KERNELS[name](q, k, v, grid, window, case.num_prefix, dropout=dropout)
+
+
+def _case(q: Tensor, dropout: float, grid: tuple[int, int] | None = None, window: int = 0) -> Case:
+    training = torch.is_grad_enabled() and q.requires_grad
+    dtype = str(q.dtype).removeprefix("torch.")
+    return Case(q.device.type, dtype, training, dropout > 0, q.shape[-2], q.shape[-1], grid, window)

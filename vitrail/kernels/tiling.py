@@ -1,0 +1,155 @@
+"""Local attention in tiles: a tile of neighbouring queries shares one rectangle of keys, its halo.
+
+A th×tw tile of queries and windows that reach r patches to each side need the (th+2r)×(tw+2r) patches around, and the
+prefix. Per tile that is a small dense attention under a mask, so time and memory are O(N·(t+k)²/t²·…) and never N².
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vitrail.kernels.dense import attend_matmul
+from vitrail.kernels.window import reach_of
+
+# What copying one value of a halo costs, in multiply-adds of one score: tiles of 4 to 8 took about the same time at window
+# 7 (docs/log.md), which this number reproduces.
+_COPY_COST = 40
+_TILE_SIDES = range(2, 17)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A grid cut into tiles.
+
+    Attributes:
+        grid: patch rows and columns (h, w).
+        reach: patches that a window reaches to each side, down and across.
+        tile: rows and columns of a tile of queries; the last tiles may stand over the grid's edge.
+        num_prefix: prefix tokens, which every tile sees.
+    """
+
+    grid: tuple[int, int]
+    reach: tuple[int, int]
+    tile: tuple[int, int]
+    num_prefix: int
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Tiles down and across."""
+        return -(-self.grid[0] // self.tile[0]), -(-self.grid[1] // self.tile[1])
+
+    @property
+    def halo(self) -> tuple[int, int]:
+        """Rows and columns of keys that a tile needs."""
+        return self.tile[0] + 2 * self.reach[0], self.tile[1] + 2 * self.reach[1]
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of a tile."""
+        return self.tile[0] * self.tile[1]
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of a tile, the prefix included."""
+        return self.num_prefix + self.halo[0] * self.halo[1]
+
+    @property
+    def spread(self) -> tuple[int, int]:
+        """Grid rows and columns that all halos together take, those beyond the edges included."""
+        return tuple(n * t + 2 * r for n, t, r in zip(self.tiles, self.tile, self.reach, strict=True))  # pyright: ignore[reportReturnType]
+
+    @property
+    def num_scores(self) -> int:
+        """(query, key) pairs that are computed, most of them masked."""
+        return self.tiles[0] * self.tiles[1] * self.num_queries * self.num_keys
+
+
+@lru_cache(maxsize=256)
+def tiling_of(grid: tuple[int, int], window: int, num_prefix: int) -> Tiling:
+    """Return the tiling that should cost least: large tiles compute more masked scores, small ones copy more keys."""
+    reach = reach_of(grid, window)
+    sides = [sorted({min(side, most) for side in _TILE_SIDES}) for most in grid]
+    choices = [Tiling(grid, reach, (rows, columns), num_prefix) for rows in sides[0] for columns in sides[1]]
+    return min(choices, key=lambda tiling: tiling.num_scores * (1 + _COPY_COST / tiling.num_queries))
+
+
+def tile_bias(tiling: Tiling, dtype: torch.dtype, device: torch.device | str) -> Float[Tensor, "T queries keys"]:
+    """Return what is added to each tile's scores: 0 where a query attends to a key, else -∞.
+
+    Queries over the grid's edge, which have no result, attend to all, since a softmax over nothing is not a number.
+    """
+    axes = []
+    for side, count, tile, halo, reach in zip(
+        tiling.grid, tiling.tiles, tiling.tile, tiling.halo, tiling.reach, strict=True
+    ):
+        start = torch.arange(count, device=device)[:, None] * tile
+        query, key = start + torch.arange(tile, device=device), start + torch.arange(halo, device=device) - reach
+        query, key = query[:, :, None], key[:, None, :]
+        near = ((query - key).abs() <= reach) & (key >= 0) & (key < side)
+        axes.append((near, query >= side))
+    (rows, below), (columns, right) = axes
+    seen = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
+    outside = below[:, None, :, None, :, None] | right[None, :, None, :, None, :]
+    seen = (seen | outside).reshape(-1, tiling.num_queries, tiling.halo[0] * tiling.halo[1])
+    bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
+    return F.pad(bias, (tiling.num_prefix, 0))
+
+
+def attend_tiles_plain(
+    q: Float[Tensor, "B K N d"],
+    k: Float[Tensor, "B K N d"],
+    v: Float[Tensor, "B K N d"],
+    grid: tuple[int, int],
+    window: int,
+    num_prefix: int,
+    *,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B K N d"]:
+    """Local attention in tiles from PyTorch's own operations, all tiles at once.
+
+    The form for `torch.compile` on GPUs and for export: every operation is known to every compiler. Training keeps the
+    halos and the weights of all tiles, a constant multiple of N; `attend_tiles` keeps none.
+    """
+    tiling = tiling_of(grid, window, num_prefix)
+    queries = _tiles(q[:, :, num_prefix:], tiling)
+    keys, values = (_halos(x, tiling) for x in (k, v))
+    bias = tile_bias(tiling, q.dtype, q.device)
+    scores = (queries * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1) + bias
+    weights = scores.softmax(dim=-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    out = _untile(weights @ values, tiling)
+    if not num_prefix:
+        return out
+    return torch.cat([attend_matmul(q[:, :, :num_prefix], k, v, dropout=dropout), out], dim=2)
+
+
+def _tiles(x: Float[Tensor, "B K hw d"], tiling: Tiling) -> Float[Tensor, "B K T queries d"]:
+    (h, w), (th, tw), (nh, nw) = tiling.grid, tiling.tile, tiling.tiles
+    x = F.pad(x.unflatten(2, (h, w)), (0, 0, 0, nw * tw - w, 0, nh * th - h))
+    x = x.unflatten(3, (nw, tw)).unflatten(2, (nh, th))
+    return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _untile(x: Float[Tensor, "B K T queries d"], tiling: Tiling) -> Float[Tensor, "B K hw d"]:
+    (h, w), (th, tw), (nh, nw) = tiling.grid, tiling.tile, tiling.tiles
+    x = x.unflatten(3, (th, tw)).unflatten(2, (nh, nw)).transpose(3, 4)
+    return x.flatten(4, 5).flatten(2, 3)[:, :, :h, :w].flatten(2, 3)
+
+
+def _halos(x: Float[Tensor, "B K N d"], tiling: Tiling) -> Float[Tensor, "B K T keys d"]:
+    (h, w), (th, tw), (rh, rw), (sh, sw) = tiling.grid, tiling.tile, tiling.reach, tiling.halo
+    rows, columns = tiling.spread
+    padded = F.pad(x[:, :, tiling.num_prefix :].unflatten(2, (h, w)), (0, 0, rw, columns - rw - w, rh, rows - rh - h))
+    halos = padded.unfold(2, sh, th).unfold(3, sw, tw)  # B K nh nw d sh sw
+    halos = halos.flatten(2, 3).flatten(4, 5).transpose(3, 4)
+    if not tiling.num_prefix:
+        return halos
+    prefix = x[:, :, None, : tiling.num_prefix].expand(-1, -1, halos.shape[2], -1, -1)
+    return torch.cat([prefix, halos], dim=3)
