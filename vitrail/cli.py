@@ -84,6 +84,7 @@ def fail(message: str, code: int = USER_ERROR) -> int:
 _IMAGE_SIZE = "side of the square that pictures are brought to (the model's own)"
 _PATCH_SIZE = "side of a patch, for models trained with several by --model.patch-sizes (the model's own)"
 _RESIZE = "crop, squash, or aspect: whole pictures in their own aspect ratio (the model's own)"
+MODELS = ("micro4", "s16", "s16-local7")  # small pictures, photographs, large pictures with local attention
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,17 @@ class Models:
     name: Annotated[
         Positional[str | None], arg(help="draw this one: size + patch + suffixes, such as s16-resnet50", metavar="NAME")
     ] = None
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Options of `vitrail doctor`."""
+
+    models: Annotated[
+        Positional[tuple[str, ...]], arg(help="variants whose attention is measured", metavar="NAME…")
+    ] = MODELS
+    fresh: Annotated[bool, arg(help="measure again what was measured before")] = False
+    out: Annotated[str | None, arg(help="write all lines as JSON", metavar="FILE")] = None
 
 
 def train_options() -> type:
@@ -342,6 +354,28 @@ def do_models(options: Models) -> int:
     return OK
 
 
+def do_doctor(options: Doctor) -> int:
+    """Say what this machine can do."""
+    from vitrail.doctor import examine
+    from vitrail.files import write_text
+
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {Path(options.out).parent}")
+    talk, topic, width = Talk(), "", 0
+    findings = examine(options.models, fresh=options.fresh)
+    for finding in findings:
+        if finding.topic != topic:
+            topic = finding.topic
+            width = 2 + max(len(each.name) for each in findings if each.topic == topic)
+            talk.out.print(f"[bold]{topic}[/]")
+        talk.say(f"  {finding.name:<{width}}{finding.value}")
+        if finding.advice:
+            talk.warn(finding.advice)
+    if options.out is not None:
+        write_text(Path(options.out), json.dumps([dataclasses.asdict(each) for each in findings], indent=2) + "\n")
+    return OK
+
+
 @dataclass(frozen=True)
 class Command:
     """A command: what it does, its options, the function."""
@@ -362,6 +396,11 @@ COMMANDS = {
         "Name what is on pictures; a broken file gets an error in its row.", lambda: Predict, do_predict
     ),
     "report": Command("Rebuild the HTML page of a run.", lambda: Report, do_report),
+    "doctor": Command(
+        "Say what this machine can do: processors, number formats, decoders, attention kernels.",
+        lambda: Doctor,
+        do_doctor,
+    ),
     "models": Command("List the architectures with their parameters and cost, or draw one.", lambda: Models, do_models),
 }
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 
-# Scores of the tiles that are computed together. Two megabytes were best or near it among 0.5 to 8, in both number
+# Scores of the tiles that a thread computes together. One megabyte was best or near it among 0.25 to 4, in both number
 # formats (docs/log.md): with less, starting operations costs most; with more, buffers leave the second-level cache.
-_CHUNK_BYTES = 2 << 20
+_CHUNK_BYTES = 1 << 20
 
 Place = tuple[int, slice]  # a sample, and some of its heads
 
@@ -143,9 +143,10 @@ class _Work:
         self.bias = _bias(tiling, q.dtype)
         self.random = torch.Generator().manual_seed(int(seed)) if dropout else None
         row_bytes = tiling.tiles[1] * tiling.num_queries * tiling.num_keys * q.element_size()
-        self.band_rows = max(1, min(tiling.tiles[0], _CHUNK_BYTES // row_bytes))
+        chunk_bytes = _CHUNK_BYTES * torch.get_num_threads()
+        self.band_rows = max(1, min(tiling.tiles[0], chunk_bytes // row_bytes))
         image_bytes = row_bytes * tiling.tiles[0]
-        self.place_heads = max(1, min(self.heads, _CHUNK_BYTES // image_bytes))
+        self.place_heads = max(1, min(self.heads, chunk_bytes // image_bytes))
 
     def places(self) -> Iterator[Place]:
         """Go through samples and groups of heads."""

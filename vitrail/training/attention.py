@@ -24,9 +24,9 @@ def run_kernels(config: RunConfig, device: torch.device, run: Run, world: World)
     Raises:
         ValueError: a kernel that the configuration names cannot compute this model here.
     """
-    known = run.info().get("kernels", {}) if run.is_main else {}
     kernels = Kernels()
     if run.is_main:
+        known = run.info().get("kernels")
         kernels = choose_kernels(config, device, known=known)
         if dict(kernels.chosen) != known:
             run.note(kernels=dict(kernels.chosen))

@@ -1,0 +1,235 @@
+"""The choice among attention kernels: measured, kept, obeyed, and the same when a run goes on."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vitrail.cli
+from vitrail import ViT
+from vitrail.config import RunConfig
+from vitrail.kernels import choose as choosing
+from vitrail.kernels.choose import cache_file, choose, fastest, machine_key, measure, timings
+from vitrail.kernels.table import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, rule
+from vitrail.models.config import ViTConfig
+from vitrail.models.variants import variant_config
+from vitrail.training.attention import cases_of, cases_of_run
+from vitrail.training.run import open_run
+from vitrail.training.session import train
+
+SMALL = Case("cpu", "float32", True, False, 65, 32)
+LOCAL = Case("cpu", "float32", True, False, 197, 64, (14, 14), 7)
+
+
+def test_a_measurement_names_every_candidate_and_takes_well_under_a_second():
+    for case in (SMALL, LOCAL, SMALL._replace(training=False, dtype="bfloat16"), LOCAL._replace(dropout=True)):
+        before, started = torch.get_num_threads(), time.process_time()
+        taken = measure(case)
+        assert time.process_time() - started < 3, "of all threads"
+        assert list(taken) == candidates(case)
+        assert next(iter(taken)) == rule(case)
+        assert all(0 < ms < 1000 for ms in taken.values())
+        assert torch.get_num_threads() == before
+
+
+def test_measuring_draws_no_random_numbers_of_the_run():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    measure(SMALL._replace(dropout=True))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_rule_stays_unless_another_is_clearly_faster():
+    assert fastest({"fused": 1.0, "matmul": 0.9}) == "fused"
+    assert fastest({"fused": 1.0, "matmul": 0.7}) == "matmul"
+    assert fastest({"matmul": 1.0, "fused": 1.5, "tiles": 0.5}) == "tiles"
+
+
+def test_rules():
+    assert rule(SMALL) == "fused"
+    assert rule(SMALL._replace(dtype="bfloat16")) == "matmul"
+    assert rule(SMALL._replace(dtype="bfloat16", device="cuda")) == "fused"
+    assert rule(SMALL._replace(dtype="bfloat16", tokens=3137)) == "fused", "N×N weights would fill the memory"
+    assert rule(LOCAL) == "fused", "the halos of 14×14 are hardly less than the grid"
+    big = LOCAL._replace(tokens=785, grid=(28, 28))
+    assert rule(big) == "tiles"
+    assert rule(big._replace(device="cuda")) != "tiles"
+    assert candidates(big._replace(tokens=3137, grid=(56, 56))) == ["tiles"]
+
+
+def test_what_was_measured_is_kept_and_read(tmp_path, monkeypatch):
+    cache = tmp_path / "deep" / "kernels.json"
+    taken = timings(SMALL, cache)
+    assert json.loads(cache.read_text()) == {machine_key(): {SMALL.key: taken}}
+    monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured again"))
+    assert timings(SMALL, cache) == taken
+    assert choose([SMALL], cache=cache).chosen == {SMALL.key: fastest(taken)}
+    with pytest.raises(pytest.fail.Exception):
+        timings(SMALL, cache, fresh=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 1}', b"\xff\xfe"])
+def test_a_broken_cache_is_measured_anew(tmp_path, monkeypatch, content):
+    cache = tmp_path / "kernels.json"
+    cache.write_bytes(content.replace(b'"a"', json.dumps(machine_key()).encode()))
+    monkeypatch.setattr(choosing, "measure", lambda case: dict.fromkeys(candidates(case), 1.0))
+    assert set(timings(SMALL, cache)) == {"fused", "matmul"}
+    assert json.loads(cache.read_text())[machine_key()][SMALL.key] == {"fused": 1.0, "matmul": 1.0}
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
+    assert choose([SMALL], cache=tmp_path / "file" / "kernels.json").chosen == {SMALL.key: "matmul"}
+    assert choose([SMALL], cache=None).chosen == {SMALL.key: "matmul"}
+
+
+def test_another_version_of_torch_is_another_machine(tmp_path, monkeypatch):
+    cache = tmp_path / "kernels.json"
+    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
+    timings(SMALL, cache)
+    monkeypatch.setattr(choosing, "machine_key", lambda: "elsewhere")
+    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 1.0, "matmul": 2.0})
+    assert choose([SMALL], cache=cache).chosen == {SMALL.key: "fused"}
+    assert len(json.loads(cache.read_text())) == 2
+
+
+def test_known_choices_are_kept_to_and_wishes_obeyed(monkeypatch):
+    monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured"))
+    assert choose([SMALL], cache=None, known={SMALL.key: "matmul"}).chosen == {SMALL.key: "matmul"}
+    assert choose([SMALL], cache=None, measuring=False).chosen == {}
+    wish = choose([SMALL, LOCAL], cache=None, global_attention="matmul", local_attention="tiles")
+    assert (wish.global_attention, wish.local_attention) == ("matmul", "tiles")
+    with pytest.raises(ValueError, match=r"kernels.local_attention is 'tiles', which cannot compute cuda float32"):
+        choose([LOCAL._replace(device="cuda")], cache=None, local_attention="tiles")
+
+
+def test_a_model_uses_what_was_chosen(monkeypatch):
+    model = ViT(variant_config("nano2-local5", num_classes=3, depth=2, attention="local,global")).eval()
+    images, called = torch.rand(1, 3, 32, 32), []
+    for table in (GLOBAL_KERNELS, LOCAL_KERNELS):
+        for name, kernel in table.items():
+            monkeypatch.setitem(
+                table,
+                name,
+                lambda *x, name=name, kernel=kernel, **y: (called.append((name, len(x))), kernel(*x, **y))[1],
+            )
+
+    def kernels_of(kernels):
+        model.kernels = kernels
+        called.clear()
+        with torch.no_grad():
+            model(images)
+        return called
+
+    assert kernels_of(Kernels()) == [("tiles", 6), ("fused", 3)]
+    assert kernels_of(Kernels(global_attention="matmul", local_attention="plain")) == [("plain", 6), ("matmul", 3)]
+    cases = list(cases_of(model.config, (32, 2), "cpu", "float32", training=False))
+    assert kernels_of(Kernels({case.key: "matmul" for case in cases})) == [("matmul", 6), ("matmul", 3)]
+    assert len(cases) == 2, "each attention of the pattern once"
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch_dropout": 0.5}, {"attention_dropout": 0.1}, {"patch_sizes": (4, 8)}])
+def test_the_cases_of_a_run_are_those_that_training_meets(changes, monkeypatch):
+    small = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=3)
+    config = dataclasses.replace(RunConfig(), model=dataclasses.replace(small, **changes))
+    model, met = ViT(config.model), []
+    monkeypatch.setattr(Kernels, "attend", _noting(met))
+    for patch in config.model.patch_sizes or (8,):
+        model.train()(torch.rand(2, 3, 32, 32), patch)
+    with torch.inference_mode():
+        model.eval()(torch.rand(2, 3, 32, 32))
+    assert sorted(met) == sorted(case.key for case in cases_of_run(config, "cpu"))
+
+
+def _noting(met):
+    own = Kernels.attend
+
+    def attend(self, q, k, v, *, dropout=0.0):
+        training = torch.is_grad_enabled() and q.requires_grad
+        met.append(Case("cpu", "float32", training, dropout > 0, q.shape[2], q.shape[3]).key)
+        return own(self, q, k, v, dropout=dropout)
+
+    return attend
+
+
+def test_a_run_keeps_its_choice_when_it_goes_on(tmp_path, make_folder, tiny, monkeypatch):
+    """Resume is exact although the machine would choose otherwise by then."""
+    data = make_folder(tmp_path / "shapes")
+    settings = {**tiny, "epochs": 3.0, "model.attention": "local", "model.window": 3, "model.patch_size": 2}
+    monkeypatch.setattr(choosing, "measure", lambda case: _slower(case, "fused"))
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "one"))
+    whole = train(data, out=tmp_path / "whole", **settings)
+    chosen = open_run(whole.folder)[0].info()["kernels"]
+    assert set(chosen.values()) == {"matmul"}, "what the measurement says"
+    assert len(chosen) == 2
+
+    from vitrail.training import loop
+    from vitrail.training.signals import Stopped
+
+    own, steps = loop.update, []
+
+    def stopping(*arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            raise Stopped(15, 4)
+        return own(*arguments)
+
+    monkeypatch.setattr(loop, "update", stopping)
+    with pytest.raises(Stopped):
+        train(data, out=tmp_path / "halves", **settings)
+    monkeypatch.setattr(loop, "update", own)
+    monkeypatch.setattr(choosing, "measure", lambda case: _slower(case, "matmul"))
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "two"))
+    halves = train(data, out=tmp_path / "halves", resume=True)
+    assert open_run(halves.folder)[0].info()["kernels"] == chosen
+    one, other = (load_file(each.folder / "last" / "state.safetensors") for each in (whole, halves))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _slower(case, name):
+    return {each: 2.0 if each == name else 3.0 if each == "tiles" else 1.0 for each in candidates(case)}
+
+
+def test_wishes_on_the_command_line(tmp_path, make_folder, capfd):
+    data = make_folder(tmp_path / "shapes")
+    words = ["train", str(data), "--out", str(tmp_path / "run"), "--model", "nano8", "--epochs", "1"]
+    assert vitrail.cli.run([*words, "--kernels.global-attention", "flash"]) == 1
+    assert "unknown kernels.global_attention 'flash'" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert vitrail.cli.run([*words, "--kernels.global-attention", "matmul", "--model.depth", "1"]) == 0
+    run, config = open_run(tmp_path / "run")
+    assert config.kernels.global_attention == "matmul"
+    assert run.info()["kernels"] == {}
+
+
+def test_doctor_says_what_the_machine_can_do(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
+    out = tmp_path / "doctor.json"
+    assert vitrail.cli.run(["doctor", "nano4", "ti16-local7", "--out", str(out)]) == 0
+    said = capfd.readouterr().out
+    findings = json.loads(out.read_text())
+    assert {each["topic"] for each in findings} >= {
+        "machine",
+        "GPU",
+        "numbers",
+        "compile",
+        "pictures",
+        "packages",
+        "attention",
+    }
+    lines = {each["name"]: each["value"] for each in findings}
+    assert "ms" in lines["nano4: cpu float32 training, 65 tokens of 32"]
+    assert "tiles" in lines["ti16-local7: cpu float32 training, 785 tokens of 64, window 7 on 28x28"]
+    assert str(torch.__version__) == lines["torch"] or lines["torch"] in str(torch.__version__)
+    assert all(each["value"] in said for each in findings)
+    assert cache_file() == Path(tmp_path) / "kernels.json"
+    assert len(json.loads(cache_file().read_text())[machine_key()]) >= 6
+    assert vitrail.cli.run(["doctor", "nan4"]) == 1
+    assert "did you mean 'nano'" in capfd.readouterr().err
