@@ -17,7 +17,6 @@ from vitrail.config import DataConfig
 from vitrail.console import Talk
 from vitrail.data.duplicates import THUMBNAIL, hashes
 from vitrail.training.prepare import check_data
-from vitrail.training.run import processor_name
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -140,10 +141,12 @@ class _Work:
         self.dtype, self.tiling, self.dropout = q.dtype, tiling, dropout
         self.scale = self.width**-0.5
         self.buffers: dict[str, Tensor] = {}
-        self.bias = _bias(tiling, q.dtype)
+        self.bias, self.kinds = _bias(tiling, q.dtype)
         self.random = torch.Generator().manual_seed(int(seed)) if dropout else None
         row_bytes = tiling.tiles[1] * tiling.num_queries * tiling.num_keys * q.element_size()
-        chunk_bytes = _CHUNK_BYTES * torch.get_num_threads()
+        total_bytes = q[..., 0, 0].numel() * row_bytes * tiling.tiles[0]
+        most = _CHUNK_BYTES * torch.get_num_threads()
+        chunk_bytes = min(most, max(most // 4, total_bytes // 2))  # small work gets small buffers
         self.band_rows = max(1, min(tiling.tiles[0], chunk_bytes // row_bytes))
         image_bytes = row_bytes * tiling.tiles[0]
         self.place_heads = max(1, min(self.heads, chunk_bytes // image_bytes))
@@ -216,9 +219,10 @@ class _Work:
         """Return the attention weights of every tile of a band."""
         scores = self.take("weights", (queries.shape[0], queries.shape[1], keys.shape[1]))
         torch.bmm(queries, keys.transpose(1, 2), out=scores)
-        columns = self.tiling.tiles[1]
-        bias = self.bias[band.start * columns : band.stop * columns]
-        scores.unflatten(0, (-1, len(bias))).add_(bias)
+        rows = scores.view(-1, band.stop - band.start, *self.bias.shape[1:])
+        for kind, group in groupby(range(band.start, band.stop), key=self.kinds.__getitem__):
+            same = list(group)
+            rows[:, same[0] - band.start : same[-1] + 1 - band.start].add_(self.bias[kind])
         return torch.softmax(scores, dim=-1, out=scores)
 
     def prefix_weights(self, q: Float[Tensor, "n N d"], k: Float[Tensor, "n N d"]) -> Float[Tensor, "n prefix N"]:
@@ -276,9 +280,20 @@ class _Sums(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def _bias(tiling: Tiling, dtype: torch.dtype) -> Tensor:
+def _bias(tiling: Tiling, dtype: torch.dtype) -> tuple[Float[Tensor, "kinds columns queries keys"], list[int]]:
+    """Return what is added to the scores of each kind of tile row, and the kind of every row.
+
+    All rows but those at the grid's edges are of one kind, which then stays in the cache.
+    """
     with torch.inference_mode(False):
-        return tile_bias(tiling, dtype, "cpu")
+        rows = tile_bias(tiling, dtype, "cpu").unflatten(0, tiling.tiles)
+        firsts, kinds = [], []
+        for row in rows:
+            kind = next((i for i, first in enumerate(firsts) if torch.equal(first, row)), len(firsts))
+            if kind == len(firsts):
+                firsts.append(row)
+            kinds.append(kind)
+        return torch.stack(firsts), kinds
 
 
 def _dropped(x: Tensor, factor: Tensor | None) -> Tensor:
