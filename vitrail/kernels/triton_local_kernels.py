@@ -28,6 +28,7 @@ import triton.language as tl
 PREFIX = tl.constexpr(16)  # prefix tokens taken at a time; tl.dot takes no fewer
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(-(2**30))
 LOWEST = tl.constexpr(-1.0e30)  # below any score, yet finite: LOWEST - LOWEST is 0 and not NaN
 
 
@@ -51,7 +52,10 @@ def _program(heads, height, width, num_prefix, TILE_H: tl.constexpr, TILE_W: tl.
 
 @_jit
 def _own(tile, height, width, num_prefix, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Return the rows, columns, token numbers and validity of a tile's own tokens, and whether they are patches."""
+    """Return the rows, columns, token numbers and validity of a tile's own tokens, and whether they are patches.
+
+    Lanes outside the grid get a row that is near no other, so that no weight of theirs can overflow.
+    """
     across = tl.cdiv(width, TILE_W)
     patch_tiles = tl.cdiv(height, TILE_H) * across
     is_patch = tile < patch_tiles
@@ -61,7 +65,7 @@ def _own(tile, height, width, num_prefix, TILE_H: tl.constexpr, TILE_W: tl.const
     prefix = (tile - patch_tiles) * TILE_H * TILE_W + slot
     token = tl.where(is_patch, num_prefix + i * width + j, prefix)
     inside = tl.where(is_patch, (i < height) & (j < width), prefix < num_prefix)
-    return i, j, token, inside, is_patch
+    return tl.where(inside, i, FAR), j, token, inside, is_patch
 
 
 @_jit
