@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo check test bench docs clean
+.PHONY: setup demo check test bench bench-gpu docs clean
 
 setup: $(READY)
 
@@ -32,6 +32,9 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
+
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/local_attention_gpu.py
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
