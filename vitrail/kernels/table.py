@@ -20,12 +20,39 @@ from vitrail.kernels.tiles import attend_tiles
 from vitrail.kernels.tiling import attend_tiles_plain, tiling_of
 from vitrail.kernels.window import covers
 
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int, num_prefix: int, *, dropout: float = 0.0
+) -> Tensor:
+    from vitrail.kernels.flex import attend_flex
+
+    if dropout:
+        raise ValueError(
+            "kernels.local_attention 'flex' drops no weights; set model.attention_dropout to 0, or take 'plain'"
+        )
+    return attend_flex(q, k, v, grid, window, num_prefix)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int, num_prefix: int, *, dropout: float = 0.0
+) -> Tensor:
+    from vitrail.kernels.triton_local import attend_triton  # Triton is not on every platform
+
+    if dropout:
+        raise ValueError(
+            "kernels.local_attention 'triton' drops no weights; set model.attention_dropout to 0, or take 'plain'"
+        )
+    return attend_triton(q, k, v, grid, window, num_prefix)
+
+
 GLOBAL_KERNELS: dict[str, Callable[..., Tensor]] = {"fused": attend_fused, "matmul": attend_matmul}
 LOCAL_KERNELS: dict[str, Callable[..., Tensor]] = {
     "tiles": attend_tiles,
     "plain": attend_tiles_plain,
     "fused": attend_masked_fused,
     "matmul": attend_masked_matmul,
+    "flex": _flex,
+    "triton": _triton,
 }
 
 # Not where other ways get faster, but where N×N weights or masks get too large to hold: 2 MB a head and picture.
@@ -74,11 +101,16 @@ def runs(name: str, case: Case) -> bool:
     """Whether a kernel can compute a case at all."""
     if name == "tiles":
         return case.device == "cpu"
+    if name in ("flex", "triton"):
+        return case.device == "cuda" and not case.dropout
     return True
 
 
 def candidates(case: Case) -> list[str]:
-    """Return the kernels worth measuring for a case, the rule's own first."""
+    """Return the kernels worth measuring for a case, the rule's own first.
+
+    `flex` and `triton` are taken by name only, until they have run on a GPU (benchmarks/local_attention_gpu.py).
+    """
     dense = [
         name for name in ("fused", "matmul") if case.tokens <= _DENSE_TOKENS or (name == "fused" and not case.grid)
     ]
