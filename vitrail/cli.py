@@ -348,7 +348,7 @@ def do_models(options: Models) -> int:
     talk = Talk()
     talk.out.print(table)
     talk.say("Any size and patch can be combined (s8, ti14, …).")
-    talk.say(f"Suffixes: {', '.join('-' + suffix for suffix in SUFFIXES)},")
+    talk.say(f"Suffixes: {', '.join('-' + suffix for suffix in SUFFIXES)}, -local7 (any odd window),")
     talk.say("and timm's CNNs as encoder, such as -resnet50, -efficientnet_b0; several combine: s16-resnet50-concat.")
     talk.say("One as a picture of its data flow: vitrail models NAME")
     return OK
