@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vitrail.kernels import triton_local
 from vitrail.kernels.flex import attend_flex
+from vitrail.kernels.tiling import attend_tiles_plain
 from vitrail.kernels.triton_local import Sizes, attend_triton
 
 HEADS, WIDTH = 6, 64  # ViT-S
@@ -79,12 +80,7 @@ def ways_to_compute(grid: tuple[int, int], window: int, num_prefix: int) -> Iter
     shape = {"grid": grid, "window": window, "num_prefix": num_prefix}
     yield "vitrail, flex", partial(attend_flex, **shape)
     yield "vitrail, Triton", partial(attend_triton, **shape)
-    try:
-        from vitrail.kernels.local import attend_tiles_plain
-    except ImportError:
-        print("vitrail.kernels.local.attend_tiles_plain is missing: the tiled form is left out")
-    else:
-        yield "vitrail, tiles", torch.compile(partial(attend_tiles_plain, **shape))
+    yield "vitrail, tiles", torch.compile(partial(attend_tiles_plain, **shape))
     if find_spec("natten") and not num_prefix and 1 < window <= min(grid):
         yield "NATTEN, moved windows", partial(attend_natten, grid=grid, window=window)
 

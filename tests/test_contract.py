@@ -17,6 +17,7 @@ from vitrail.weights.store import ModelHeader, load_model, save_model
 
 # r50 has stride 16 at least; the others' small maps leave more patches to get wrong.
 ENCODERS = {"patch": 8, "conv": 8, "r50": 16, "resnet18": 8, "efficientnet_b0": 8, "convnext_atto": 8}
+QUICK = ("patch", "conv", "resnet18")
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=7, embed_dim=24, depth=2, num_heads=3, num_registers=1)
 # Attention sees the feature map, not what made it: one encoder and one CNN stand for all with local attention.
 COMBINATIONS = [
@@ -42,7 +43,11 @@ def config_of(encoder: str, positions: str, attention: str, decoder: str) -> ViT
     )
 
 
-@pytest.mark.parametrize(("encoder", "positions", "attention", "decoder"), COMBINATIONS)
+# What the quick tests leave to `make test`: CNNs that are slow to build, with all that a quicker CNN shows too.
+MARKED = [pytest.param(*each, marks=[] if each[0] in QUICK else [pytest.mark.slow]) for each in COMBINATIONS]
+
+
+@pytest.mark.parametrize(("encoder", "positions", "attention", "decoder"), MARKED)
 def test_every_combination(tmp_path, encoder, positions, attention, decoder):
     config = config_of(encoder, positions, attention, decoder)
     model = ViT(config)

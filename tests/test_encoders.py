@@ -185,6 +185,7 @@ def test_a_misspelt_part_leaves_no_run_behind(make_folder, tmp_path, settings):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # the hub is asked several times before it counts as out of reach
 def test_weights_that_cannot_be_had_are_refused(make_folder, tmp_path, settings, cnn_file, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = make_folder(tmp_path / "data", count=4)

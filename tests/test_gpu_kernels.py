@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitrail.kernels.flex import attend_flex, needed_blocks
 from vitrail.kernels.triton_local import attend_triton
+from vitrail.kernels.window import window_mask
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,15 +33,8 @@ CASES = (
 )
 
 
-def local_mask(grid: tuple[int, int], window: int, num_prefix: int) -> Tensor:
-    """Return [N, N]: who attends to whom, written down from the definition."""
-    i, j = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    near = [(place[:, None] - place[None, :]).abs() <= window // 2 for place in (i.flatten(), j.flatten())]
-    return F.pad(near[0] & near[1], (num_prefix, 0, num_prefix, 0), value=True).to(DEVICE)
-
-
 def dense(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int, num_prefix: int) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=local_mask(grid, window, num_prefix))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(grid, window, num_prefix).to(DEVICE))
 
 
 def draw(grid: tuple[int, int], num_prefix: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -114,7 +108,8 @@ def test_triton_takes_any_prefix_and_width(num_prefix, width):
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run here")
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not on this platform")
-@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("speed", ["not slow", "slow"])
 def test_triton_in_its_interpreter(speed):
     # Triton reads the variable when it is imported, and PyTorch's compiler imports it for other tests of this process.
     command = [sys.executable, "-m", "pytest", __file__, "-k", "test_triton", "-m", speed]
@@ -146,7 +141,7 @@ def test_flex_is_the_dense_definition(grid, window, num_prefix, width):
 @pytest.mark.parametrize("num_prefix", [0, 1, 130])
 def test_flex_needs_the_blocks_in_which_someone_sees_someone(grid, num_prefix):
     for window in (1, 7, 31):
-        mask = local_mask(grid, window, num_prefix).cpu().float()
+        mask = window_mask(grid, window, num_prefix).cpu().float()
         blocks = F.max_pool2d(mask[None], 128, ceil_mode=True)[0] > 0
         assert torch.equal(needed_blocks(grid, window, num_prefix), blocks)
 

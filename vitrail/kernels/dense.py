@@ -1,4 +1,4 @@
-"""Dense attention: every token attends to every token, computed in one of two ways."""
+"""Dense attention: every query is multiplied with every key, in one of two ways."""
 
 from __future__ import annotations
 
@@ -8,22 +8,38 @@ from torch import Tensor
 
 
 def attend_fused(
-    q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K M d"], v: Float[Tensor, "B K M d"], *, dropout: float = 0.0
+    q: Float[Tensor, "B K N d"],
+    k: Float[Tensor, "B K M d"],
+    v: Float[Tensor, "B K M d"],
+    *,
+    bias: Float[Tensor, "N M"] | None = None,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "B K N d"]:
-    """Return softmax(q kᵀ / √d) v by PyTorch's fused kernel, which never holds the N×M weights."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    """Return softmax(q kᵀ / √d + bias) v by PyTorch's fused kernel, which never holds the N×M weights."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 
 def attend_matmul(
-    q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K M d"], v: Float[Tensor, "B K M d"], *, dropout: float = 0.0
-) -> Float[Tensor, "B K N d"]:
+    q: Float[Tensor, "*batch N d"],
+    k: Float[Tensor, "*batch M d"],
+    v: Float[Tensor, "*batch M d"],
+    *,
+    bias: Float[Tensor, "*#batch N M"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*batch N d"]:
     """Return the same as matmul, softmax, matmul; holds the N×M weights.
 
     In bfloat16 on CPUs the fused kernel takes 1.3 to 5.4 times as long in training (benchmarks/attention_kernel.py,
     figures in benchmarks/RESULTS.md).
     """
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    weights = weights.softmax(dim=-1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    weights = (scores if bias is None else scores + bias).softmax(dim=-1)
     if dropout:
         weights = F.dropout(weights, dropout)
     return weights @ v
+
+
+def empty_heads(like: Float[Tensor, "B K N d"], *copies: int) -> Tensor:
+    """Return memory for [*copies, B, K, N, d] in which all heads of a token stand together, as linear layers want them."""
+    batch, heads, tokens, width = like.shape
+    return like.new_empty(*copies, batch, tokens, heads, width).transpose(-3, -2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -15,44 +16,44 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.kernels.dense import attend_fused, attend_matmul
-from vitrail.kernels.masked import attend_masked_fused, attend_masked_matmul
 from vitrail.kernels.tiles import attend_tiles
 from vitrail.kernels.tiling import attend_tiles_plain, tiling_of
-from vitrail.kernels.window import covers
+from vitrail.kernels.triton_local import usable
+from vitrail.kernels.window import covers, window_bias
 
 
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int, num_prefix: int, *, dropout: float = 0.0
-) -> Tensor:
-    from vitrail.kernels.flex import attend_flex
+def _masked(dense: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return local attention as dense attention under an N×N mask, for grids hardly larger than the window."""
 
-    if dropout:
-        raise ValueError(
-            "kernels.local_attention 'flex' drops no weights; set model.attention_dropout to 0, or take 'plain'"
-        )
-    return attend_flex(q, k, v, grid, window, num_prefix)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int, num_prefix: int, *, dropout: float = 0.0
+    ) -> Tensor:
+        return dense(q, k, v, bias=window_bias(grid, window, num_prefix, q.dtype, q.device), dropout=dropout)
+
+    return attend
 
 
-def _triton(
-    q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int, num_prefix: int, *, dropout: float = 0.0
-) -> Tensor:
-    from vitrail.kernels.triton_local import attend_triton  # Triton is not on every platform
+def _on_gpus(module: str, name: str) -> Callable[..., Tensor]:
+    """Return a kernel for GPUs, imported when it is called: Triton is not on every platform."""
 
-    if dropout:
-        raise ValueError(
-            "kernels.local_attention 'triton' drops no weights; set model.attention_dropout to 0, or take 'plain'"
-        )
-    return attend_triton(q, k, v, grid, window, num_prefix)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int, num_prefix: int, *, dropout: float = 0.0
+    ) -> Tensor:
+        if dropout:
+            raise ValueError(f"{name} drops no attention weights; set model.attention_dropout to 0, or take 'plain'")
+        return getattr(import_module(f"vitrail.kernels.{module}"), name)(q, k, v, grid, window, num_prefix)
+
+    return attend
 
 
 GLOBAL_KERNELS: dict[str, Callable[..., Tensor]] = {"fused": attend_fused, "matmul": attend_matmul}
 LOCAL_KERNELS: dict[str, Callable[..., Tensor]] = {
     "tiles": attend_tiles,
     "plain": attend_tiles_plain,
-    "fused": attend_masked_fused,
-    "matmul": attend_masked_matmul,
-    "flex": _flex,
-    "triton": _triton,
+    "fused": _masked(attend_fused),
+    "matmul": _masked(attend_matmul),
+    "flex": _on_gpus("flex", "attend_flex"),
+    "triton": _on_gpus("triton_local", "attend_triton"),
 }
 
 # Not where other ways get faster, but where N×N weights or masks get too large to hold: 2 MB a head and picture.
@@ -102,7 +103,7 @@ def runs(name: str, case: Case) -> bool:
     if name == "tiles":
         return case.device == "cpu"
     if name in ("flex", "triton"):
-        return case.device == "cuda" and not case.dropout
+        return case.device == "cuda" and not case.dropout and (name == "flex" or usable())
     return True
 
 
@@ -175,10 +176,10 @@ class Kernels:
         """Return the same with patches that attend to their window and the prefix (`vitrail.kernels.window`)."""
         if covers(grid, window):
             return self.attend(q, k, v, dropout=dropout)
+        case = _case(q, dropout, grid, window)
         name = self.local_attention
         if torch.compiler.is_exporting():
             name = "plain"  # of operations that every runtime knows
-        case = _case(q, dropout, grid, window)
         if not name:
             name = self.chosen.get(case.key) or rule(case)
         return LOCAL_KERNELS[name](q, k, v, grid, window, case.num_prefix, dropout=dropout)

@@ -8,6 +8,7 @@ order, so results are bit-identical from run to run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitrail.kernels.dense import empty_heads
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 
 # Scores of the tiles that a thread computes together. One megabyte was best or near it among 0.25 to 4, in both number
@@ -64,7 +66,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor, h: int, w: int, window: int, num_prefix: int, dropout: float
 ) -> Tensor:
     work = _Work(q, tiling_of((h, w), window, num_prefix), dropout, seed)
-    out = _empty_like(q)
+    out = empty_heads(q)
     with torch.autocast("cpu", enabled=False):
         for place in work.places():
             for band in work.bands():
@@ -100,7 +102,7 @@ def _attend_backward(
 ) -> Tensor:
     """Return the gradients of q, k and v, [3, B, K, N, d]."""
     work = _Work(q, tiling_of((h, w), window, num_prefix), dropout, seed)
-    grads = _empty_like(q, 3)
+    grads = empty_heads(q, 3)
     grad_q, grad_k, grad_v = grads.unbind(0)
     with torch.autocast("cpu", enabled=False):
         for place in work.places():
@@ -143,12 +145,12 @@ class _Work:
         self.buffers: dict[str, Tensor] = {}
         self.bias, self.kinds = _bias(tiling, q.dtype)
         self.random = torch.Generator().manual_seed(int(seed)) if dropout else None
-        row_bytes = tiling.tiles[1] * tiling.num_queries * tiling.num_keys * q.element_size()
-        total_bytes = q[..., 0, 0].numel() * row_bytes * tiling.tiles[0]
+        image_bytes = tiling.num_scores * q.element_size()
+        row_bytes = image_bytes // tiling.tiles[0]
         most = _CHUNK_BYTES * torch.get_num_threads()
-        chunk_bytes = min(most, max(most // 4, total_bytes // 2))  # small work gets small buffers
+        # Small work gets small buffers.
+        chunk_bytes = min(most, max(most // 4, self.batch * self.heads * image_bytes // 2))
         self.band_rows = max(1, min(tiling.tiles[0], chunk_bytes // row_bytes))
-        image_bytes = row_bytes * tiling.tiles[0]
         self.place_heads = max(1, min(self.heads, chunk_bytes // image_bytes))
 
     def places(self) -> Iterator[Place]:
@@ -164,9 +166,7 @@ class _Work:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Return a buffer that keeps its memory from chunk to chunk; it always holds finite numbers, at first zeros."""
-        size = 1
-        for length in shape:
-            size *= length
+        size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers[name] = torch.zeros(size, dtype=dtype or self.dtype)
         return self.buffers[name][:size].view(shape)
@@ -305,33 +305,8 @@ def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, grad.dtype, grad_input=grad)
 
 
-def _empty_like(q: Float[Tensor, "B K N d"], *copies: int) -> Tensor:
-    """Return memory for [*copies, B, K, N, d] in which all heads of a token stand together, as linear layers want them."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(*copies, batch, tokens, heads, width).transpose(-3, -2)
-
-
-@_attend.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor, h: int, w: int, window: int, num_prefix: int, dropout: float
-) -> Tensor:
-    return _empty_like(q)
-
-
-@_attend_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor,
-    h: int,
-    w: int,
-    window: int,
-    num_prefix: int,
-    dropout: float,
-) -> Tensor:
-    return _empty_like(q, 3)
+_attend.register_fake(lambda q, *_: empty_heads(q))
+_attend_backward.register_fake(lambda grad, q, *_: empty_heads(q, 3))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

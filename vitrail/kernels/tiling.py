@@ -1,7 +1,7 @@
 """Local attention in tiles: a tile of neighbouring queries shares one rectangle of keys, its halo.
 
 A th×tw tile of queries and windows that reach r patches to each side need the (th+2r)×(tw+2r) patches around, and the
-prefix. Per tile that is a small dense attention under a mask, so time and memory are O(N·(t+k)²/t²·…) and never N².
+prefix. Per tile that is a small dense attention under a mask: (t+k-1)² scores a query for tiles of side t, and never N.
 """
 
 from __future__ import annotations
@@ -120,11 +120,7 @@ def attend_tiles_plain(
     queries = _tiles(q[:, :, num_prefix:], tiling)
     keys, values = (_halos(x, tiling) for x in (k, v))
     bias = tile_bias(tiling, q.dtype, q.device)
-    scores = (queries * q.shape[-1] ** -0.5) @ keys.transpose(-2, -1) + bias
-    weights = scores.softmax(dim=-1)
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    out = _untile(weights @ values, tiling)
+    out = _untile(attend_matmul(queries, keys, values, bias=bias, dropout=dropout), tiling)
     if not num_prefix:
         return out
     return torch.cat([attend_matmul(q[:, :, :num_prefix], k, v, dropout=dropout), out], dim=2)

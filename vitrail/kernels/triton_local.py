@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitrail.kernels.dense import empty_heads
+
 _TILE = 8  # side of a tile of patches; 64 queries fill the matrix units of four warps
 
 # Schemas are written out: PyTorch reads annotations where a function was wrapped, and our tests wrap all of them.
@@ -46,11 +48,9 @@ def attend_triton(
     return _forward(q, k, v, *grid, window, num_prefix)[0]
 
 
-def usable(device: torch.device) -> bool:
-    """Return whether the kernels run on a device: one of NVIDIA's from Ampere on, where Triton is installed."""
-    return (
-        device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8,)
-    )
+def usable() -> bool:
+    """Return whether the kernels run on the current GPU: one of NVIDIA's from Ampere on, where Triton is installed."""
+    return find_spec("triton") is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8,)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _forward(
     """Return the result, and the logarithm of each query's sum of exponentials [B, K, N]."""
     q, k, v = (_with_dense_rows(x) for x in (q, k, v))
     launch = _Launch(q, height, width, window, num_prefix)
-    out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     prefix_out, prefix_lse = launch.parts(q.shape[-1]), launch.parts()
     launch("forward", (q, k, v, out, lse, prefix_out, prefix_lse), strides_of=(q, k, v))
     if num_prefix:
@@ -94,7 +94,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int, num_prefix: int) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -117,7 +117,7 @@ def _backward(
     """Return the gradients of q, k and v; weights are computed again from `lse`."""
     grad, q, k, v = (_with_dense_rows(x) for x in (grad, q, k, v))
     launch = _Launch(q, height, width, window, num_prefix)
-    dq, dk, dv, delta = _like(q), _like(k), _like(v), torch.empty_like(lse)
+    dq, dk, dv, delta = empty_heads(q), empty_heads(k), empty_heads(v), torch.empty_like(lse)
     prefix_dq, prefix_dk, prefix_dv = (launch.parts(q.shape[-1]) for _ in range(3))
     pointers = (q, k, v, out, lse, grad, delta, dq, prefix_dk, prefix_dv)
     launch("backward_queries", pointers, strides_of=(q, k, v, grad))
@@ -131,7 +131,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
+    return empty_heads(q), empty_heads(k), empty_heads(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -181,9 +181,3 @@ class _Launch:
 
 def _with_dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _like(x: Tensor) -> Tensor:
-    """Return an empty [B, K, N, d] stored as [B, N, K, d], which the projection after attention takes without a copy."""
-    batch, heads, tokens, head_dim = x.shape
-    return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)

@@ -113,8 +113,25 @@ def _store(base, token, inside, stride, rows, HEAD: tl.constexpr, D: tl.constexp
 
 
 @_jit
-def _softmax_step(scores, values, highest, total, acc, scale):
+def _scores(queries, keys, seen):
+    return tl.where(seen, tl.dot(queries, tl.trans(keys), input_precision="ieee"), -float("inf"))
+
+
+@_jit
+def _gradient(rows, columns, row_grads, column_grads, seen, log_sum, dots, scale):
+    """Return the weights, and the scores' gradient, of queries as rows and keys as columns, or the other way round.
+
+    Beside queries stand the gradients of their results, beside keys their values.
+    """
+    weights = tl.exp2(_scores(rows, columns, seen) * scale - log_sum)
+    d_weights = tl.dot(row_grads, tl.trans(column_grads), input_precision="ieee")
+    return weights, (weights * (d_weights - dots)).to(columns.dtype)
+
+
+@_jit
+def _softmax_step(queries, keys, values, seen, highest, total, acc, scale):
     """Take a further block of keys into a running softmax (Milakov and Gimelshein 2018)."""
+    scores = _scores(queries, keys, seen)
     new = tl.maximum(highest, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new[:, None])
     shrink = tl.exp2(highest - new)
@@ -144,17 +161,15 @@ def forward(
         prefix = start + tl.arange(0, PREFIX)
         keys = _load(k, prefix, prefix < num_prefix, k_n, HEAD, D)
         values = _load(v, prefix, prefix < num_prefix, v_n, HEAD, D)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        scores = tl.where((prefix < num_prefix)[None, :], scores, -float("inf"))
-        highest, total, acc = _softmax_step(scores, values, highest, total, acc, scale)
+        seen = (prefix < num_prefix)[None, :]
+        highest, total, acc = _softmax_step(queries, keys, values, seen, highest, total, acc, scale)
     first_i, first_j, cols, count = _halo(tile, height, width, num_prefix, radius, TILE_H, TILE_W)
     for start in range(0, count, BLOCK):
         key_i, key_j, key, valid = _halo_block(start, first_i, first_j, cols, count, width, num_prefix, BLOCK)
         keys = _load(k, key, valid, k_n, HEAD, D)
         values = _load(v, key, valid, v_n, HEAD, D)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        scores = tl.where(_near(i, j, key_i, key_j, valid, radius), scores, -float("inf"))
-        highest, total, acc = _softmax_step(scores, values, highest, total, acc, scale)
+        seen = _near(i, j, key_i, key_j, valid, radius)
+        highest, total, acc = _softmax_step(queries, keys, values, seen, highest, total, acc, scale)
     total = tl.where(total > 0, total, 1.0)  # a lane outside the grid may have seen no key
     out += (b * tokens * heads + head) * HEAD
     _store(out, token, inside & is_patch, heads * HEAD, acc / total[:, None], HEAD, D)
@@ -167,8 +182,7 @@ def forward(
         queries_p = _load(q, prefix, prefix < num_prefix, q_n, HEAD, D)
         keys = _load(k, token, inside, k_n, HEAD, D)
         values = _load(v, token, inside, v_n, HEAD, D)
-        scores = tl.dot(queries_p, tl.trans(keys), input_precision="ieee")
-        scores = tl.where(inside[None, :], scores, -float("inf"))
+        scores = _scores(queries_p, keys, inside[None, :])
         highest_p = tl.max(scores, 1) * scale
         weights = tl.exp2(scores * scale - highest_p[:, None])
         total_p = tl.sum(weights, 1)
@@ -206,11 +220,8 @@ def backward_queries(
         prefix = start + tl.arange(0, PREFIX)
         keys = _load(k, prefix, prefix < num_prefix, k_n, HEAD, D)
         values = _load(v, prefix, prefix < num_prefix, v_n, HEAD, D)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        scores = tl.where((prefix < num_prefix)[None, :], scores, -float("inf"))
-        weights = tl.exp2(scores * scale - log_sum[:, None])
-        d_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
-        d_scores = (weights * (d_weights - dots[:, None])).to(keys.dtype)
+        seen = (prefix < num_prefix)[None, :]
+        weights, d_scores = _gradient(queries, keys, grads, values, seen, log_sum[:, None], dots[:, None], scale)
         acc = tl.dot(d_scores, keys, acc, input_precision="ieee")
         dk = tl.dot(tl.trans(d_scores), queries, input_precision="ieee") * (scale * LN2)
         dv = tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision="ieee")
@@ -221,11 +232,8 @@ def backward_queries(
         key_i, key_j, key, valid = _halo_block(start, first_i, first_j, cols, count, width, num_prefix, BLOCK)
         keys = _load(k, key, valid, k_n, HEAD, D)
         values = _load(v, key, valid, v_n, HEAD, D)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        scores = tl.where(_near(i, j, key_i, key_j, valid, radius), scores, -float("inf"))
-        weights = tl.exp2(scores * scale - log_sum[:, None])
-        d_weights = tl.dot(grads, tl.trans(values), input_precision="ieee")
-        d_scores = (weights * (d_weights - dots[:, None])).to(keys.dtype)
+        seen = _near(i, j, key_i, key_j, valid, radius)
+        _, d_scores = _gradient(queries, keys, grads, values, seen, log_sum[:, None], dots[:, None], scale)
         acc = tl.dot(d_scores, keys, acc, input_precision="ieee")
     _store(dq + column, token, inside & is_patch, heads * HEAD, acc * (scale * LN2), HEAD, D)
 
@@ -257,12 +265,9 @@ def backward_keys(
         grads = _load(grad, prefix, prefix < num_prefix, g_n, HEAD, D)
         log_sum = tl.load(lse + prefix, mask=prefix < num_prefix, other=0.0) * LOG2E
         dots = tl.load(delta + prefix, mask=prefix < num_prefix, other=0.0)
-        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        scores = tl.where(inside[:, None], scores, -float("inf"))
-        weights = tl.exp2(scores * scale - log_sum[None, :])
+        seen = inside[:, None]
+        weights, d_scores = _gradient(keys, queries, values, grads, seen, log_sum[None, :], dots[None, :], scale)
         acc_v = tl.dot(weights.to(grads.dtype), grads, acc_v, input_precision="ieee")
-        d_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
-        d_scores = (weights * (d_weights - dots[None, :])).to(queries.dtype)
         acc_k = tl.dot(d_scores, queries, acc_k, input_precision="ieee")
         dq = tl.dot(tl.trans(d_scores), keys, input_precision="ieee") * (scale * LN2)
         _store(prefix_dq + place, prefix, prefix < num_prefix, HEAD, dq, HEAD, D)
@@ -273,12 +278,9 @@ def backward_keys(
         grads = _load(grad, query, valid, g_n, HEAD, D)
         log_sum = tl.load(lse + query, mask=valid, other=0.0) * LOG2E
         dots = tl.load(delta + query, mask=valid, other=0.0)
-        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        scores = tl.where(_near(i, j, query_i, query_j, valid, radius), scores, -float("inf"))
-        weights = tl.exp2(scores * scale - log_sum[None, :])
+        seen = _near(i, j, query_i, query_j, valid, radius)
+        weights, d_scores = _gradient(keys, queries, values, grads, seen, log_sum[None, :], dots[None, :], scale)
         acc_v = tl.dot(weights.to(grads.dtype), grads, acc_v, input_precision="ieee")
-        d_weights = tl.dot(values, tl.trans(grads), input_precision="ieee")
-        d_scores = (weights * (d_weights - dots[None, :])).to(queries.dtype)
         acc_k = tl.dot(d_scores, queries, acc_k, input_precision="ieee")
     column = (b * tokens * heads + head) * HEAD
     _store(dk + column, token, inside & is_patch, heads * HEAD, acc_k * (scale * LN2), HEAD, D)

@@ -125,10 +125,15 @@ class PatchDropout(nn.Module):
         if not self.training or self.rate == 0.0:
             return x, layout
         count = x.shape[1] - self.num_prefix
-        keep = max(1, round(count * (1.0 - self.rate)))
+        keep = num_kept(count, self.rate)
         kept = torch.rand(x.shape[0], count, device=x.device).topk(keep, dim=1).indices.sort(dim=1).values
         prefix = torch.arange(self.num_prefix, device=x.device).expand(x.shape[0], -1)
         kept = torch.cat([prefix, kept + self.num_prefix], dim=1)
         if layout.rope is not None:
             layout = layout._replace(rope=layout.rope[kept][:, None])
         return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), layout
+
+
+def num_kept(patches: int, rate: float) -> int:
+    """Return how many patches `PatchDropout` leaves."""
+    return max(1, round(patches * (1.0 - rate)))

@@ -11,6 +11,7 @@ from vitrail.evaluation.classifier import Classifier
 from vitrail.kernels.choose import cache_file, choose
 from vitrail.kernels.table import Case, Kernels
 from vitrail.kernels.window import covers
+from vitrail.models.blocks import num_kept
 from vitrail.models.config import ViTConfig
 from vitrail.training.parallel import World
 from vitrail.training.run import Run
@@ -68,8 +69,8 @@ def cases_of(model: ViTConfig, sides: tuple[int, int], device: str, dtype: str, 
     """
     side = -(-sides[0] // sides[1])
     grid, patches = (side, side), side * side
-    if training and model.patch_dropout:
-        patches = max(1, round(patches * (1 - model.patch_dropout)))
+    if training:
+        patches = num_kept(patches, model.patch_dropout)
     tokens, width = model.num_prefix + patches, model.embed_dim // model.num_heads
     for name in sorted(set(model.attentions)):
         case = Case(device, dtype, training, training and model.attention_dropout > 0, tokens, width)
