@@ -48,9 +48,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[7])
     parser.add_argument("--flex", action="store_true", help="compiled FlexAttention too; needs a C++ compiler")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    parser.add_argument(
-        "--out", type=Path, help="add the figures to a JSON file, which docs/plot_local_attention.py draws"
-    )
+    parser.add_argument("--out", type=Path, help="add the figures to a JSON file")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

@@ -87,7 +87,7 @@ def measure(case: Case) -> dict[str, float]:
     """Return the milliseconds that each candidate takes for a case (median), the rule's own first.
 
     On CPUs they are processor time of one thread: where other programs are busy, threads that wait for one another take
-    ten times as long or more, and what was measured in such a moment would be kept for good (docs/log.md).
+    many times as long, and what was measured in such a moment would be kept for good (docs/log.md).
     """
     names = candidates(case)
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)

@@ -28,9 +28,8 @@ def attend_flex(
 ) -> Float[Tensor, "B K N d"]:
     """Return local attention: a patch attends to the patches at most `window // 2` rows and columns away and the prefix.
 
-    Tokens keep their order, prefix first, then the grid by rows. Numbering the patches by squares instead was measured:
-    a block of 128 tokens then has eight neighbours, which is no fewer than the blocks a band of `window` rows has, up
-    to 112 × 112 patches at window 7 (docs/decisions.md).
+    Tokens keep their order, prefix first, then the grid by rows. Numbered by squares instead, a block of 128 tokens would
+    see its eight neighbours and itself; of 112 columns and at window 7 the blocks of rows see about as many.
 
     On CPUs this is for tests: PyTorch holds the N×N scores there, warns of it, and has no backward.
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from vitrail.kernels.dense import empty_heads
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 
-# Scores of the tiles that a thread computes together. One megabyte was best or near it among 0.25 to 4, in both number
-# formats (docs/log.md): with less, starting operations costs most; with more, buffers leave the second-level cache.
+# Scores of the tiles that a thread computes together. With less, starting operations costs most; with more, buffers leave
+# the second-level cache. No size from 1 to 4 MB was best throughout (benchmarks/tile_sizes.py); this one takes least memory.
 _CHUNK_BYTES = 1 << 20
 
 Place = tuple[int, slice]  # a sample, and some of its heads

@@ -17,8 +17,8 @@ from torch import Tensor
 from vitrail.kernels.dense import attend_matmul
 from vitrail.kernels.window import reach_of
 
-# What copying one value of a halo costs, in multiply-adds of one score: tiles of 4 to 8 took about the same time at window
-# 7 (docs/log.md), which this number reproduces.
+# What copying one value of a halo costs, in multiply-adds of one score. No side from 4 to 8 was best throughout at window 7
+# (benchmarks/tile_sizes.py); this number takes the middle, and larger tiles for larger windows.
 _COPY_COST = 40
 _TILE_SIDES = range(2, 17)
 
