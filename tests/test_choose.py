@@ -105,6 +105,12 @@ def test_known_choices_are_kept_to_and_wishes_obeyed(monkeypatch):
     assert choose([SMALL], cache=None, measuring=False).chosen == {}
     wish = choose([SMALL, LOCAL], cache=None, global_attention="matmul", local_attention="tiles")
     assert (wish.global_attention, wish.local_attention) == ("matmul", "tiles")
+    with pytest.raises(ValueError, match="kernels.local_attention 'tiles' has no effect: .* no local attention"):
+        choose([SMALL], cache=None, local_attention="tiles")
+    with pytest.raises(ValueError, match="kernels.global_attention 'matmul' has no effect"):
+        choose([LOCAL], cache=None, global_attention="matmul")
+    with pytest.raises(ValueError, match="'triton', which cannot compute cpu .* auto, tiles, plain, fused, matmul$"):
+        choose([LOCAL], cache=None, local_attention="triton")
     with pytest.raises(ValueError, match=r"kernels.local_attention is 'tiles', which cannot compute cuda float32"):
         choose([LOCAL._replace(device="cuda")], cache=None, local_attention="tiles")
 

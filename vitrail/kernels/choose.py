@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vitrail.files import write_text
-from vitrail.kernels.table import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, runs
+from vitrail.kernels.table import GLOBAL_KERNELS, KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, runs
 from vitrail.machine import processor_name
 
 # The rule's kernel stays unless another is faster by more than noise: choices should not flip from run to run.
@@ -43,17 +43,24 @@ def choose(
         measuring: whether a case that is not known may be measured; if not, the rule decides.
 
     Raises:
-        ValueError: a kernel that was asked for by name cannot compute one of the cases.
+        ValueError: a kernel that was asked for by name cannot compute one of the cases, or has none to compute.
     """
-    wished = {"global": global_attention, "local": local_attention}
+    wished, cases = {"global": global_attention, "local": local_attention}, list(cases)
+    for kind, wish in wished.items():
+        if wish != "auto" and kind not in {case.kind for case in cases}:
+            raise ValueError(
+                f"kernels.{kind}_attention {wish!r} has no effect: at this picture size the model has no {kind} attention (a "
+                "window over the whole grid is global attention); leave it auto"
+            )
     chosen = dict(known or {})
     for case in cases:
-        wish = wished["local" if case.grid else "global"]
+        wish = wished[case.kind]
         if wish != "auto":
             if not runs(wish, case):
+                able = [name for name in KERNELS[case.kind] if runs(name, case)]
                 raise ValueError(
-                    f"kernels.{'local' if case.grid else 'global'}_attention is {wish!r}, which cannot compute {case.key}; "
-                    f"these can: {', '.join(['auto', *candidates(case)])}"
+                    f"kernels.{case.kind}_attention is {wish!r}, which cannot compute {case.key}; expected one of: "
+                    f"{', '.join(['auto', *able])}"
                 )
         elif case.key not in chosen and len(candidates(case)) > 1:
             taken = timings(case, cache) if measuring else _read(cache).get(case.key)

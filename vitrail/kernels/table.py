@@ -56,6 +56,8 @@ LOCAL_KERNELS: dict[str, Callable[..., Tensor]] = {
     "triton": _on_gpus("triton_local", "attend_triton"),
 }
 
+KERNELS = {"global": GLOBAL_KERNELS, "local": LOCAL_KERNELS}
+
 # Not where other ways get faster, but where N×N weights or masks get too large to hold: 2 MB a head and picture.
 _DENSE_TOKENS = 1024
 
@@ -82,6 +84,11 @@ class Case(NamedTuple):
     width: int
     grid: tuple[int, int] | None = None
     window: int = 0
+
+    @property
+    def kind(self) -> str:
+        """`global` or `local`."""
+        return "local" if self.grid else "global"
 
     @property
     def num_prefix(self) -> int:
