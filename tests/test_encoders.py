@@ -287,6 +287,7 @@ def test_names_of_variants_reach_the_configuration():
         variant_config("s16-resnet5")
 
 
+@pytest.mark.slow
 def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys):
     data = make_folder(tmp_path / "data", count=40)
     many = tiny | {"model.patch_sizes": (4, 8, 16), "epochs": 40.0, "variant": "nano4", "model.embed_dim": 48}

@@ -74,6 +74,7 @@ def test_every_kernel_is_dense_attention_under_the_mask(
         assert_like_the_oracle(CPU_KERNELS[name], qkv, grid, window, num_prefix, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_grids_of_many_tiles_in_several_chunks(monkeypatch):
     monkeypatch.setattr(tiles, "_CHUNK_BYTES", 200_000)
     for grid, window in [((24, 31), 7), ((40, 11), 3), ((15, 29), 21)]:

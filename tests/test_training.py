@@ -46,6 +46,7 @@ def resume(out: Path, data: Path) -> list[str]:
     return [sys.executable, "-m", "vitrail", "train", str(data), "--out", str(out), "--resume"]
 
 
+@pytest.mark.slow
 def test_learns_real_digits(tmp_path):
     result = train("digits", out=tmp_path / "run", talk=QUIET, epochs=12)
     assert result.top1 > 0.93
@@ -54,6 +55,7 @@ def test_learns_real_digits(tmp_path):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
 def test_one_batch_overfits(make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data", count=6)
     settings = tiny | {"epochs": 120.0, "optim.lr": 3e-3, "optim.label_smoothing": 0.0, "model.drop_path": 0.0}
