@@ -98,7 +98,7 @@ def test_features_name_every_intermediate_and_agree_with_forward():
 
 @pytest.mark.parametrize("decoder", DECODER_NAMES)
 def test_other_sizes_and_aspect_ratios_work_without_a_flag(decoder):
-    model = small(decoder=decoder).eval()
+    model = small(decoder=decoder, num_registers=1).eval()
     for size in [(32, 32), (40, 24), (8, 64), (9, 33)]:
         assert model(torch.rand(1, 3, *size)).shape == (1, 7)
 
@@ -258,3 +258,19 @@ def test_a_batch_of_none_and_of_one():
     assert model(torch.rand(0, 3, 32, 32)).shape == (0, 7)
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, 7)
     assert small(num_classes=0).eval()(torch.rand(1, 3, 32, 32)).shape == (1, 24)
+
+
+def test_heads_may_be_wider_together_than_the_tokens():
+    model = small(embed_dim=24, num_heads=2, head_dim=20)
+    assert model.blocks[0].attn.qkv.weight.shape == (120, 24)
+    assert model.blocks[0].attn.proj.weight.shape == (24, 40)
+    assert num_macs(model.config) - num_macs(small(embed_dim=24, num_heads=2).config) > 0
+    with pytest.raises(ValueError, match=r"model\.init 'mimetic'.*2 × model\.head_dim 20 is not model\.embed_dim 24"):
+        small(embed_dim=24, num_heads=2, head_dim=20, init="mimetic")
+
+
+@pytest.mark.parametrize("attention", ["global", "local"])
+def test_mimetic_initialisation_reaches_local_attention_too(attention):
+    window = {"attention": "local", "window": 3} if attention == "local" else {}
+    plain, mimetic = small(**window), small(init="mimetic", **window)
+    assert mimetic.blocks[0].attn.qkv.weight.norm() > 2 * plain.blocks[0].attn.qkv.weight.norm()

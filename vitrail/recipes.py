@@ -264,7 +264,9 @@ def fitting(facts: Facts, size: int, given: Mapping[str, Any]) -> list[Choice]:
             "no colour in a sample of the pictures" if channels == 1 else "colour pictures",
         ),
         Choice("model.decoder", decoder, "small sets learn it faster than a class token"),
-        Choice("model.class_token", decoder in ("token", "token_mean"), f"as the decoder {decoder!r} needs"),
+        Choice(
+            "model.class_token", decoder in ("token", "token_mean", "token_pair"), f"as the decoder {decoder!r} needs"
+        ),
         positions(facts),
         Choice("preprocess.mean", mean, reason),
         Choice("preprocess.std", std, reason),

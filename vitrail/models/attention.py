@@ -53,6 +53,7 @@ class SelfAttention(nn.Module, ABC):
         embed_dim: int,
         num_heads: int,
         *,
+        head_dim: int = 0,
         qkv_bias: bool = True,
         qk_norm: bool = False,
         dropout: float = 0.0,
@@ -61,11 +62,11 @@ class SelfAttention(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.num_heads, self.attention_dropout = num_heads, attention_dropout
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
-        head_dim = embed_dim // num_heads
+        head_dim = head_dim or embed_dim // num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * num_heads * head_dim, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(head_dim, eps=layer_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim, eps=layer_norm_eps) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj = nn.Linear(num_heads * head_dim, embed_dim)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "B N D"], layout: Layout = Layout()) -> Float[Tensor, "B N D"]:  # noqa: B008
@@ -113,6 +114,7 @@ class LocalAttention(SelfAttention):
         num_heads: int,
         *,
         window: int,
+        head_dim: int = 0,
         qkv_bias: bool = True,
         qk_norm: bool = False,
         dropout: float = 0.0,
@@ -122,6 +124,7 @@ class LocalAttention(SelfAttention):
         super().__init__(
             embed_dim,
             num_heads,
+            head_dim=head_dim,
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             dropout=dropout,
@@ -186,6 +189,7 @@ class AttentionPool(nn.Module):
 def build_attention(config: ViTConfig, name: str) -> SelfAttention:
     """Return the attention called `name` as a configuration wants it."""
     settings: dict[str, Any] = {
+        "head_dim": config.head_dim,
         "qkv_bias": config.qkv_bias,
         "qk_norm": config.qk_norm,
         "dropout": config.dropout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,24 @@ from vitrail.models.config import ViTConfig
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between, the exact one (erf), applied to every token alone."""
+    """Two linear layers with an activation between, by default the exact GELU (erf), applied to every token alone."""
 
-    def __init__(self, embed_dim: int, hidden_dim: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        *,
+        dropout: float = 0.0,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.fc1 = nn.Linear(embed_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return self.drop(self.fc2(self.drop(self.activation(self.fc1(x)))))
 
 
 class SwiGLU(nn.Module):
@@ -44,7 +53,19 @@ class SwiGLU(nn.Module):
         return self.drop(self.fc2(self.drop(F.silu(gate) * value)))
 
 
-MLPS = {"gelu": MLP, "swiglu": SwiGLU}
+def quick_gelu(x: Tensor) -> Tensor:
+    """Return x · sigmoid(1.702 x), the GELU of OpenAI's CLIP (openai/CLIP, clip/model.py)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+# All but gelu and swiglu are for weights that were trained with them.
+MLPS = {
+    "gelu": MLP,
+    "gelu_tanh": partial(MLP, activation=partial(F.gelu, approximate="tanh")),
+    "quick_gelu": partial(MLP, activation=quick_gelu),
+    "relu": partial(MLP, activation=F.relu),
+    "swiglu": SwiGLU,
+}
 
 
 class LayerScale(nn.Module):

@@ -10,8 +10,8 @@ from vitrail.settings import setting
 ENCODER_NAMES = ("patch", "conv", "r50")  # and every CNN of timm by its own name
 POSITION_NAMES = ("learned", "sincos2d", "rope2d", "none")
 ATTENTION_NAMES = ("global", "local")
-DECODER_NAMES = ("token", "mean", "token_mean", "attention", "concat")
-MLP_NAMES = ("gelu", "swiglu")
+DECODER_NAMES = ("token", "mean", "token_mean", "token_pair", "attention", "concat")
+MLP_NAMES = ("gelu", "gelu_tanh", "quick_gelu", "relu", "swiglu")
 INIT_NAMES = ("normal", "mimetic")
 
 
@@ -38,7 +38,8 @@ class ViTConfig:
     )
     embed_dim: int = setting(768, "width D of every token; a multiple of num_heads")
     depth: int = setting(12, "number of Transformer blocks")
-    num_heads: int = setting(12, "attention heads K; each is D/K wide")
+    num_heads: int = setting(12, "attention heads K")
+    head_dim: int = setting(0, "width d of a head; 0: embed_dim / num_heads")
     mlp: str = setting("gelu", f"a block's MLP: {', '.join(MLP_NAMES)}")
     mlp_ratio: float = setting(4.0, "hidden width of a block's MLP, as a multiple of embed_dim; swiglu of 2.67 costs 4")
     qkv_bias: bool = setting(True, "bias in the query, key and value projections")
@@ -75,7 +76,7 @@ class ViTConfig:
         for field in ("image_size", "patch_size", "embed_dim", "depth", "num_heads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; expected at least 1")
-        for field in ("num_classes", "num_registers", "window"):
+        for field in ("num_classes", "num_registers", "window", "head_dim"):
             if getattr(self, field) < 0:
                 raise ValueError(f"model.{field} is {getattr(self, field)}; expected 0 or more")
         for field in ("dropout", "attention_dropout", "drop_path", "patch_dropout"):
@@ -97,20 +98,30 @@ class ViTConfig:
                 f"model.image_size {self.image_size} is not a multiple of model.patch_size {self.patch_size}; "
                 f"try --model.image_size {max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
             )
-        if self.embed_dim % self.num_heads:
+        if self.embed_dim % self.num_heads and not self.head_dim:
             raise ValueError(
                 f"model.embed_dim {self.embed_dim} is not a multiple of model.num_heads {self.num_heads}; "
                 f"try --model.embed_dim {-(-self.embed_dim // self.num_heads) * self.num_heads}"
+            )
+        if self.head_dim and self.init == "mimetic" and self.head_dim * self.num_heads != self.embed_dim:
+            raise ValueError(
+                f"model.init 'mimetic' needs heads that are together as wide as the tokens, but model.num_heads "
+                f"{self.num_heads} × model.head_dim {self.head_dim} is not model.embed_dim {self.embed_dim}"
+            )
+        if self.decoder == "attention" and self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"model.decoder 'attention' divides model.embed_dim {self.embed_dim} among model.num_heads "
+                f"{self.num_heads} heads; make it a multiple"
             )
         if self.positions == "sincos2d" and self.embed_dim % 4:
             raise ValueError(
                 f"model.positions 'sincos2d' needs model.embed_dim to be a multiple of 4, got {self.embed_dim}"
             )
-        if self.positions == "rope2d" and self.embed_dim // self.num_heads % 4:
+        if self.positions == "rope2d" and self.head_width % 4:
             raise ValueError(
                 f"model.positions 'rope2d' turns pairs of rows and of columns, so a head's width must be a multiple of 4, "
-                f"got model.embed_dim {self.embed_dim} / model.num_heads {self.num_heads} = "
-                f"{self.embed_dim // self.num_heads}"
+                f"got {self.head_width} (model.head_dim, or model.embed_dim {self.embed_dim} / model.num_heads "
+                f"{self.num_heads})"
             )
         unfit = [size for size in self.patch_sizes if size < 1 or self.image_size % size]
         if unfit or len(set(self.patch_sizes)) != len(self.patch_sizes):
@@ -147,6 +158,11 @@ class ViTConfig:
             raise ValueError(
                 "model.patch_norm has one weight per pixel of a patch, which cannot follow model.patch_sizes; "
                 "leave one of them out"
+            )
+        if self.decoder == "token_pair" and not (self.class_token and self.num_registers):
+            raise ValueError(
+                "model.decoder 'token_pair' reads the class token and the first register; set model.class_token True and "
+                f"model.num_registers 1 or more, got {self.num_registers}"
             )
         if self.decoder in ("token", "token_mean") and not self.class_token:
             raise ValueError(
@@ -198,6 +214,11 @@ class ViTConfig:
     def num_prefix(self) -> int:
         """Tokens before the patches: the class token and the registers."""
         return int(self.class_token) + self.num_registers
+
+    @property
+    def head_width(self) -> int:
+        """Width d of an attention head."""
+        return self.head_dim or self.embed_dim // self.num_heads
 
     @property
     def hidden_dim(self) -> int:

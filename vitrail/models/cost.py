@@ -19,7 +19,7 @@ def num_macs(config: ViTConfig) -> int:
         # keys and values of every patch; one query, its look at all patches, its projection and MLP
         "attention": patches * 2 * dim * dim + 2 * dim * dim + 2 * patches * dim + 2 * dim * config.hidden_dim,
     }
-    width = 2 * dim if config.decoder == "token_mean" else dim
+    width = 2 * dim if config.decoder in ("token_mean", "token_pair") else dim
     return (
         encoder_macs(config)
         + sum(block_macs(config, tokens, attention) for attention in config.attentions)
@@ -33,7 +33,8 @@ def block_macs(config: ViTConfig, tokens: int, attention: str) -> int:
     dim = config.embed_dim
     mlp = (3 if config.mlp == "swiglu" else 2) * dim * config.hidden_dim
     pairs = num_pairs(config.grid, config.window, config.num_prefix) if attention == "local" else tokens**2
-    return tokens * (4 * dim * dim + mlp) + 2 * pairs * dim
+    inner = config.num_heads * config.head_width
+    return tokens * (4 * dim * inner + mlp) + 2 * pairs * inner
 
 
 def encoder_macs(config: ViTConfig) -> int:

@@ -46,6 +46,18 @@ class TokenMeanDecoder(nn.Module):
         return torch.cat([tokens[:, 0], tokens[:, self.num_prefix :].mean(dim=1)], dim=1)
 
 
+class TokenPairDecoder(nn.Module):
+    """The class token and the first register side by side, as the two heads of a distilled DeiT read them (Touvron et al.
+    2021, section 4; one head [W/2, W'/2] over both is the mean of the two)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.out_dim = 2 * config.embed_dim
+
+    def forward(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
+        return tokens[:, :2].flatten(1)
+
+
 class AttentionDecoder(nn.Module):
     """Attention pooling over the patch tokens, as timm's `global_pool="map"`."""
 
@@ -91,6 +103,7 @@ DECODERS = {
     "token": TokenDecoder,
     "mean": MeanDecoder,
     "token_mean": TokenMeanDecoder,
+    "token_pair": TokenPairDecoder,
     "attention": AttentionDecoder,
     "concat": ConcatDecoder,
 }

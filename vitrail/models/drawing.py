@@ -65,6 +65,7 @@ _DECODERS = {
     "token": "the class token",
     "mean": "mean over the patches, norm",
     "token_mean": "the class token and the mean over the patches, side by side",
+    "token_pair": "the class token and the first register, side by side",
     "attention": "one learned query attends to the patches, then an MLP",
     "concat": "feature map and tokens joined per patch, mean over patches, Linear, GELU",
 }
@@ -113,7 +114,7 @@ def _tokens(config: ViTConfig) -> str:
 
 
 def _transformer(config: ViTConfig) -> str:
-    heads = f"{config.num_heads} heads of {config.embed_dim // config.num_heads}"
+    heads = f"{config.num_heads} heads of {config.head_width}"
     extras = [name for name, on in (("QK-norm", config.qk_norm), ("rope2d", config.positions == "rope2d")) if on]
     attention = ", ".join([f"{_attention(config)}, {heads}", *extras])
     scale = ", LayerScale" if config.layer_scale else ""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.lookup import pick
-from vitrail.models.attention import AttentionPool, GlobalAttention
+from vitrail.models.attention import AttentionPool, SelfAttention
 from vitrail.models.blocks import LayerScale
 
 
@@ -58,7 +58,7 @@ def _mimetic(modules: dict[str, nn.Module]) -> None:
     """Attention starts as pretrained nets' looks: every head's queries and keys multiply to about the identity, values
     and output projection to about minus the identity (Trockman & Kolter 2023, "Mimetic initialization", section 4)."""
     for module in modules.values():
-        if not isinstance(module, GlobalAttention) or module.qkv.weight.is_meta:
+        if not isinstance(module, SelfAttention) or module.qkv.weight.is_meta:
             continue
         dim = module.proj.in_features
         queries, keys, values = module.qkv.weight.view(3, dim, dim)

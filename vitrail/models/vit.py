@@ -219,5 +219,4 @@ class ViT(nn.Module):
         return rearrange(table[:, self.config.num_prefix :], "1 (h w) D -> 1 D h w", h=h, w=w)
 
     def _rope(self, grid: tuple[int, int]) -> Tensor:
-        head_dim = self.config.embed_dim // self.config.num_heads
-        return rope2d(grid, head_dim, num_prefix=self.config.num_prefix)
+        return rope2d(grid, self.config.head_width, num_prefix=self.config.num_prefix)

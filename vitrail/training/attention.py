@@ -71,7 +71,7 @@ def cases_of(model: ViTConfig, sides: tuple[int, int], device: str, dtype: str, 
     grid, patches = (side, side), side * side
     if training:
         patches = num_kept(patches, model.patch_dropout)
-    tokens, width = model.num_prefix + patches, model.embed_dim // model.num_heads
+    tokens, width = model.num_prefix + patches, model.head_width
     for name in sorted(set(model.attentions)):
         case = Case(device, dtype, training, training and model.attention_dropout > 0, tokens, width)
         if name == "local" and not covers(grid, model.window):
