@@ -18,7 +18,8 @@ from vitrail.data.preprocess import Preprocess
 from vitrail.data.scan import ordered_map
 from vitrail.models.variants import is_variant, variant_config
 from vitrail.models.vit import ViT
-from vitrail.weights.store import ModelHeader, load_model
+from vitrail.weights.store import ModelHeader, build_model
+from vitrail.weights.words import open_weights
 
 _BATCH = 64
 
@@ -188,25 +189,10 @@ def load(model: str | os.PathLike[str]) -> Classifier:
         ValueError: there is no such model, or its file is broken.
     """
     name = os.fspath(model)
-    if Path(name).exists():
-        return Classifier(*load_model(model_file(name)))
-    if not is_variant(name):
-        raise ValueError(f"{name}: no such run folder or model file")
+    if not is_variant(name) or Path(name).exists():
+        opened = open_weights(name)
+        return Classifier(build_model(opened.header.architecture, opened.weights, name), opened.header)
     config = variant_config(name)
     preprocess = Preprocess(image_size=config.image_size, channels=config.in_channels)
     header = ModelHeader(config, tuple(str(i) for i in range(config.num_classes)), preprocess)
     return Classifier(ViT(config).eval(), header)
-
-
-def model_file(name: str) -> Path:
-    """Return the model file that a run folder's or a model file's name means.
-
-    Raises:
-        ValueError: it is a folder without a model.
-    """
-    path = Path(name)
-    if not path.is_dir():
-        return path
-    if not (path / "model.safetensors").exists():
-        raise ValueError(f"{name}: has no model.safetensors; expected a run that has finished its first epoch")
-    return path / "model.safetensors"

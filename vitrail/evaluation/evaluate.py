@@ -17,12 +17,13 @@ from vitrail.data.problems import stop_on_errors
 from vitrail.data.scan import scan_source
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, fingerprint, load_splits, make_splits
-from vitrail.evaluation.classifier import Classifier, load, model_file
+from vitrail.evaluation.classifier import Classifier, load
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
 from vitrail.lookup import unknown
 from vitrail.training.attention import tune
 from vitrail.training.prepare import is_identity
+from vitrail.weights.words import model_file
 
 PARTS = ("test", "val", "train", "all")
 

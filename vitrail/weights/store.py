@@ -100,6 +100,16 @@ def load_model(path: Path) -> tuple[ViT, ModelHeader]:
     Raises:
         ValueError: the file is broken, has no Vitrail header, or its weights do not fit its architecture.
     """
+    tensors, header = read_model(path)
+    return build_model(header.architecture, tensors, str(path)), header
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], ModelHeader]:
+    """Read the weights and the header of a model file.
+
+    Raises:
+        ValueError: the file is broken, or has no Vitrail header.
+    """
     tensors, metadata = load_tensors(path)
     if "vitrail" not in metadata:
         raise ValueError(f"{path}: has no Vitrail header; expected a model.safetensors that vitrail wrote")
@@ -120,11 +130,20 @@ def load_model(path: Path) -> tuple[ViT, ModelHeader]:
             raise ValueError("decoder 'concat' computed something else when it was written (format 1); train it anew")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its header cannot be read: {error}") from None
+    return tensors, header
+
+
+def build_model(architecture: ViTConfig, weights: Mapping[str, Tensor], where: str) -> ViT:
+    """Return the model of an architecture with its weights, all of them and no others, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: names or shapes differ; both differences are listed.
+    """
     # Without storage, for speed; but a CNN of timm may hold constants that stand in no file.
-    with torch.device("cpu" if header.architecture.is_cnn else "meta"):
-        model = ViT(header.architecture)
-    load_strictly(model, tensors, str(path))
-    return model.eval(), header
+    with torch.device("cpu" if architecture.is_cnn else "meta"):
+        model = ViT(architecture)
+    load_strictly(model, weights, where)
+    return model.eval()
 
 
 def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str) -> None:

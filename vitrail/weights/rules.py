@@ -1,0 +1,131 @@
+"""What others call a weight: ordered tables of names and layouts, read in both directions.
+
+A rule pairs two templates. `{i}` stands for a number (of a block), `{p}` for a last word (`weight`, `bias`): both appear on
+either side. The first rule that matches a name counts. `qkv.{p}/1` is the second part of our `qkv`, whose parts are
+joined along the first dimension.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitrail.models.config import ViTConfig
+
+
+class Form(NamedTuple):
+    """How the values of a weight are laid out elsewhere: a pair of inverse functions of a tensor and the architecture."""
+
+    to_ours: Callable[[Tensor, ViTConfig], Tensor]
+    to_theirs: Callable[[Tensor, ViTConfig], Tensor]
+
+
+SAME = Form(lambda x, config: x, lambda x, config: x)
+
+
+class Rule(NamedTuple):
+    """One line of a table.
+
+    Attributes:
+        theirs: template of their name; empty: they have no such weight. Coming in it is then zeros, going out it is left
+            out, which is right only for what does not change the result (the bias of keys: softmax takes no notice).
+        ours: template of our name, with `/n` behind it for the n-th part of a joined weight.
+        form: how their values are laid out.
+    """
+
+    theirs: str
+    ours: str
+    form: Form = SAME
+
+
+def to_ours(
+    tensors: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights under our names and in our layout, and the names that no rule knows.
+
+    Raises:
+        ValueError: some parts of a joined weight are there and others are not.
+    """
+    found: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        match = translated(name, rules, "theirs")
+        if match is None:
+            unknown.append(name)
+            continue
+        rule, ours = match
+        base, _, part = ours.partition("/")
+        values = rule.form.to_ours(tensor, config)
+        if part:
+            parts.setdefault(base, {})[int(part)] = values
+        else:
+            found[base] = values
+    for base, present in parts.items():
+        found[base] = _joined(base, present, rules)
+    return found, unknown
+
+
+def to_theirs(
+    weights: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights under their names and in their layout, and the names of ours that no rule knows."""
+    found: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in weights.items():
+        count = _num_parts(name, rules)
+        pieces = tensor.chunk(count) if count > 1 else (tensor,)
+        for number, piece in enumerate(pieces):
+            match = translated(f"{name}/{number}" if count > 1 else name, rules, "ours")
+            if match is None:
+                unknown.append(name)
+                break
+            rule, theirs = match
+            if theirs:
+                found[theirs] = rule.form.to_theirs(piece, config).contiguous()
+    return found, unknown
+
+
+def translated(name: str, rules: Iterable[Rule], side: str) -> tuple[Rule, str] | None:
+    """Return the first rule whose template on one side (`theirs` or `ours`) matches, and the name on the other side."""
+    for rule in rules:
+        here, there = (rule.theirs, rule.ours) if side == "theirs" else (rule.ours, rule.theirs)
+        if here and (match := _pattern(here).fullmatch(name)):
+            return rule, there.format(**match.groupdict())
+    return None
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    """Return a template as a regular expression; a placeholder that stands twice must match the same both times."""
+    pattern = re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)", 1).replace(r"\{p\}", r"(?P<p>\w+)", 1)
+    return re.compile(pattern.replace(r"\{i\}", r"(?P=i)"))
+
+
+def _num_parts(ours: str, rules: Sequence[Rule]) -> int:
+    """Return how many parts a weight of ours has in a table; 1: it is whole."""
+    count = 1
+    while translated(f"{ours}/{count}", rules, "ours"):
+        count += 1
+    return count
+
+
+def _joined(ours: str, present: Mapping[int, Tensor], rules: Sequence[Rule]) -> Tensor:
+    """Join the parts of a weight; those that they never have are zeros."""
+    some = next(iter(present.values()))
+    parts = []
+    for number in range(_num_parts(ours, rules)):
+        match = translated(f"{ours}/{number}", rules, "ours")
+        assert match is not None, ours
+        if number in present:
+            parts.append(present[number])
+        elif match[1]:
+            raise ValueError(f"{match[1]}: is missing, and {ours} is made of it and others that are there")
+        else:
+            parts.append(torch.zeros_like(some))
+    return torch.cat(parts)

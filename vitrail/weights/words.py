@@ -1,0 +1,51 @@
+"""What a MODEL word means: a run folder, a model file, a variant, a foreign folder or file, a hub's name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vitrail.weights.imported import Imported, LoadReport
+from vitrail.weights.store import read_model
+
+# Hub or library → the function that reads what stands behind its colon.
+HUBS: dict[str, Callable[[str, Mapping[str, Any]], Imported]] = {}
+
+
+def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | None = None) -> Imported:
+    """Read the model that a word means.
+
+    Args:
+        word: a run's folder, a model file, a foreign folder or weights file, or `hf:…`, `timm:…`, `torchvision:…`.
+        described: what a bare weights file does not say of itself: fields of `ViTConfig` and `Preprocess`, and `labels`.
+
+    Raises:
+        ValueError: there is no such model, its file is broken, or it cannot be expressed here; the message says which.
+    """
+    name = os.fspath(word)
+    hub, colon, rest = name.partition(":")
+    if colon and hub in HUBS and not Path(name).exists():
+        return HUBS[hub](rest, described or {})
+    if not Path(name).exists():
+        raise ValueError(f"{name}: no such run folder or model file")
+    path = model_file(name)
+    if described:
+        raise ValueError(f"{name}: a model file says all of itself; {', '.join(described)} cannot be given with it")
+    weights, header = read_model(path)
+    return Imported(header, weights, LoadReport(name, loaded=len(weights)))
+
+
+def model_file(name: str) -> Path:
+    """Return the model file that a run folder's or a model file's name means.
+
+    Raises:
+        ValueError: it is a folder without a model.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return path
+    if not (path / "model.safetensors").exists():
+        raise ValueError(f"{name}: has no model.safetensors; expected a run that has finished its first epoch")
+    return path / "model.safetensors"
