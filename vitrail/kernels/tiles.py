@@ -22,8 +22,8 @@ from vitrail.kernels.dense import empty_heads
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 
 # Scores of the tiles that a thread computes together. With less, starting operations costs most; with more, buffers leave
-# the second-level cache. No size from 1 to 4 MB was best throughout (benchmarks/tile_sizes.py); this one takes least memory.
-_CHUNK_BYTES = 1 << 20
+# the second-level cache. From 768 KB to 1.5 MB none was best throughout (benchmarks/tile_sizes.py); this one takes least memory.
+_CHUNK_BYTES = 768 * 1024
 
 Place = tuple[int, slice]  # a sample, and some of its heads
 
@@ -204,7 +204,9 @@ class _Work:
         rows, columns = band.stop - band.start, tiling.tiles[1]
         above = band.start * th - rh  # the grid row that the band's first halo begins at
         start, stop = max(0, above), min(h, band.stop * th + rh)
-        spread = self.take("spread", (n, rows * th + 2 * rh, tiling.spread[1], self.width)).zero_()
+        spread = self.take("spread", (n, rows * th + 2 * rh, tiling.spread[1], self.width))
+        for edge in (spread[:, : start - above], spread[:, stop - above :], spread[:, :, :rw], spread[:, :, rw + w :]):
+            edge.zero_()
         grid = x[:, tiling.num_prefix :].unflatten(1, (h, w))
         spread[:, start - above : stop - above, rw : rw + w] = grid[:, start:stop]
         out = self.take(name, (n, rows, columns, tiling.num_keys, self.width))

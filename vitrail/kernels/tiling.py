@@ -17,9 +17,10 @@ from torch import Tensor
 from vitrail.kernels.dense import attend_matmul
 from vitrail.kernels.window import reach_of
 
-# What copying one value of a halo costs, in multiply-adds of one score. No side from 4 to 8 was best throughout at window 7
-# (benchmarks/tile_sizes.py); this number takes the middle, and larger tiles for larger windows.
-_COPY_COST = 40
+# What copying one value of a halo costs, in multiply-adds of one score. At window 7 this number takes tiles of 4×7 where
+# they fit, which were fastest or within noise of it in both number formats (benchmarks/tile_sizes.py), and larger tiles for
+# larger windows.
+_COPY_COST = 24
 _TILE_SIDES = range(2, 17)
 
 
