@@ -172,7 +172,7 @@ def test_tiles_cost_much_less_than_n_squared_and_grow_with_n():
     assert scores[56] < (56 * 56) ** 2 / 15
     for side in (28, 56, 112):
         assert scores[2 * side] <= 4 * scores[side]
-    assert tiling_of((56, 56), 7, 1) == Tiling((56, 56), (3, 3), (7, 7), 1)
+    assert tiling_of((56, 56), 7, 1) == Tiling((56, 56), (3, 3), (4, 7), 1)
 
 
 def test_every_name_of_the_command_line_has_its_kernel():
