@@ -11,7 +11,8 @@ Each round lets all ways take one turn. Prints medians, and the ratio of each wa
 spread. `--memory` measures instead by what the peak of a process's memory rises, with q, k, v, the mask, the output and the
 gradients, each way in a process of its own (Linux).
 
-    python benchmarks/local_attention.py [--rounds 5] [--grids 14 28 56 112] [--windows 7] [--flex] [--out FILE.json]
+    python benchmarks/local_attention.py [--rounds 5] [--grids 14 28 56 112] [--windows 7] [--ways ours masked fused] [--flex]
+        [--out FILE.json]
     python benchmarks/local_attention.py --memory
 """
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grids", type=int, nargs="+", default=[14, 28, 56, 112])
     parser.add_argument("--windows", type=int, nargs="+", default=[7])
+    parser.add_argument("--ways", nargs="+", default=["ours", "masked", "fused"], help="ours first")
     parser.add_argument("--flex", action="store_true", help="compiled FlexAttention too; needs a C++ compiler")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--out", type=Path, help="add the figures to a JSON file")
@@ -66,7 +68,8 @@ def main() -> None:
                 continue
             for training in (True, False):
                 for grid in args.grids:
-                    found.append(compare_time(dtype, training, grid, window, args.rounds, args.flex and not training))
+                    ways = [*args.ways, *["flex"] * (args.flex and not training)]
+                    found.append(compare_time(dtype, training, grid, window, args.rounds, ways))
     if args.out:
         before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
         args.out.write_text(json.dumps(before + found, indent=1) + "\n", encoding="utf-8")
@@ -110,12 +113,12 @@ def run_once(way: Callable[..., Tensor], qkv: tuple[Tensor, ...], training: bool
             torch.autograd.grad(out, qkv, torch.ones_like(out))
 
 
-def compare_time(dtype: torch.dtype, training: bool, grid: int, window: int, rounds: int, flex: bool) -> dict[str, Any]:
+def compare_time(
+    dtype: torch.dtype, training: bool, grid: int, window: int, rounds: int, names: list[str]
+) -> dict[str, Any]:
     """Let the ways take turns, and print what came out."""
     qkv = tensors(dtype, training, grid)
-    ways = {
-        name: build(name, dtype, training, grid, window) for name in ("ours", "masked", "fused", "flex")[: 3 + flex]
-    }
+    ways = {name: build(name, dtype, training, grid, window) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):  # the first warms up
         for name, way in ways.items():

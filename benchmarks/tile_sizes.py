@@ -20,8 +20,8 @@ from vitrail.kernels import tiles
 from vitrail.kernels.tiling import Tiling, tiling_of
 from vitrail.machine import processor_name
 
-TILES = ((4, 4), (5, 5), (6, 6), (7, 7), (8, 8), (4, 8), (14, 14))
-CHUNKS_KB = (256, 512, 1024, 2048, 4096)  # a thread
+TILES = ((4, 4), (4, 7), (7, 4), (4, 8), (6, 6), (7, 7), (8, 8), (14, 14))
+CHUNKS_KB = (256, 512, 768, 1024, 1536, 4096)  # a thread
 
 
 def main() -> None:
