@@ -19,20 +19,25 @@ from vitrail.console import Talk, duration
 from vitrail.data.splits import save_splits
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.cost import num_parameters
+from vitrail.models.variants import is_variant
 from vitrail.recipes import Choice, Facts, build_config, recipe_file
 from vitrail.report.page import build_report
 from vitrail.settings import leaves, override
 from vitrail.training import parallel
 from vitrail.training.attention import choose_kernels
 from vitrail.training.finish import finish
-from vitrail.training.loop import rhythm_of, start_model
+from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
 from vitrail.training.precision import autocast, pick_device, supports_bf16
 from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data
 from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run, same_source
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
-from vitrail.weights.store import versions
+from vitrail.training.start import first_learning, learning, note_of, noted_start, ready_start, start_model
+from vitrail.weights.adapt import Start, refuse_misfit
+from vitrail.weights.imported import Imported
+from vitrail.weights.store import ModelHeader, versions
+from vitrail.weights.words import open_weights
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def train(
     Args:
         source: `digits`, or a folder of class folders.
         out: the run's folder; `runs/<data name>` unless given.
-        model: a variant's name such as `ti16`.
+        model: a variant's name such as `ti16`, or trained weights to start from: a run, a model or weights file, `hf:…`, `timm:…`.
         recipe: a recipe's name (`auto` unless given) or an earlier run's config.json.
         resume: go on with the run in `out`.
         settings: any setting by its dotted name, for instance `epochs=10` or `**{"optim.lr": 3e-4}`.
@@ -87,30 +92,38 @@ def train(
     world = parallel.join()
     talk = talk or Talk(quiet=not world.is_main)
     source = os.fspath(source)
-    given = dict(settings) | ({"variant": model} if model is not None else {})
+    given = dict(settings) | ({} if model is None else meaning(model))
     folder = Path(out) if out is not None else None
     if resume:
         return go_on(folder or newest_folder(source), source, recipe, given, world, talk)
     return begin(world.from_main(folder or new_folder(source)), source, recipe or "auto", given, world, talk)
 
 
+def meaning(model: str) -> dict[str, str]:
+    """Return the setting that a MODEL word means: a variant, or trained weights."""
+    name = os.fspath(model)
+    return {"variant": name} if is_variant(name) and not Path(name).exists() else {"pretrained": name}
+
+
 def begin(
     folder: Path, source: str, recipe: str, given: Mapping[str, Any], world: parallel.World, talk: Talk
 ) -> Result:
     """Start a new run."""
-    refuse_early(folder, recipe, given)
     base = recipe_file(recipe)
+    opened = open_source_weights(base, given)
+    source_header = opened.header if opened else None
+    refuse_early(folder, recipe, given, source_header)
     data_settings = {name: value for name, value in given.items() if name.startswith("data.")}
     data_config = override(base or RunConfig(), {**data_settings, "data.source": source}).data
-    channels = int(given.get("model.in_channels", base.model.in_channels if base else 0))
+    channels = channels_of(base, given, source_header)
     checked = check_data(data_config, talk, channels=channels)
     refuse_idle_fractions(checked, given)
     facts = facts_of(checked, str(given.get("device", "auto")))
-    config, choices = build_config(recipe, facts, {**given, "data.source": source})
+    config, choices = build_config(recipe, facts, {**given, "data.source": source}, source_header)
     check_runnable(config, facts.num_train, world)
-    if config.encoder_weights or config.optim.freeze:
-        start_model(config, fresh=True)  # what is wrong with them shows before a folder is made
+    start = ready_start(config, checked.source.labels, opened)
     show(checked, choices, talk)
+    learned = check_start(config, start, talk)
     data = ready_data(checked, config)
     if world.is_main:
         create_run(
@@ -125,11 +138,13 @@ def begin(
             versions=versions(),
             machine=machine(str(pick_device(config.device)), config.precision),
             num_parameters=num_parameters(config.model),
+            **learned,
+            **({"start": note_of(start)} if config.pretrained else {}),
             processes=world.size,
             in_memory=data.pictures.stored is not None,
         )
     world.wait()
-    return carry_out(config, data, Run(folder, world.is_main), world, talk)
+    return carry_out(config, data, Run(folder, world.is_main), world, talk, start)
 
 
 def go_on(
@@ -173,7 +188,8 @@ def go_on(
         )
     talk.say(f"resuming {folder}")
     run.note(status="running")
-    return carry_out(config, data, run, world, talk)
+    start = noted_start(info) if run.has_state else ready_start(config, checked.source.labels)
+    return carry_out(config, data, run, world, talk, start)
 
 
 def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, schedule: bool = True) -> None:
@@ -209,11 +225,11 @@ def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> Non
             raise ValueError(f"data.{part}_fraction has no effect: {checked.source.name} has its own {part} folder")
 
 
-def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.World, talk: Talk) -> Result:
+def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.World, talk: Talk, start: Start) -> Result:
     """Train to the end and finish."""
     again = shlex.join(["vitrail", "train", config.data.source, "--out", str(run.folder), "--resume"])
     try:
-        progress = train_loop(config, data, run, world, talk)
+        progress = train_loop(config, data, run, world, talk, start)
         run.note(train_seconds=round(progress.elapsed_s, 1))
         evaluation = finish(config, data, run, world, talk)
     except Stopped as stop:
@@ -248,20 +264,70 @@ def note_quietly(run: Run, **values: Any) -> None:
         return
 
 
-def refuse_early(folder: Path, recipe: str, given: Mapping[str, Any]) -> None:
+def refuse_early(folder: Path, recipe: str, given: Mapping[str, Any], source: ModelHeader | None = None) -> None:
     """Raise what can be known before the pictures are looked at: folder, names, settings."""
     check_new(folder)
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
     nothing = Facts(1000, 2, 224, True, channels, "", "cpu", False)
-    model = build_config(recipe, nothing, given)[0].model
+    config = build_config(recipe, nothing, given, source)[0]
+    model = config.model
+    if source is not None:
+        refuse_misfit(source.architecture, model, config.pretrained)
     if model.is_cnn and model.encoder not in ENCODER_NAMES:
         from vitrail.models.cnns import feature_strides, index_of
 
         # The pictures' size may yet decide the stride; a name or a stride that is given is known to be wrong now.
         fixed = "variant" in given or "model.patch_size" in given
         index_of(model.encoder, model.patch_size) if fixed else feature_strides(model.encoder)
+
+
+def open_source_weights(base: RunConfig | None, given: Mapping[str, Any]) -> Imported | None:
+    """Read the weights that a run is to start from, or return None when it starts at random.
+
+    Raises:
+        ValueError: the weights cannot be had, or a variant is given beside them.
+    """
+    if "variant" in given and given.get("pretrained"):
+        raise ValueError(
+            f"variant {given['variant']!r} and pretrained {given['pretrained']!r} both say what the model is; give one"
+        )
+    word = given.get("pretrained", base.pretrained if base and "variant" not in given else "")
+    return open_weights(word) if word else None
+
+
+def channels_of(base: RunConfig | None, given: Mapping[str, Any], source: ModelHeader | None) -> int:
+    """Return the channels that the model is known to want; 0: the pictures decide."""
+    if source is not None and "pretrained" in given:
+        known = 3 if source.architecture.in_channels == 3 else 0  # grey weights can learn colour
+    else:
+        known = base.model.in_channels if base else 0
+    return int(given.get("model.in_channels", known))
+
+
+def check_start(config: RunConfig, start: Start, talk: Talk) -> dict[str, int]:
+    """Say what became of the weights that a run starts from and how many learn, and raise what is wrong with them.
+
+    Returns:
+        The count for `run.json`, where not all learn.
+
+    Raises:
+        ValueError: the encoder's weights cannot be had, or what is to be frozen or to learn first is not in the model.
+    """
+    for line in start.report.lines() if config.pretrained else ():
+        talk.say(line)
+    if not (config.encoder_weights or config.optim.freeze or config.lora.rank or config.warms_head):
+        return {}
+    model = start_model(config, fresh=True, start=start)
+    found = sum(parameter.numel() for parameter in learning(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if config.warms_head:
+        first_learning(model, config, start)
+    if found == total:
+        return {}
+    talk.say(f"{found:,} of {total:,} weights learn ({found / total:.1%})")
+    return {"num_learning": found}
 
 
 def facts_of(checked: CheckedData, device: str) -> Facts:
