@@ -3,7 +3,7 @@
 python benchmarks/finetune.py path/to/cifar10 --seeds 3
 
 `path/to/cifar10` holds train/ and test/ with a folder per class. micro4 is trained on half of the classes; then each way
-learns the other half from a few pictures of each. Every way takes as many epochs; one that costs more per epoch gets fewer.
+learns the other half from a few pictures of each. With --epochs every way takes as many.
 """
 
 from __future__ import annotations

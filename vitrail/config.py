@@ -259,12 +259,12 @@ class RunConfig:
                 "preprocess.resize 'aspect' judges pictures in their own aspect ratio, but training needs squares: set "
                 "augment.crop_scale below 1 for random crops"
             )
+        self._check_pretrained()
         if self.encoder_weights and self.model.encoder in ENCODER_NAMES:
             raise ValueError(
                 f"encoder_weights {self.encoder_weights!r} is for a CNN of timm as encoder, but model.encoder is "
                 f"{self.model.encoder!r}; leave it out, or try --model.encoder resnet50"
             )
-        self._check_pretrained()
         if len(self.preprocess.mean) != self.model.in_channels:
             raise ValueError(
                 f"preprocess.mean has {len(self.preprocess.mean)} values, but model.in_channels is {self.model.in_channels}; "

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from vitrail.config import at_least
+from vitrail.config import PreprocessConfig, at_least
 from vitrail.recipes import Choice, Facts, augmentation, averaging, speed
 from vitrail.settings import leaves
 
@@ -39,23 +39,24 @@ def keep_source(
 
 
 def brought(facts: Facts, given: Mapping[str, Any], source: ModelHeader) -> list[Choice]:
-    """Return what weights bring with them: picture size, channels, positions, preprocessing."""
+    """Return what weights bring with them: picture size, channels, positions, preprocessing.
+
+    Raises:
+        ValueError: the user fixed one of mean and std, which would mix two normalisations.
+    """
+    if ("preprocess.mean" in given) != ("preprocess.std" in given):
+        raise ValueError("preprocess.mean and preprocess.std belong together; give both, or none for the weights' own")
     model, preprocess = source.architecture, source.preprocess
     size = int(given.get("model.image_size", model.image_size))
     patch = int(given.get("model.patch_size", model.patch_size))
     channels = int(given.get("model.in_channels", max(model.in_channels, facts.channels)))
     why = "as the weights were trained"
-    mean, std = preprocess.mean, preprocess.std
-    if len(mean) != channels:
-        mean, std = ((fmean(each),) * channels for each in (mean, std))
-    choices = [
-        Choice("model.image_size", size, f"{why}; --model.image_size changes it, and positions follow"),
-        Choice("preprocess.resize", preprocess.resize, why),
-        Choice("preprocess.crop_fraction", preprocess.crop_fraction, why),
-        Choice("preprocess.interpolation", preprocess.interpolation, why),
-        Choice("preprocess.mean", mean, why),
-        Choice("preprocess.std", std, why),
-    ]
+    choices = [Choice("model.image_size", size, f"{why}; --model.image_size changes it, and positions follow")]
+    for field in dataclasses.fields(PreprocessConfig):
+        value = getattr(preprocess, field.name)
+        if isinstance(value, tuple) and len(value) != channels:  # mean and std
+            value = (fmean(value),) * channels
+        choices.append(Choice(f"preprocess.{field.name}", value, why))
     if channels != model.in_channels:
         seen = "colour pictures" if channels == 3 else "grey pictures"
         choices.append(Choice("model.in_channels", channels, f"{seen}; the weights saw {model.in_channels}"))
@@ -82,9 +83,9 @@ def duration(facts: Facts, given: Mapping[str, Any], width: int, *, adapters: bo
     usual = 64 if facts.num_train < 5_000 else 128 if facts.device == "cpu" else 512
     batch = int(given.get("batch_size", min(usual, facts.num_train)))
     at_least("batch_size", batch, 1)
-    seen = 40_000 if facts.num_train < 5_000 else 200_000 if facts.device == "cpu" else 1_000_000
+    seen = 20_000 if facts.num_train < 5_000 else 200_000 if facts.device == "cpu" else 1_000_000
     epochs = float(min(60, max(3, round(seen / facts.num_train))))
-    lr = 1e-3 * math.sqrt(batch / 128) * math.sqrt(192 / width) * (3 if adapters else 1)
+    lr = 2e-3 * math.sqrt(batch / 128) * (128 / width) * (3 if adapters else 1)
     steps = float(given.get("epochs", epochs)) * facts.num_train / batch
     choices = [
         Choice("batch_size", batch, "small sets want more steps" if batch <= 64 else "keeps the device busy"),

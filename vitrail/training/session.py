@@ -19,7 +19,6 @@ from vitrail.console import Talk, duration
 from vitrail.data.splits import save_splits
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.cost import num_parameters
-from vitrail.models.variants import is_variant
 from vitrail.recipes import Choice, Facts, build_config, recipe_file
 from vitrail.report.page import build_report
 from vitrail.settings import leaves, override
@@ -33,11 +32,18 @@ from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_d
 from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run, same_source
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
-from vitrail.training.start import first_learning, learning, note_of, noted_start, ready_start, start_model
+from vitrail.training.start import (
+    channels_of,
+    check_start,
+    meaning,
+    note_of,
+    noted_start,
+    open_source_weights,
+    pinned,
+    ready_start,
+)
 from vitrail.weights.adapt import Start, refuse_misfit
-from vitrail.weights.imported import Imported
 from vitrail.weights.store import ModelHeader, versions
-from vitrail.weights.words import open_weights
 
 
 @dataclass(frozen=True)
@@ -99,12 +105,6 @@ def train(
     return begin(world.from_main(folder or new_folder(source)), source, recipe or "auto", given, world, talk)
 
 
-def meaning(model: str) -> dict[str, str]:
-    """Return the setting that a MODEL word means: a variant, or trained weights."""
-    name = os.fspath(model)
-    return {"variant": name} if is_variant(name) and not Path(name).exists() else {"pretrained": name}
-
-
 def begin(
     folder: Path, source: str, recipe: str, given: Mapping[str, Any], world: parallel.World, talk: Talk
 ) -> Result:
@@ -112,6 +112,8 @@ def begin(
     base = recipe_file(recipe)
     opened = open_source_weights(base, given)
     source_header = opened.header if opened else None
+    if opened and "pretrained" in given:
+        given = {**given, "pretrained": pinned(given["pretrained"], opened.report.origin)}
     refuse_early(folder, recipe, given, source_header)
     data_settings = {name: value for name, value in given.items() if name.startswith("data.")}
     data_config = override(base or RunConfig(), {**data_settings, "data.source": source}).data
@@ -163,7 +165,8 @@ def go_on(
     for name, value in {**given, **({} if recipe is None else {"recipe": recipe})}.items():
         if name not in own:
             override(config, {name: value})
-        if own[name] != (tuple(value) if isinstance(value, list) else value):
+        again = name == "pretrained" and own[name].startswith(f"{value}@")  # the revision was looked up at the start
+        if own[name] != (tuple(value) if isinstance(value, list) else value) and not again:
             raise ValueError(
                 f"{folder}: --resume goes on exactly as configured, with {name} {own[name]!r}, not {value!r}; "
                 "leave the setting out, or start a new run with --recipe " + str(folder / "config.json")
@@ -283,53 +286,6 @@ def refuse_early(folder: Path, recipe: str, given: Mapping[str, Any], source: Mo
         index_of(model.encoder, model.patch_size) if fixed else feature_strides(model.encoder)
 
 
-def open_source_weights(base: RunConfig | None, given: Mapping[str, Any]) -> Imported | None:
-    """Read the weights that a run is to start from, or return None when it starts at random.
-
-    Raises:
-        ValueError: the weights cannot be had, or a variant is given beside them.
-    """
-    if "variant" in given and given.get("pretrained"):
-        raise ValueError(
-            f"variant {given['variant']!r} and pretrained {given['pretrained']!r} both say what the model is; give one"
-        )
-    word = given.get("pretrained", base.pretrained if base and "variant" not in given else "")
-    return open_weights(word) if word else None
-
-
-def channels_of(base: RunConfig | None, given: Mapping[str, Any], source: ModelHeader | None) -> int:
-    """Return the channels that the model is known to want; 0: the pictures decide."""
-    if source is not None and "pretrained" in given:
-        known = 3 if source.architecture.in_channels == 3 else 0  # grey weights can learn colour
-    else:
-        known = base.model.in_channels if base else 0
-    return int(given.get("model.in_channels", known))
-
-
-def check_start(config: RunConfig, start: Start, talk: Talk) -> dict[str, int]:
-    """Say what became of the weights that a run starts from and how many learn, and raise what is wrong with them.
-
-    Returns:
-        The count for `run.json`, where not all learn.
-
-    Raises:
-        ValueError: the encoder's weights cannot be had, or what is to be frozen or to learn first is not in the model.
-    """
-    for line in start.report.lines() if config.pretrained else ():
-        talk.say(line)
-    if not (config.encoder_weights or config.optim.freeze or config.lora.rank or config.warms_head):
-        return {}
-    model = start_model(config, fresh=True, start=start)
-    found = sum(parameter.numel() for parameter in learning(model).values())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    if config.warms_head:
-        first_learning(model, config, start)
-    if found == total:
-        return {}
-    talk.say(f"{found:,} of {total:,} weights learn ({found / total:.1%})")
-    return {"num_learning": found}
-
-
 def facts_of(checked: CheckedData, device: str) -> Facts:
     """Return what recipes may look at."""
     train_part = checked.splits.parts["train"]
@@ -352,9 +308,9 @@ def show(checked: CheckedData, choices: list[Choice], talk: Talk) -> None:
     parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.parts.items())
     talk.say(f"{checked.source.name}: {len(checked.source.labels)} classes; {parts} ({checked.splits.rule})")
     for choice in choices:
-        talk.say(
-            f"  --{'model' if choice.setting == 'variant' else choice.setting} {shown(choice.value)}: {choice.reason}"
-        )
+        is_model = choice.setting in ("variant", "pretrained")
+        if choice.value or not is_model:
+            talk.say(f"  --{'model' if is_model else choice.setting} {shown(choice.value)}: {choice.reason}")
 
 
 def shown(value: Any) -> str:

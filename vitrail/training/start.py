@@ -3,22 +3,85 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from vitrail.config import RunConfig
+from vitrail.console import Talk
 from vitrail.models.lora import add_adapters, is_adapter
+from vitrail.models.variants import is_variant
 from vitrail.models.vit import ViT
 from vitrail.training.checkpoints import Progress, State
 from vitrail.training.frozen import batch_norms, freeze, slow_statistics, within
 from vitrail.training.optim import build_optimizer
 from vitrail.weights.adapt import Start, adapt
 from vitrail.weights.imported import Imported, LoadReport
-from vitrail.weights.store import build_model
+from vitrail.weights.store import ModelHeader, build_model
 from vitrail.weights.words import open_weights
+
+
+def meaning(model: str) -> dict[str, str]:
+    """Return the setting that a MODEL word means: a variant, or trained weights."""
+    name = os.fspath(model)
+    return {"variant": name} if is_variant(name) and not Path(name).exists() else {"pretrained": name}
+
+
+def open_source_weights(base: RunConfig | None, given: Mapping[str, Any]) -> Imported | None:
+    """Read the weights that a run is to start from, or return None when it starts at random.
+
+    Raises:
+        ValueError: the weights cannot be had, or a variant is given beside them.
+    """
+    if "variant" in given and given.get("pretrained"):
+        raise ValueError(
+            f"variant {given['variant']!r} and pretrained {given['pretrained']!r} both say what the model is; give one"
+        )
+    word = given.get("pretrained", base.pretrained if base and "variant" not in given else "")
+    return open_weights(word) if word else None
+
+
+def pinned(word: str, origin: str) -> str:
+    """Return a word for trained weights with the revision that it meant on its hub, where it has one."""
+    name, at, _ = origin.partition("@")
+    return origin if at and name == word.partition("@")[0] else word
+
+
+def channels_of(base: RunConfig | None, given: Mapping[str, Any], source: ModelHeader | None) -> int:
+    """Return the channels that the model is known to want; 0: the pictures decide."""
+    if source is not None and "pretrained" in given:
+        known = 3 if source.architecture.in_channels == 3 else 0  # grey weights can learn colour
+    else:
+        known = base.model.in_channels if base else 0
+    return int(given.get("model.in_channels", known))
+
+
+def check_start(config: RunConfig, start: Start, talk: Talk) -> dict[str, int]:
+    """Say what became of the weights that a run starts from and how many learn, and raise what is wrong with them.
+
+    Returns:
+        The count for `run.json`, where not all learn.
+
+    Raises:
+        ValueError: the encoder's weights cannot be had, or what is to be frozen or to learn first is not in the model.
+    """
+    for line in start.report.lines() if config.pretrained else ():
+        talk.say(line)
+    if not (config.encoder_weights or config.optim.freeze or config.lora.rank or config.warms_head):
+        return {}
+    model = start_model(config, fresh=True, start=start)
+    found = sum(parameter.numel() for parameter in learning(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if config.warms_head:
+        first_learning(model, config, start)
+    if found == total:
+        return {}
+    talk.say(f"{found:,} of {total:,} weights learn ({found / total:.1%})")
+    return {"num_learning": found}
 
 
 def ready_start(config: RunConfig, labels: Sequence[str], opened: Imported | None = None) -> Start:
