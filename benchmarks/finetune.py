@@ -30,7 +30,7 @@ WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
     "LoRA of rank 8": (True, {"lora.rank": 8}),
     "head only": (
         True,
-        {"optim.freeze": ("patch_embed", "blocks", "norm", "fc_norm"), "optim.head_warmup": "0 steps", "optim.layer_decay": 1.0},
+        {"optim.freeze": ("patch_embed", "blocks", "fc_norm"), "optim.head_warmup": "0 steps", "optim.layer_decay": 1.0},
     ),
 }  # fmt: skip
 

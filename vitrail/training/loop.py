@@ -57,11 +57,12 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
     device = pick_device(config.device)
     rhythm = rhythm_of(config, len(data.splits.parts["train"]))
     schedule = Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
-    state = start_state(config, device, fresh=not run.has_state, start=start_from)
+    resumed = world.from_main(run.has_state)
+    state = start_state(config, device, fresh=not resumed, start=start_from)
     state.model.kernels = run_kernels(config, device, run, world)
     if state.average is not None:
         state.average.kernels = state.model.kernels
-    if run.has_state:
+    if resumed:
         load_state(run.last, state)
     elif config.pretrained and world.is_main:
         save_state(run.last, state)  # from here on the run depends on no other file
@@ -88,9 +89,7 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
         for step in range(start + 1, rhythm.total + 1):
             if step in (start + 1, rhythm.head + 1):
                 let_learn(all_learning, first if step <= rhythm.head else all_learning)
-                wrapped = (
-                    objective  # an earlier wrapping ends here: each counts on the gradients that it found at first
-                )
+                wrapped = objective  # ends an earlier wrapping, which counts on other gradients
                 wrapped = world.wrap(objective)
             batch = meter.next(batches)
             lr = config.optim.lr * schedule(step)

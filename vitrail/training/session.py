@@ -86,7 +86,8 @@ def train(
     Args:
         source: `digits`, or a folder of class folders.
         out: the run's folder; `runs/<data name>` unless given.
-        model: a variant's name such as `ti16`, or trained weights to start from: a run, a model or weights file, `hf:…`, `timm:…`.
+        model: a variant's name such as `ti16`, or trained weights to start from: a run, a model or weights file, `hf:…`,
+            `timm:…`.
         recipe: a recipe's name (`auto` unless given) or an earlier run's config.json.
         resume: go on with the run in `out`.
         settings: any setting by its dotted name, for instance `epochs=10` or `**{"optim.lr": 3e-4}`.
@@ -109,12 +110,13 @@ def begin(
     folder: Path, source: str, recipe: str, given: Mapping[str, Any], world: parallel.World, talk: Talk
 ) -> Result:
     """Start a new run."""
+    check_new(folder)
     base = recipe_file(recipe)
     opened = open_source_weights(base, given)
     source_header = opened.header if opened else None
     if opened and "pretrained" in given:
         given = {**given, "pretrained": pinned(given["pretrained"], opened.report.origin)}
-    refuse_early(folder, recipe, given, source_header)
+    refuse_early(recipe, given, source_header)
     data_settings = {name: value for name, value in given.items() if name.startswith("data.")}
     data_config = override(base or RunConfig(), {**data_settings, "data.source": source}).data
     channels = channels_of(base, given, source_header)
@@ -191,7 +193,7 @@ def go_on(
         )
     talk.say(f"resuming {folder}")
     run.note(status="running")
-    start = noted_start(info) if run.has_state else ready_start(config, checked.source.labels)
+    start = noted_start(info) if world.from_main(run.has_state) else ready_start(config, checked.source.labels)
     return carry_out(config, data, run, world, talk, start)
 
 
@@ -267,9 +269,8 @@ def note_quietly(run: Run, **values: Any) -> None:
         return
 
 
-def refuse_early(folder: Path, recipe: str, given: Mapping[str, Any], source: ModelHeader | None = None) -> None:
-    """Raise what can be known before the pictures are looked at: folder, names, settings."""
-    check_new(folder)
+def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | None) -> None:
+    """Raise what can be known before the pictures are looked at: names, settings, weights that cannot fit."""
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
