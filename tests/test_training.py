@@ -22,11 +22,13 @@ from vitrail.evaluation.classifier import load
 from vitrail.evaluation.tables import write_table
 from vitrail.models.vit import ViT
 from vitrail.settings import override
+from vitrail.training import loop
 from vitrail.training.diagnosis import NotFinite
 from vitrail.training.loop import rhythm_of
 from vitrail.training.optim import build_optimizer, clip_gradient, update_average
 from vitrail.training.schedules import Schedule
 from vitrail.training.session import train
+from vitrail.training.signals import Stopped
 from vitrail.weights.store import load_model
 
 QUIET = Talk(quiet=True)
@@ -114,6 +116,24 @@ def test_another_seed_is_another_run(tiny_run, tmp_path, tiny):
     train(data, out=tmp_path / "other", talk=QUIET, seed=1, **tiny)
     ours, theirs = (load_file(path / "model.safetensors") for path in (run, tmp_path / "other"))
     assert not torch.equal(ours["head.weight"], theirs["head.weight"])
+
+
+def interrupted(step: int, data: Path, **settings) -> Path:
+    """Train, stopped by a signal right after a step as from outside; returns the run's folder."""
+    real = loop.update
+
+    def update(wrapped, state, *more):
+        if state.progress.step + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+        return real(wrapped, state, *more)
+
+    loop.update = update
+    try:
+        with pytest.raises(Stopped):
+            train(data, talk=QUIET, **settings)
+    finally:
+        loop.update = real
+    return Path(settings["out"])
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

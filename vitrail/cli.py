@@ -84,6 +84,10 @@ def fail(message: str, code: int = USER_ERROR) -> int:
 _IMAGE_SIZE = "side of the square that pictures are brought to (the model's own)"
 _PATCH_SIZE = "side of a patch, for models trained with several by --model.patch-sizes (the model's own)"
 _RESIZE = "crop, squash, or aspect: whole pictures in their own aspect ratio (the model's own)"
+_START = (
+    "variant, such as nano4, ti16, s16-concat; or trained weights to start from: a run, a model or weights file, hf:NAME, "
+    "timm:NAME"
+)
 MODELS = ("micro4", "s16", "s16-local7")  # small pictures, photographs, large pictures with local attention
 
 
@@ -155,7 +159,7 @@ def train_options() -> type:
         ("out", Annotated[str | None, arg(help="folder of the run (default: runs/NAME)", metavar="RUN")], None),
         (
             "model_name",
-            Annotated[str | None, arg(name="model", help="variant, such as nano4, ti16, s16-concat", metavar="NAME")],
+            Annotated[str | None, arg(name="model", help=_START, metavar="MODEL")],
             None,
         ),
         (
@@ -167,7 +171,9 @@ def train_options() -> type:
         ),
         ("resume", Annotated[bool, arg(help="go on with the run in --out, exactly")], False),
     ]
-    return dataclasses.make_dataclass("Train", [*own, *settings_of(RunConfig, skip=("recipe", "variant"))], frozen=True)
+    return dataclasses.make_dataclass(
+        "Train", [*own, *settings_of(RunConfig, skip=("recipe", "variant", "pretrained"))], frozen=True
+    )
 
 
 def settings_of(kind: type, *, skip: tuple[str, ...] = ()) -> list[Any]:

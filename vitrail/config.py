@@ -23,6 +23,7 @@ INTERPOLATION_NAMES = ("bilinear", "bicubic", "lanczos")
 PRECISION_NAMES = ("fp32", "bf16")
 DAMAGED_NAMES = ("stop", "drop", "keep")
 FILL_NAMES = ("black", "edge", "mirror")
+LORA_NAMES = ("qkv", "proj", "fc1", "fc2")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 
 
@@ -127,6 +128,12 @@ class OptimConfig:
     freeze: tuple[str, ...] = setting(
         (), "parts of the model that stay as they are, by name, such as patch_embed.backbone"
     )
+    layer_decay: float = setting(
+        1.0, "the rate of a block as a share of the next one's (Bao et al. 2022, BEiT); 1: all learn alike"
+    )
+    head_warmup: str = setting(
+        "0 steps", "with trained weights: for this long only the head, and what starts at random, learns"
+    )
 
     def __post_init__(self) -> None:
         choice("optim.name", self.name, OPTIMIZER_NAMES)
@@ -139,6 +146,27 @@ class OptimConfig:
         at_least("optim.weight_decay", self.weight_decay, 0)
         at_least("optim.clip_norm", self.clip_norm, 0)
         at_least("optim.accumulate", self.accumulate, 1)
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay is {self.layer_decay}; expected above 0, at most 1 (1: off)")
+        parse_duration(self.head_warmup, "optim.head_warmup")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): these, the head and what starts at random learn; all else stays."""
+
+    rank: int = setting(0, "rank of the adapters, such as 8; 0: off")
+    alpha: float = setting(16.0, "an adapter's output is multiplied by alpha / rank")
+    targets: tuple[str, ...] = setting(("qkv", "proj"), f"layers of every block that have one: {', '.join(LORA_NAMES)}")
+
+    def __post_init__(self) -> None:
+        at_least("lora.rank", self.rank, 0)
+        if self.alpha <= 0:
+            raise ValueError(f"lora.alpha is {self.alpha}; expected above 0")
+        for target in self.targets:
+            choice("lora.targets", target, LORA_NAMES)
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"lora.targets {' '.join(self.targets)!r}: expected one or more, each once")
 
 
 @dataclass(frozen=True)
@@ -196,7 +224,8 @@ class RunConfig:
     """Everything that decides a run's result, resolved: nothing is left to be chosen later."""
 
     recipe: str = setting("auto", "name of the recipe, or a config.json of an earlier run")
-    variant: str = setting("b16", "name of the architecture that `model` was made from")
+    variant: str = setting("b16", "name of the architecture that `model` was made from; empty with pretrained")
+    pretrained: str = setting("", "weights to start from: a run, a model or weights file, hf:…, timm:…; empty: random")
     encoder_weights: str = setting("", "trained weights of a CNN encoder: timm, or a file; empty: start at random")
     epochs: float = setting(10.0, "passes over the training part")
     batch_size: int = setting(128, "pictures per step, over all processes")
@@ -209,6 +238,7 @@ class RunConfig:
     preprocess: PreprocessConfig = section(PreprocessConfig, "from a picture to the model's input")
     augment: AugmentConfig = section(AugmentConfig, "random changes to training pictures")
     optim: OptimConfig = section(OptimConfig, "how weights move")
+    lora: LoraConfig = section(LoraConfig, "low-rank adapters")
     schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over time")
     log: LogConfig = section(LogConfig, "reports, judgements and saves")
     kernels: KernelConfig = section(KernelConfig, "how attention is computed")
@@ -229,6 +259,7 @@ class RunConfig:
                 "preprocess.resize 'aspect' judges pictures in their own aspect ratio, but training needs squares: set "
                 "augment.crop_scale below 1 for random crops"
             )
+        self._check_pretrained()
         if self.encoder_weights and self.model.encoder in ENCODER_NAMES:
             raise ValueError(
                 f"encoder_weights {self.encoder_weights!r} is for a CNN of timm as encoder, but model.encoder is "
@@ -239,6 +270,30 @@ class RunConfig:
                 f"preprocess.mean has {len(self.preprocess.mean)} values, but model.in_channels is {self.model.in_channels}; "
                 "give one mean and one std per channel"
             )
+
+    def _check_pretrained(self) -> None:
+        if self.pretrained and self.encoder_weights:
+            raise ValueError(
+                f"encoder_weights {self.encoder_weights!r} would replace a part of the weights of {self.pretrained}, which "
+                "have their own encoder; leave one of them out"
+            )
+        if self.lora.rank and not self.pretrained:
+            raise ValueError(
+                f"lora.rank {self.lora.rank} adapts trained weights, but these start at random; give --model a run, a "
+                "weights file, hf:… or timm:…, or leave it out"
+            )
+        if self.lora.rank > self.model.embed_dim:
+            raise ValueError(f"lora.rank is {self.lora.rank}; expected at most model.embed_dim {self.model.embed_dim}")
+        if self.warms_head and not (self.pretrained or self.encoder_weights):
+            raise ValueError(
+                f"optim.head_warmup {self.optim.head_warmup!r} holds trained weights, but all of these start at random; give "
+                "--model a run, a weights file, hf:… or timm:…, or leave it out"
+            )
+
+    @property
+    def warms_head(self) -> bool:
+        """Whether the head learns alone at first."""
+        return parse_duration(self.optim.head_warmup, "optim.head_warmup")[0] > 0
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitrail.config import RunConfig, at_least, load_config
 from vitrail.lookup import pick
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.variants import SIZES, suffix_fields, variant_config
 from vitrail.settings import leaves, override
+
+if TYPE_CHECKING:
+    from vitrail.weights.store import ModelHeader
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ class Choice:
     reason: str
 
 
-def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[RunConfig, list[Choice]]:
+def build_config(
+    recipe: str, facts: Facts, given: Mapping[str, Any], source: ModelHeader | None = None
+) -> tuple[RunConfig, list[Choice]]:
     """Return the resolved configuration of a run and the recipe's choices.
 
     Args:
         recipe: a recipe's name, or the path of an earlier run's config.json.
-        given: what the user has fixed: dotted settings, and `variant`.
+        given: what the user has fixed: dotted settings, and `variant` or `pretrained`.
+        source: what the weights that the run starts from say of themselves.
 
     Raises:
         ValueError: the recipe is unknown, or a setting is unknown or refused.
@@ -74,25 +80,57 @@ def build_config(recipe: str, facts: Facts, given: Mapping[str, Any]) -> tuple[R
     if (config := recipe_file(recipe)) is not None:
         choices = [Choice(name, value, f"from {recipe}") for name, value in leaves(config)]
         fixed = {"recipe", "data.source", "model.num_classes"}
-        if "variant" in given:  # another architecture: only what the pictures decide stays
+        if "variant" in given or "pretrained" in given:  # another architecture: only what the pictures decide stays
             fixed |= {name for name, _ in leaves(config) if name.startswith("model.") and name != "model.in_channels"}
-        if "variant" in given or "model.encoder" in given:  # these name parts and files of the earlier architecture
-            fixed |= {"encoder_weights", "optim.freeze"}
-            config = override(config, {"encoder_weights": "", "optim.freeze": ()})
+        if dropped := earlier(given):
+            fixed |= dropped.keys()
+            config = override(config, dropped)
     else:
-        config, choices, fixed = RunConfig(), pick(RECIPES, recipe, "recipe")(facts, given), set[str]()
+        config, choices, fixed = RunConfig(), chosen(recipe, facts, given, source), set[str]()
     # What the model's name says is as good as given.
     named = {f"model.{field}" for field in suffix_fields(str(given.get("variant", "")))}
     choices = [choice for choice in choices if choice.setting not in {*given, *fixed, *named}]
     made = {choice.setting: choice.value for choice in choices}
-    variant = str({**made, **given}.get("variant", config.variant))
-    wanted = {f"model.{key}": value for key, value in leaves(variant_config(variant))}
+    if source is None:
+        variant = str({**made, **given}.get("variant", config.variant))
+        wanted = {f"model.{key}": value for key, value in leaves(variant_config(variant))}
+    elif recipe in RECIPES or "pretrained" in given:
+        from vitrail.finetuning import keep_source
+
+        wanted, choices = keep_source(choices, facts, given, source)
+        choices = [choice for choice in choices if choice.setting not in given]
+        made = {choice.setting: choice.value for choice in choices}
+    else:  # the file says all of it
+        wanted = {}
     wanted |= {**made, **given, "recipe": recipe, "model.num_classes": facts.num_classes}
     config = override(config, wanted)
     if config.encoder_weights and (new_encoder or recipe in RECIPES):  # else the earlier run's own normalisation stands
         config, choices = as_published(config, choices, given)
     refuse_idle(config, given)
     return config, choices
+
+
+def chosen(recipe: str, facts: Facts, given: Mapping[str, Any], source: ModelHeader | None) -> list[Choice]:
+    """Return the choices of a named recipe; `auto` has others for trained weights.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if recipe == "auto" and source is not None:
+        from vitrail import finetuning
+
+        return finetuning.auto(facts, given, source)
+    return pick(RECIPES, recipe, "recipe")(facts, given)
+
+
+def earlier(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of an earlier run's file names parts and files of an architecture that was replaced, and its resets."""
+    dropped: dict[str, Any] = {}
+    if "variant" in given or "pretrained" in given or "model.encoder" in given:
+        dropped |= {"encoder_weights": "", "optim.freeze": ()}
+    if "variant" in given:
+        dropped |= {"pretrained": "", "optim.head_warmup": "0 steps", "lora.rank": 0}
+    return dropped
 
 
 def as_published(config: RunConfig, choices: list[Choice], given: Mapping[str, Any]) -> tuple[RunConfig, list[Choice]]:
@@ -137,6 +175,8 @@ IDLE: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "schedule.step_gamma": ("schedule.decay", lambda config: config.schedule.decay == "step"),
     "schedule.final_fraction": ("schedule.decay", lambda config: config.schedule.decay in ("cosine", "linear")),
     "preprocess.crop_fraction": ("preprocess.resize", lambda config: config.preprocess.resize == "crop"),
+    "lora.alpha": ("lora.rank", lambda config: config.lora.rank > 0),
+    "lora.targets": ("lora.rank", lambda config: config.lora.rank > 0),
     "augment.crop_ratio": ("augment.crop_scale", lambda config: config.augment.crop_scale < 1),
     "augment.saturation": ("model.in_channels", lambda config: config.model.in_channels == 3),
     "augment.fill": ("augment.rotation", lambda config: config.augment.rotation > 0 or config.augment.shift > 0),

@@ -105,6 +105,7 @@ def render(run: RunFiles) -> str:
         mistakes=[row | {"picture": plots.preview(row.get("thumbnail"))} for row in mistakes],
         problems=_rows(run.facts.get("problems")),
         choices=_rows(run.facts.get("choices"))[:ROWS_LIMIT],
+        start=_start(run),
         config=_flat(run.config)[:ROWS_LIMIT],
     )
 
@@ -299,6 +300,27 @@ def _calibration(result: Json) -> Json | None:
     excess = sum(row["count"] * (row["confidence"] - row["accuracy"]) for row in known) / total
     points = "; ".join(f"sure {row['confidence']:.0%}, right {row['accuracy']:.0%}" for row in known)
     return {"excess": excess, "svg": plots.reliability(known, f"Calibration: {points}")}
+
+
+def _start(run: RunFiles) -> Json | None:
+    """What became of the weights that the run started from, as (what, text) rows; None when it started at random."""
+    start = _dict(run.facts.get("start"))
+    if not start:
+        return None
+    words = {"resized": "Resized", "missing": "Started at random", "unexpected": "Left out", "notes": "Notes"}
+    listed = {key: [str(each) for each in _list(start.get(key))] for key in words}
+    rows = [("Weights loaded", str(start.get("loaded", "–")))]
+    rows += [("Head", str(start.get("head") or "loaded, with its classes"))]
+    rows += [(words[key], _some(texts)) for key, texts in listed.items() if texts]
+    learning, total = number(run.facts.get("num_learning")), number(run.facts.get("num_parameters"))
+    if learning and total:
+        rows.append(("Learned", f"{learning:,.0f} numbers; the model has {total:,.0f}"))
+    return {"origin": str(start.get("origin", "")), "rows": rows}
+
+
+def _some(texts: list[str], most: int = 8) -> str:
+    rest = len(texts) - most
+    return "; ".join(texts[:most]) + (f"; and {rest:,} more" if rest > 0 else "")
 
 
 def _flat(section: Json, prefix: str = "") -> list[tuple[str, object]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +16,35 @@ from vitrail.data.loader import Batch
 from vitrail.data.preprocess import preprocess_of
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import headline
-from vitrail.models.vit import ViT
+from vitrail.models.lora import merged
 from vitrail.training.attention import run_kernels
 from vitrail.training.checkpoints import Progress, State, load_state, save_state
 from vitrail.training.diagnosis import check_finite, check_outputs
-from vitrail.training.frozen import freeze, running_statistics, slow_statistics
+from vitrail.training.frozen import running_statistics
 from vitrail.training.meter import Meter
 from vitrail.training.objectives import Classification
-from vitrail.training.optim import build_optimizer, clip_gradient, set_lr, update_average
+from vitrail.training.optim import clip_gradient, set_lr, update_average
 from vitrail.training.parallel import World
 from vitrail.training.precision import autocast, pick_device
 from vitrail.training.prepare import TrainData
 from vitrail.training.run import Run
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped, StopRequest
+from vitrail.training.start import first_learning, learning, let_learn, start_state
+from vitrail.weights.adapt import Start
 from vitrail.weights.store import ModelHeader, save_model, versions
 
 _SHOW_SECONDS = 0.5
 
 
-def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk) -> Progress:
+def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk, start_from: Start) -> Progress:
     """Train until the last step; goes on from the run's saved state where there is one.
 
     Afterwards `model.safetensors` in the run's folder holds the weights that did best on the validation part, and
     `last/` the exact state.
+
+    Args:
+        start_from: the weights of the first step, where they are not random, and which of them are.
 
     Returns:
         Where the run is.
@@ -54,21 +57,26 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
     device = pick_device(config.device)
     rhythm = rhythm_of(config, len(data.splits.parts["train"]))
     schedule = Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
-    state = start_state(config, device, fresh=not run.has_state)
+    resumed = world.from_main(run.has_state)
+    state = start_state(config, device, fresh=not resumed, start=start_from)
     state.model.kernels = run_kernels(config, device, run, world)
     if state.average is not None:
         state.average.kernels = state.model.kernels
-    if run.has_state:
+    if resumed:
         load_state(run.last, state)
+    elif config.pretrained and world.is_main:
+        save_state(run.last, state)  # from here on the run depends on no other file
     statistics = running_statistics(state.model)
     run.forget_after(state.progress.step)
     objective = Classification(state.model, label_smoothing=config.optim.label_smoothing)
     if config.compile:
         # A graph for each patch size: beyond its limit torch would go on uncompiled, and say so in a log only.
         limit = torch._dynamo.config.recompile_limit  # pyright: ignore[reportAttributeAccessIssue]
-        torch._dynamo.config.recompile_limit = limit + len(config.model.patch_sizes)  # pyright: ignore[reportAttributeAccessIssue]
+        graphs = (1 + config.warms_head) * len(config.model.patch_sizes)
+        torch._dynamo.config.recompile_limit = limit + graphs  # pyright: ignore[reportAttributeAccessIssue]
         objective.compile()
-    wrapped = world.wrap(objective)
+    all_learning, wrapped = learning(state.model), objective
+    first = first_learning(state.model, config, start_from) if rhythm.head else {}
     stream = data.stream(config, device, world)
     start = state.progress.step
     batches = stream.batches(start, rhythm.total)
@@ -79,8 +87,13 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
 
     with display, StopRequest() as stop:
         for step in range(start + 1, rhythm.total + 1):
+            if step in (start + 1, rhythm.head + 1):
+                let_learn(all_learning, first if step <= rhythm.head else all_learning)
+                wrapped = objective  # ends an earlier wrapping, which counts on other gradients
+                wrapped = world.wrap(objective)
             batch = meter.next(batches)
-            set_lr(state.optimizer, config.optim.lr * schedule(step))
+            lr = config.optim.lr * schedule(step)
+            set_lr(state.optimizer, lr)
             # All randomness of a step comes from its number: resuming needs no generator state.
             torch.manual_seed(step_seed(config.seed, step, world.rank))
             losses = update(wrapped, state, batch, config, device)
@@ -104,7 +117,7 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
                 state.progress.elapsed_s = elapsed_s + now - started_at
                 report_dropped(data, run, talk)
                 if log:
-                    line = {**means, "train/lr": state.optimizer.param_groups[0]["lr"], **meter.speed()}
+                    line = {**means, "train/lr": lr, **meter.speed()}
                     run.log(step=step, epoch=rhythm.epoch(step), **line, **{"time/elapsed_s": state.progress.elapsed_s})
                     meter.restart()
             if judged:
@@ -131,31 +144,6 @@ def report_dropped(data: TrainData, run: Run, talk: Talk) -> None:
     talk.warn(f"{len(new)} files can no longer be read and are left out: {', '.join(new[:5])}")
     problems = [{"severity": "warning", "kind": "unreadable", "paths": new, "message": "failed during the run"}]
     run.note(problems=[*run.info().get("problems", []), *problems])
-
-
-def start_state(config: RunConfig, device: torch.device, *, fresh: bool) -> State:
-    """Return the state before the first step; unless `fresh`, its weights are about to be replaced by saved ones."""
-    model = start_model(config, fresh=fresh).to(device)
-    average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
-    return State(model, average, build_optimizer(model, config.optim), Progress())
-
-
-def start_model(config: RunConfig, *, fresh: bool) -> ViT:
-    """Return the model before the first step, in training mode but for its frozen parts.
-
-    Raises:
-        ValueError: the encoder's weights cannot be had, or a frozen part is not in the model.
-    """
-    torch.manual_seed(config.seed)
-    model = ViT(config.model)
-    if config.encoder_weights and fresh:
-        from vitrail.models.cnns import load_pretrained
-
-        load_pretrained(cast(nn.Module, model.patch_embed.backbone), config.model, config.encoder_weights)
-    model.train()
-    freeze(model, config.optim.freeze)
-    slow_statistics(model, config.optim.accumulate)
-    return model
 
 
 def update(
@@ -189,8 +177,9 @@ def judge_and_keep(
 ) -> None:
     """Judge the weights on the validation part, log it, and keep them where they are the best so far."""
     part = data.splits.parts["val"]
-    outputs = judge(state.judged, data.pictures, part, device=pick_device(config.device), world=world)
-    check_outputs(state.progress.step, outputs, state.judged, data.pictures)
+    model = merged(state.judged)
+    outputs = judge(model, data.pictures, part, device=pick_device(config.device), world=world)
+    check_outputs(state.progress.step, outputs, model, data.pictures)
     figures = headline(outputs)
     step, epoch, best = state.progress.step, rhythm.epoch(state.progress.step), state.progress.best
     line = {f"eval/{name}": value for name, value in figures.items()}
@@ -200,7 +189,7 @@ def judge_and_keep(
     if better:
         state.progress.best = {**figures, "step": step, "epoch": epoch}
         if run.is_main:
-            save_model(run.model, state.judged.state_dict(), model_header(config, data, state.progress.best))
+            save_model(run.model, model.state_dict(), model_header(config, data, state.progress.best))
 
 
 def model_header(
@@ -220,12 +209,13 @@ def model_header(
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When things happen, in steps (not rounded)."""
+    """When things happen, in steps (not rounded but for `head`, the last step in which the head learns alone)."""
 
     total: int
     per_epoch: float
     log: float
     judge: float
+    head: int
 
     def due(self, step: int, every: float) -> bool:
         """Whether this step passed a multiple of `every` steps, or is the last."""
@@ -237,13 +227,23 @@ class Rhythm:
 
 
 def rhythm_of(config: RunConfig, num_train: int) -> Rhythm:
-    """Turn a configuration's durations into steps."""
+    """Turn a configuration's durations into steps.
+
+    Raises:
+        ValueError: the head would learn alone to the end.
+    """
     per_epoch = num_train / config.batch_size
     total = max(1, math.ceil(config.epochs * per_epoch))
     lengths = {"total_steps": total, "steps_per_epoch": per_epoch}
     log = to_steps(config.log.every, "log.every", **lengths)
     judged = to_steps(config.log.eval_every, "log.eval_every", **lengths)
-    return Rhythm(total, per_epoch, max(1.0, log), max(1.0, judged))
+    head = round(to_steps(config.optim.head_warmup, "optim.head_warmup", **lengths))
+    if config.warms_head and head >= total:
+        raise ValueError(
+            f"optim.head_warmup {config.optim.head_warmup!r} is {head} steps, but the run has only {total}; shorten it, for "
+            "instance --optim.head_warmup '10 %', or let the head learn alone to the end by --optim.freeze"
+        )
+    return Rhythm(total, per_epoch, max(1.0, log), max(1.0, judged), max(head, int(config.warms_head)))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -12,22 +12,47 @@ _NO_DECAY = ("cls_token", "reg_token", "pos_embed", "latent")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov & Hutter 2019) in which matrices decay, and biases, norms, tokens and positions do not."""
-    decayed, exempt = [], []
+    """Return AdamW (Loshchilov & Hutter 2019) in which matrices decay, and biases, norms, tokens and positions do not.
+
+    With `layer_decay` every layer has groups of its own, whose `scale` multiplies the rate.
+    """
+    top = num_layers(model)
+    layers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        layer = top if config.layer_decay == 1 else layer_of(name, top)
+        decayed, exempt = layers.setdefault(layer, ([], []))
         no_decay = parameter.ndim < 2 or name.split(".")[-1] in _NO_DECAY
         (exempt if no_decay else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    groups = [
+        {"params": parameters, "weight_decay": weight_decay, "scale": config.layer_decay ** (top - layer)}
+        for layer, pair in layers.items()
+        for parameters, weight_decay in zip(pair, (config.weight_decay, 0.0), strict=True)
+        if parameters
+    ]
     # fused: one pass over memory a tensor instead of a dozen operations; also on CPUs.
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
+def num_layers(model: nn.Module) -> int:
+    """Return the number that `layer_of` gives a model's head: one more than it has blocks."""
+    return 1 + len({name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("blocks.")})
+
+
+def layer_of(name: str, top: int) -> int:
+    """Return a parameter's layer: 0 what embeds the picture, i + 1 block i, `top` norm, decoder and head (Bao et al. 2022,
+    BEiT, appendix; MAE's `util/lr_decay.py`)."""
+    part = name.split(".")
+    if part[0] in ("patch_embed", "cls_token", "reg_token", "pos_embed"):
+        return 0
+    return int(part[1]) + 1 if part[0] == "blocks" else top
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group to its share of `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
 
 
 def clip_gradient(model: nn.Module, limit: float) -> Tensor:

@@ -25,14 +25,25 @@ from vitrail.settings import leaves, override
 from vitrail.training import parallel
 from vitrail.training.attention import choose_kernels
 from vitrail.training.finish import finish
-from vitrail.training.loop import rhythm_of, start_model
+from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
 from vitrail.training.precision import autocast, pick_device, supports_bf16
 from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data
 from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run, same_source
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
-from vitrail.weights.store import versions
+from vitrail.training.start import (
+    channels_of,
+    check_start,
+    meaning,
+    note_of,
+    noted_start,
+    open_source_weights,
+    pinned,
+    ready_start,
+)
+from vitrail.weights.adapt import Start, refuse_misfit
+from vitrail.weights.store import ModelHeader, versions
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ def train(
     Args:
         source: `digits`, or a folder of class folders.
         out: the run's folder; `runs/<data name>` unless given.
-        model: a variant's name such as `ti16`.
+        model: a variant's name such as `ti16`, or trained weights to start from: a run, a model or weights file, `hf:…`,
+            `timm:…`.
         recipe: a recipe's name (`auto` unless given) or an earlier run's config.json.
         resume: go on with the run in `out`.
         settings: any setting by its dotted name, for instance `epochs=10` or `**{"optim.lr": 3e-4}`.
@@ -87,7 +99,7 @@ def train(
     world = parallel.join()
     talk = talk or Talk(quiet=not world.is_main)
     source = os.fspath(source)
-    given = dict(settings) | ({"variant": model} if model is not None else {})
+    given = dict(settings) | ({} if model is None else meaning(model))
     folder = Path(out) if out is not None else None
     if resume:
         return go_on(folder or newest_folder(source), source, recipe, given, world, talk)
@@ -98,19 +110,24 @@ def begin(
     folder: Path, source: str, recipe: str, given: Mapping[str, Any], world: parallel.World, talk: Talk
 ) -> Result:
     """Start a new run."""
-    refuse_early(folder, recipe, given)
+    check_new(folder)
     base = recipe_file(recipe)
+    opened = open_source_weights(base, given)
+    source_header = opened.header if opened else None
+    if opened and "pretrained" in given:
+        given = {**given, "pretrained": pinned(given["pretrained"], opened.report.origin)}
+    refuse_early(recipe, given, source_header)
     data_settings = {name: value for name, value in given.items() if name.startswith("data.")}
     data_config = override(base or RunConfig(), {**data_settings, "data.source": source}).data
-    channels = int(given.get("model.in_channels", base.model.in_channels if base else 0))
+    channels = channels_of(base, given, source_header)
     checked = check_data(data_config, talk, channels=channels)
     refuse_idle_fractions(checked, given)
     facts = facts_of(checked, str(given.get("device", "auto")))
-    config, choices = build_config(recipe, facts, {**given, "data.source": source})
+    config, choices = build_config(recipe, facts, {**given, "data.source": source}, source_header)
     check_runnable(config, facts.num_train, world)
-    if config.encoder_weights or config.optim.freeze:
-        start_model(config, fresh=True)  # what is wrong with them shows before a folder is made
+    start = ready_start(config, checked.source.labels, opened)
     show(checked, choices, talk)
+    learned = check_start(config, start, talk)
     data = ready_data(checked, config)
     if world.is_main:
         create_run(
@@ -125,11 +142,13 @@ def begin(
             versions=versions(),
             machine=machine(str(pick_device(config.device)), config.precision),
             num_parameters=num_parameters(config.model),
+            **learned,
+            **({"start": note_of(start)} if config.pretrained else {}),
             processes=world.size,
             in_memory=data.pictures.stored is not None,
         )
     world.wait()
-    return carry_out(config, data, Run(folder, world.is_main), world, talk)
+    return carry_out(config, data, Run(folder, world.is_main), world, talk, start)
 
 
 def go_on(
@@ -148,7 +167,8 @@ def go_on(
     for name, value in {**given, **({} if recipe is None else {"recipe": recipe})}.items():
         if name not in own:
             override(config, {name: value})
-        if own[name] != (tuple(value) if isinstance(value, list) else value):
+        again = name == "pretrained" and own[name].startswith(f"{value}@")  # the revision was looked up at the start
+        if own[name] != (tuple(value) if isinstance(value, list) else value) and not again:
             raise ValueError(
                 f"{folder}: --resume goes on exactly as configured, with {name} {own[name]!r}, not {value!r}; "
                 "leave the setting out, or start a new run with --recipe " + str(folder / "config.json")
@@ -173,7 +193,8 @@ def go_on(
         )
     talk.say(f"resuming {folder}")
     run.note(status="running")
-    return carry_out(config, data, run, world, talk)
+    start = noted_start(info) if world.from_main(run.has_state) else ready_start(config, checked.source.labels)
+    return carry_out(config, data, run, world, talk, start)
 
 
 def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, schedule: bool = True) -> None:
@@ -209,11 +230,11 @@ def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> Non
             raise ValueError(f"data.{part}_fraction has no effect: {checked.source.name} has its own {part} folder")
 
 
-def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.World, talk: Talk) -> Result:
+def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.World, talk: Talk, start: Start) -> Result:
     """Train to the end and finish."""
     again = shlex.join(["vitrail", "train", config.data.source, "--out", str(run.folder), "--resume"])
     try:
-        progress = train_loop(config, data, run, world, talk)
+        progress = train_loop(config, data, run, world, talk, start)
         run.note(train_seconds=round(progress.elapsed_s, 1))
         evaluation = finish(config, data, run, world, talk)
     except Stopped as stop:
@@ -248,14 +269,16 @@ def note_quietly(run: Run, **values: Any) -> None:
         return
 
 
-def refuse_early(folder: Path, recipe: str, given: Mapping[str, Any]) -> None:
-    """Raise what can be known before the pictures are looked at: folder, names, settings."""
-    check_new(folder)
+def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | None) -> None:
+    """Raise what can be known before the pictures are looked at: names, settings, weights that cannot fit."""
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
     nothing = Facts(1000, 2, 224, True, channels, "", "cpu", False)
-    model = build_config(recipe, nothing, given)[0].model
+    config = build_config(recipe, nothing, given, source)[0]
+    model = config.model
+    if source is not None:
+        refuse_misfit(source.architecture, model, config.pretrained)
     if model.is_cnn and model.encoder not in ENCODER_NAMES:
         from vitrail.models.cnns import feature_strides, index_of
 
@@ -286,9 +309,9 @@ def show(checked: CheckedData, choices: list[Choice], talk: Talk) -> None:
     parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.parts.items())
     talk.say(f"{checked.source.name}: {len(checked.source.labels)} classes; {parts} ({checked.splits.rule})")
     for choice in choices:
-        talk.say(
-            f"  --{'model' if choice.setting == 'variant' else choice.setting} {shown(choice.value)}: {choice.reason}"
-        )
+        is_model = choice.setting in ("variant", "pretrained")
+        if choice.value or not is_model:
+            talk.say(f"  --{'model' if is_model else choice.setting} {shown(choice.value)}: {choice.reason}")
 
 
 def shown(value: Any) -> str:

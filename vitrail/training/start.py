@@ -1,0 +1,179 @@
+"""What a run starts from: weights, random or from elsewhere, and which of them learn, and when."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from vitrail.config import RunConfig
+from vitrail.console import Talk
+from vitrail.models.lora import add_adapters, is_adapter
+from vitrail.models.variants import is_variant
+from vitrail.models.vit import ViT
+from vitrail.training.checkpoints import Progress, State
+from vitrail.training.frozen import batch_norms, freeze, slow_statistics, within
+from vitrail.training.optim import build_optimizer
+from vitrail.weights.adapt import Start, adapt
+from vitrail.weights.imported import Imported, LoadReport
+from vitrail.weights.store import ModelHeader, build_model
+from vitrail.weights.words import open_weights
+
+
+def meaning(model: str) -> dict[str, str]:
+    """Return the setting that a MODEL word means: a variant, or trained weights."""
+    name = os.fspath(model)
+    return {"variant": name} if is_variant(name) and not Path(name).exists() else {"pretrained": name}
+
+
+def open_source_weights(base: RunConfig | None, given: Mapping[str, Any]) -> Imported | None:
+    """Read the weights that a run is to start from, or return None when it starts at random.
+
+    Raises:
+        ValueError: the weights cannot be had, or a variant is given beside them.
+    """
+    if "variant" in given and given.get("pretrained"):
+        raise ValueError(
+            f"variant {given['variant']!r} and pretrained {given['pretrained']!r} both say what the model is; give one"
+        )
+    word = given.get("pretrained", base.pretrained if base and "variant" not in given else "")
+    return open_weights(word) if word else None
+
+
+def pinned(word: str, origin: str) -> str:
+    """Return a word for trained weights with the revision that it meant on its hub, where it has one."""
+    name, at, _ = origin.partition("@")
+    return origin if at and name == word.partition("@")[0] else word
+
+
+def channels_of(base: RunConfig | None, given: Mapping[str, Any], source: ModelHeader | None) -> int:
+    """Return the channels that the model is known to want; 0: the pictures decide."""
+    if source is not None and "pretrained" in given:
+        known = 3 if source.architecture.in_channels == 3 else 0  # grey weights can learn colour
+    else:
+        known = base.model.in_channels if base else 0
+    return int(given.get("model.in_channels", known))
+
+
+def check_start(config: RunConfig, start: Start, talk: Talk) -> dict[str, int]:
+    """Say what became of the weights that a run starts from and how many learn, and raise what is wrong with them.
+
+    Returns:
+        The count for `run.json`, where not all learn.
+
+    Raises:
+        ValueError: the encoder's weights cannot be had, or what is to be frozen or to learn first is not in the model.
+    """
+    for line in start.report.lines() if config.pretrained else ():
+        talk.say(line)
+    if not (config.encoder_weights or config.optim.freeze or config.lora.rank or config.warms_head):
+        return {}
+    model = start_model(config, fresh=True, start=start)
+    found = sum(parameter.numel() for parameter in learning(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if config.warms_head:
+        first_learning(model, config, start)
+    if found == total:
+        return {}
+    talk.say(f"{found:,} of {total:,} weights learn ({found / total:.1%})")
+    return {"num_learning": found}
+
+
+def ready_start(config: RunConfig, labels: Sequence[str], opened: Imported | None = None) -> Start:
+    """Return the weights that a run starts from, made to fit its model and labels; nothing when they start at random.
+
+    Args:
+        opened: what `config.pretrained` names, where it was read already.
+
+    Raises:
+        ValueError: the weights cannot be had, or cannot be made to fit.
+    """
+    if not config.pretrained:
+        return Start()
+    opened = opened or open_weights(config.pretrained)
+    torch.manual_seed(config.seed)
+    return adapt(opened, config.model, labels, ViT(config.model).state_dict())
+
+
+def noted_start(info: Mapping[str, Any]) -> Start:
+    """Return what `run.json` says of a run's start; its weights are in the saved state."""
+    start = info.get("start") or {}
+    return Start(report=LoadReport(start.get("origin", "")), random=tuple(start.get("random", ())))
+
+
+def note_of(start: Start) -> dict[str, Any]:
+    """Return what `run.json` keeps of a start."""
+    report = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(start.report).items()}
+    return {**report, "random": list(start.random)} if start.weights else {}
+
+
+def start_state(config: RunConfig, device: torch.device, *, fresh: bool, start: Start = Start()) -> State:  # noqa: B008
+    """Return the state before the first step; unless `fresh`, its weights are about to be replaced by saved ones."""
+    model = start_model(config, fresh=fresh, start=start).to(device)
+    average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
+    return State(model, average, build_optimizer(model, config.optim), Progress())
+
+
+def start_model(config: RunConfig, *, fresh: bool, start: Start = Start()) -> ViT:  # noqa: B008 - frozen
+    """Return the model before the first step, in training mode but for its frozen parts.
+
+    With adapters, what learns is these, the head, and what starts at random.
+
+    Raises:
+        ValueError: the encoder's weights cannot be had, or a frozen part is not in the model.
+    """
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, start.weights, config.pretrained) if start.weights else ViT(config.model)
+    if config.encoder_weights and fresh:
+        from vitrail.models.cnns import load_pretrained
+
+        load_pretrained(cast(nn.Module, model.patch_embed.backbone), config.model, config.encoder_weights)
+    model.train()
+    if config.lora.rank:
+        add_adapters(model, config.lora.rank, config.lora.alpha, config.lora.targets)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_adapter(name) or within(name, "head") or name in start.random)
+        for norm in batch_norms(model):
+            norm.eval()
+    freeze(model, config.optim.freeze)
+    slow_statistics(model, config.optim.accumulate)
+    return model
+
+
+def learning(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def first_learning(model: nn.Module, config: RunConfig, start: Start) -> dict[str, nn.Parameter]:
+    """Return what learns during `optim.head_warmup`: of what learns at all, the head and what started at random.
+
+    Raises:
+        ValueError: none of it may learn.
+    """
+    own_encoder = bool(config.encoder_weights)
+    found = {
+        name: parameter
+        for name, parameter in learning(model).items()
+        if within(name, "head") or name in start.random or (own_encoder and not within(name, "patch_embed.backbone"))
+    }
+    if not found:
+        raise ValueError(
+            f"optim.head_warmup {config.optim.head_warmup!r} lets only the head learn, but optim.freeze "
+            f"{' '.join(config.optim.freeze)} holds it; leave one of them out"
+        )
+    return found
+
+
+def let_learn(all_learning: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
+    """Let only some of the parameters that learn in a run do so now.
+
+    What comes before the first of them in the model is then computed without keeping anything for a backward pass.
+    """
+    for name, parameter in all_learning.items():
+        parameter.requires_grad_(name in now)

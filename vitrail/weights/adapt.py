@@ -1,0 +1,217 @@
+"""From the weights of one model to the start of another: positions, patches, channels, tokens, decoder, head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail.models.config import ViTConfig
+from vitrail.models.encoders import kernel_resize, resize_kernel
+from vitrail.models.positions import resize_table, sincos2d
+from vitrail.weights.imported import Imported, LoadReport
+from vitrail.weights.labels import match_labels
+
+# What weights were made for and cannot be changed under them, even where shapes would allow it.
+FIXED: tuple[str, ...] = (
+    "encoder", "patch_norm", "embed_dim", "num_heads", "head_width", "mlp", "mlp_ratio", "qkv_bias", "qk_norm",
+    "layer_scale", "layer_norm_eps", "init",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights of a run start.
+
+    Attributes:
+        weights: a tensor for every name in the model's state dict.
+        random: parameters that are not, or not wholly, from the file.
+    """
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    report: LoadReport = field(default_factory=lambda: LoadReport(""))
+    random: tuple[str, ...] = ()
+
+
+def refuse_misfit(source: ViTConfig, target: ViTConfig, origin: str) -> None:
+    """Raise what no change of weights can reconcile.
+
+    Raises:
+        ValueError: the architectures differ in something that the weights fix; all such differences are named.
+    """
+    fixed = list(FIXED)
+    if source.encoder != "patch" or source.patch_norm:
+        fixed.append("patch_size")
+    if source.patch_norm:
+        fixed.append("in_channels")
+    wrong = [name for name in fixed if getattr(source, name) != getattr(target, name)]
+    if target.depth > source.depth:
+        wrong.append("depth")
+    # A fixed table may go on as a learned one; any other change of positions is another model.
+    if target.positions != source.positions and (source.positions, target.positions) != ("sincos2d", "learned"):
+        wrong.append("positions")
+    if wrong:
+        differences = [
+            f"model.{'head_dim' if name == 'head_width' else name} {getattr(target, name)!r} (they have "
+            f"{getattr(source, name)!r})"
+            for name in wrong
+        ]
+        raise ValueError(
+            f"{origin}: its weights cannot start a model with {', '.join(differences)}; leave that out, or start from "
+            "scratch with a variant's name as --model"
+        )
+
+
+def adapt(imported: Imported, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]) -> Start:
+    """Return the start of a model of another picture size, patch size, number of channels or labels.
+
+    Args:
+        labels: classes of the new head, in order.
+        fresh: a state dict of `ViT(config)` as it starts at random; what the weights do not have comes from it.
+
+    Raises:
+        ValueError: the architectures cannot be reconciled.
+    """
+    source = imported.header.architecture
+    refuse_misfit(source, config, imported.report.origin)
+    assert config.num_classes == len(labels), (config.num_classes, labels)
+    weights = {name: tensor for name, tensor in imported.weights.items() if not name.startswith("head.")}
+    notes = [*imported.report.notes, *_carry_norm(weights, fresh)]
+    if "pos_embed" in fresh and source.positions == "sincos2d":
+        table = sincos2d(config.grid, source.embed_dim, source=source.grid)
+        weights["pos_embed"] = torch.nn.functional.pad(table, (0, 0, source.num_prefix, 0))
+        notes.append("positions: the fixed sine-cosine table starts the learned one")
+    if source.decoder != config.decoder:
+        notes.append(f"decoder: {source.decoder} → {config.decoder}")
+    changed: dict[str, str] = {}
+    renewed: set[str] = set()
+    taken: dict[str, Tensor] = {}
+    for name in fresh.keys() & weights.keys():
+        how = CHANGES.get(name, _channels)
+        given = weights[name]
+        given = given.float() if given.is_floating_point() else given
+        values, change, is_partly_new = how(given, source, config, fresh[name])
+        if values.shape != fresh[name].shape:
+            raise ValueError(
+                f"{imported.report.origin}: {name} is {tuple(weights[name].shape)}, and cannot be made "
+                f"{tuple(fresh[name].shape)}"
+            )
+        taken[name] = values
+        changed |= {name: change} if change else {}
+        renewed |= {name} if is_partly_new else set()
+    head, said, is_new = new_head(imported, config, labels, fresh)
+    missing = sorted({*(fresh.keys() - taken.keys() - head.keys()), *(set(imported.report.missing) & fresh.keys())})
+    unexpected = sorted({*imported.report.unexpected, *(weights.keys() - fresh.keys())})
+    report = dataclasses.replace(
+        imported.report,
+        loaded=len(taken.keys() - {*missing, *changed}) + len(head) * (not is_new),
+        resized=(*imported.report.resized, *(f"{name}: {changed[name]}" for name in sorted(changed))),
+        head=said,
+        missing=tuple(missing),
+        unexpected=tuple(unexpected),
+        notes=tuple(notes),
+    )
+    random = {*missing, *renewed, *(head if is_new else ())}
+    ready = {name: tensor.clone() for name, tensor in {**fresh, **taken, **head}.items()}
+    return Start(ready, report, tuple(sorted(random)))
+
+
+def new_head(
+    imported: Imported, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str, bool]:
+    """Return the classifier, what became of the old one, and whether any row of it is new.
+
+    Rows of labels that both know are kept; new rows start at zero (Dosovitskiy et al. 2021, section 3.2).
+    """
+    source, old = imported.header.architecture, imported.header.labels
+    head = {name: torch.zeros_like(fresh[name]) for name in ("head.weight", "head.bias")}
+    weight, bias = imported.weights.get("head.weight"), imported.weights.get("head.bias")
+    if weight is None or bias is None:
+        return head, f"new, {len(labels)} classes; the weights have none", True
+    instead = f"new, {len(labels)} classes instead of {len(old) or len(weight)}"
+    if source.decoder != config.decoder:
+        return head, f"{instead}: the decoder is another", True
+    rows = match_labels(old, labels) if len(old) == len(weight) else {}
+    if not rows:
+        return head, instead, True
+    for new, known in rows.items():
+        head["head.weight"][new], head["head.bias"][new] = weight[known], bias[known]
+    if len(rows) == len(labels):
+        same = rows == {index: index for index in range(len(old))}
+        return head, "" if same else f"all {len(labels)} rows found by name among {len(old)} classes", False
+    added = [label for index, label in enumerate(labels) if index not in rows]
+    return head, f"{len(rows)} of {len(labels)} rows found by name among {len(old)} classes; new: {_few(added)}", True
+
+
+Change = tuple[Tensor, str, bool]
+
+
+def _channels(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
+    """Colour ↔ grey in the first layer: a grey picture gets the vectors that it gets as three equal channels."""
+    if source.in_channels == target.in_channels or values.ndim != 4 or values.shape == fresh.shape:
+        return values, "", False
+    if target.in_channels == 1:
+        values = values.sum(dim=1, keepdim=True)
+    else:
+        values = values.expand(-1, 3, -1, -1) / 3
+    return values, f"{source.in_channels} → {target.in_channels} channels", False
+
+
+def _kernel(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
+    values, change, _ = _channels(values, source, target, fresh)
+    if source.encoder != "patch" or source.patch_size == target.patch_size:
+        return values, change, False
+    sizes = source.patch_size, target.patch_size
+    text = "{0}×{0} → {1}×{1} pixels".format(*sizes)
+    return resize_kernel(values, kernel_resize(*sizes)), ", ".join(filter(None, (change, text))), False
+
+
+def _positions(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
+    """Rows of patches are resized in 2-D; the class token's and the registers' stay, and those of new tokens are fresh."""
+    patches, fixed = (
+        values[:, source.num_prefix :],
+        source.positions == "sincos2d",
+    )  # made for the target's grid already
+    patches = patches if fixed else resize_table(patches, source.grid, target.grid)
+    prefix, is_new = fresh[:, : target.num_prefix].clone(), target.num_registers > source.num_registers
+    if target.class_token:
+        if source.class_token:
+            prefix[:, 0] = values[:, 0]
+        is_new = is_new or not source.class_token
+    kept = min(source.num_registers, target.num_registers)
+    prefix[:, int(target.class_token) :][:, :kept] = values[:, int(source.class_token) :][:, :kept]
+    change = "" if source.grid == target.grid else "{}×{} → {}×{} patches".format(*source.grid, *target.grid)
+    return torch.cat([prefix, patches], dim=1), change, is_new
+
+
+def _registers(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
+    if source.num_registers == target.num_registers:
+        return values, "", False
+    kept, new = values[:, : target.num_registers], fresh[:, source.num_registers :]
+    return torch.cat([kept, new], dim=1), f"{source.num_registers} → {target.num_registers} tokens", new.shape[1] > 0
+
+
+CHANGES: dict[str, Callable[[Tensor, ViTConfig, ViTConfig, Tensor], Change]] = {
+    "patch_embed.proj.weight": _kernel,
+    "pos_embed": _positions,
+    "reg_token": _registers,
+}
+
+
+def _carry_norm(weights: dict[str, Any], fresh: Mapping[str, Tensor]) -> Iterable[str]:
+    """Rename the last layer norm where it stands before pooling in one model and after it in the other."""
+    for one, other in (("norm", "fc_norm"), ("fc_norm", "norm")):
+        if f"{one}.weight" in weights and f"{one}.weight" not in fresh and f"{other}.weight" in fresh:
+            for each in ("weight", "bias"):
+                weights[f"{other}.{each}"] = weights.pop(f"{one}.{each}")
+            return [f"{one} is taken for {other}"]
+    return []
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
