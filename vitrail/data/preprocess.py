@@ -113,6 +113,19 @@ def preprocess_of(config: RunConfig) -> Preprocess:
     )
 
 
+def crop_fraction_of(size: int, side: int) -> float:
+    """Return the `crop_fraction` with which the shortest side becomes exactly `side` before `size` is cut out.
+
+    Raises:
+        ValueError: the picture would be smaller than what is cut out of it.
+    """
+    if side < size:
+        raise ValueError(f"a picture resized to {side} px is smaller than the {size} px that are cut out of it")
+    fraction = size / side
+    # The half keeps rounding from taking a pixel away, as in 224 / (224 / 232).
+    return fraction if int(size / fraction) == side else size / (side + 0.5)
+
+
 def to_array(picture: PIL.Image.Image) -> np.ndarray:
     """Return a picture's pixels as uint8 [C, H, W]."""
     pixels = np.asarray(picture)
