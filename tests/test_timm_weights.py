@@ -1,5 +1,6 @@
 """timm's models come in with the logits that timm gives, from the picture file on, and go out again."""
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -12,11 +13,17 @@ import torch
 from photographs import assert_same_logits, redrawn, write_photographs
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
+from timm.layers.mlp import GluMlp
 from torch import nn
 
+from vitrail.data.preprocess import Preprocess
+from vitrail.export.timm import write_timm
 from vitrail.models.config import ViTConfig
+from vitrail.models.vit import ViT
 from vitrail.weights import layouts
+from vitrail.weights.imported import Imported
 from vitrail.weights.rules import to_ours, to_theirs
+from vitrail.weights.store import ModelHeader
 from vitrail.weights.timm_modules import describe
 from vitrail.weights.words import open_weights
 
@@ -36,6 +43,7 @@ FAMILIES = {
     "mean-no-fc-norm": ("vit_tiny_patch16_224", {**SIZE_32, "global_pool": "avg", "fc_norm": False}, {}),
     "qk-norm": ("vit_tiny_patch16_224", {**SIZE_32, "qk_norm": True, "act_layer": "quick_gelu"}, {}),
     "grey": ("vit_tiny_patch16_224", {**SIZE_32, "in_chans": 1}, {"mean": [0.4], "std": [0.3]}),
+    "eva": ("eva_giant_patch14_224", {**SIZE_32, "global_pool": "avg"}, {}),
     "deit": ("deit_tiny_patch16_224", SIZE_32, {}),
     "deit-distilled": ("deit_tiny_distilled_patch16_224", SIZE_32, {}),
     "deit3": ("deit3_small_patch16_224", SIZE_32, {"interpolation": "lanczos"}),
@@ -95,6 +103,65 @@ def test_tables_in_both_directions_are_bit_equal(family):
     assert not unknown + lost
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_out_as_it_came(tmp_path, photographs, family):
+    architecture, args, changes = FAMILIES[family]
+    save(tmp_path / "in", architecture, args, changes, label_names=["ant", "bee", "cat", "dog", "elk"])
+    imported = open_weights(tmp_path / "in")
+    assert write_timm(imported.header, imported.weights, tmp_path / "out") == []
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert again.pretrained_cfg["label_names"] == ["ant", "bee", "cat", "dog", "elk"]
+    transform = transform_of(tmp_path / "out")
+    if family == "grey":
+        coloured = transform
+        transform = lambda picture: coloured(picture.convert("L"))  # noqa: E731
+    assert_same_logits(imported, again, transform, photographs)
+    back = open_weights(tmp_path / "out")
+    assert back.header.preprocess == imported.header.preprocess
+    assert back.header.labels == imported.header.labels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"positions": "sincos2d"},
+        {"positions": "none", "mlp": "relu"},
+        {"decoder": "token_pair", "num_registers": 1},
+        {"layer_norm_eps": 1e-5, "decoder": "attention", "mlp": "gelu_tanh", "layer_scale": 0.1},
+        {"mlp": "swiglu", "mlp_ratio": 8 / 3, "class_token": False, "decoder": "mean"},
+        {"positions": "rope2d", "layer_norm_eps": 1e-5, "qkv_bias": False, "num_registers": 2},
+        {"encoder": "resnet26d", "patch_size": 32, "image_size": 64, "decoder": "mean", "fc_norm": False},
+    ],
+    ids=str,
+)
+def test_our_own_models_go_out(tmp_path, photographs, change):
+    config = ViTConfig(
+        **{"image_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 4, **change}
+    )
+    model = redrawn(ViT(config))
+    header = ModelHeader(config, ("a", "b", "c", "d"), Preprocess(image_size=config.image_size, crop_fraction=0.8))
+    imported = Imported(header, {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    write_timm(header, imported.weights, tmp_path)
+    peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert_same_logits(imported, peer, transform_of(tmp_path), photographs)
+
+
+def test_what_timm_does_not_have_is_not_written(tmp_path):
+    config = ViTConfig(32, 8, embed_dim=48, num_heads=3, depth=2, num_classes=2, attention="local", window=3)
+    for change, expected in {
+        "local": ({}, "no model.attention 'local'"),
+        "concat": ({"attention": "global", "window": 0, "decoder": "concat"}, "no model.decoder 'concat'"),
+        "epsilon": ({"attention": "global", "window": 0, "layer_norm_eps": 1e-12}, "no model.layer_norm_eps 1e-12"),
+        "conv": ({"attention": "global", "window": 0, "encoder": "conv"}, "no model.encoder 'conv'"),
+        "heads": ({"attention": "global", "window": 0, "head_dim": 20}, "no model.head_dim 20"),
+    }.values():
+        architecture = dataclasses.replace(config, **change)
+        header = ModelHeader(architecture, ("a", "b"), Preprocess(image_size=32))
+        with pytest.raises(ValueError, match=f"timm cannot express this model: it has {expected}"):
+            write_timm(header, ViT(architecture).state_dict(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_heads_from_one_answer_as_before():
@@ -235,14 +302,10 @@ def test_a_config_that_does_not_fit_is_told(tmp_path):
 
 
 def test_a_gate_in_the_second_half_is_turned():
-    from timm.layers import GluMlp
-
     model = redrawn(
         timm.create_model("vit_tiny_patch16_224", **TINY, **SIZE_32, mlp_layer=GluMlp, act_layer=nn.SiLU, mlp_ratio=3.0)
     )
     found = describe(model, "test")
-    from vitrail.models.vit import ViT
-
     ours = ViT(found.config).eval()
     ours.load_state_dict(to_ours(model.state_dict(), found.rules, ViTConfig())[0])
     images = torch.randn(2, 3, 32, 32)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import timm.models
 import torch
@@ -82,6 +83,7 @@ def _from_hub(name: str) -> Imported:
     if not (model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url")):
         raise ValueError(f"{word}: timm publishes no weights of this name; one with weights: {_published(name)}")
     try:
+        _ask_hub(model.pretrained_cfg.get("hf_hub_id") or "")
         trained: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # network, cache and hub errors come in many classes
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -90,6 +92,13 @@ def _from_hub(name: str) -> Imported:
             f"give a file of them: timm:{name}=FILE"
         ) from None
     return _imported(word, trained, trained.state_dict())
+
+
+def _ask_hub(repository: str) -> None:
+    """Raise at once what the hub answers where nothing is in the cache: a download would try again for most of a minute."""
+    cached = (huggingface_hub.try_to_load_from_cache(repository, each) for each in WEIGHTS) if repository else ()
+    if repository and not any(isinstance(path, str) for path in cached):
+        huggingface_hub.HfApi().model_info(repository.partition("@")[0], timeout=10)
 
 
 def _built(name: str, word: str) -> Any:

@@ -1,0 +1,1 @@
+"""Models for other libraries: written in their form, with their preprocessing and labels."""
