@@ -11,8 +11,11 @@ from timm.models import VisionTransformer
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from vitrail.models.config import ViTConfig
-from vitrail.weights.google import BIG_VISION, VISION_TRANSFORMER, stacked, to_google
+from vitrail.models.vit import ViT
+from vitrail.weights.google import stacked, to_google
+from vitrail.weights.google_tables import BIG_VISION, VISION_TRANSFORMER
 from vitrail.weights.rules import to_ours, to_theirs
+from vitrail.weights.store import save_model
 from vitrail.weights.words import open_weights
 
 SHAPE = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -49,8 +52,6 @@ def random_file(path: Path, kind: str, prefix: str = "", form=lambda tensors: te
     """Write a random model of ours in a layout of Google's."""
     ours, _, big_vision, _ = KINDS[kind]
     config = ViTConfig(**SIZE, **SHAPE, **ours)
-    from vitrail.models.vit import ViT
-
     weights = {name: tensor.detach() for name, tensor in redrawn(ViT(config)).state_dict().items()}
     return npz(path, form(to_google(weights, config, big_vision=big_vision)), prefix)
 
@@ -75,6 +76,14 @@ def test_timm_reads_the_same_model_from_the_file(tmp_path, photographs, kind, pr
     assert_same_logits(imported, peer, KINDS[kind][3], photographs)
     assert any("as timm and transformers read such files" in note for note in imported.report.notes)
     assert not imported.report.unexpected + imported.report.resized
+
+
+def test_stacked_blocks_become_a_model_file(tmp_path):
+    imported = open_weights(random_file(tmp_path / "a.npz", "gap", "params/", stacked))
+    save_model(tmp_path / "model.safetensors", imported.weights, imported.header)
+    again = open_weights(tmp_path / "model.safetensors")
+    assert again.header == imported.header
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in imported.weights.items())
 
 
 def test_two_towers_give_the_one_of_pictures(tmp_path, photographs):

@@ -34,17 +34,11 @@ from vit_pytorch.simple_vit import SimpleViT
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.vit import ViT
+from vitrail.weights.layouts import EVA, SPLIT_GATE, TIMM, vit_pytorch
+from vitrail.weights.rules import Rule, to_ours
 
 # (what the peer's name matches, what is put there), all applied in order; None leaves the weight out. `qkv/1` is the
 # second part of `qkv`: parts are joined, and one that the peer lacks (a key bias) is zero.
-TIMM = [(r"^attn_pool\.", "decoder.attn_pool.")]
-EVA = [
-    (r"gamma_(\d)", r"ls\1.gamma"),
-    (r"attn\.q_bias", "attn.qkv/0.bias"),
-    (r"attn\.v_bias", "attn.qkv/2.bias"),
-    (r"fc1_g", "fc1/0"),
-    (r"fc1_x", "fc1/1"),
-]
 HF = [
     (r"^(vit|dinov2_with_registers)\.", ""),
     (r"mask_token", None),
@@ -67,21 +61,8 @@ HF = [
     (r"^classifier\.", "head."),
 ]
 HF_PLAIN_MLP = [(r"mlp\.up_proj", "mlp.fc1"), *HF]  # DINOv3's without a gate has the gated one's names
-SIMPLE_VIT = [
-    (r"^to_patch_embedding\.1\.", "patch_embed.norm_in."),
-    (r"^to_patch_embedding\.2\.", "patch_embed.proj."),
-    (r"^to_patch_embedding\.3\.", "patch_embed.norm_out."),
-    (r"^transformer\.norm\.", "norm."),
-    (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
-    (r"^transformer\.layers\.(\d+)\.0\.to_qkv\.", r"blocks.\1.attn.qkv."),
-    (r"^transformer\.layers\.(\d+)\.0\.to_out\.", r"blocks.\1.attn.proj."),
-    (r"^transformer\.layers\.(\d+)\.1\.net\.0\.", r"blocks.\1.norm2."),
-    (r"^transformer\.layers\.(\d+)\.1\.net\.1\.", r"blocks.\1.mlp.fc1."),
-    (r"^transformer\.layers\.(\d+)\.1\.net\.3\.", r"blocks.\1.mlp.fc2."),
-    (r"^linear_head\.", "head."),
-]
-
-Rules = list[tuple[str, str | None]]
+# Tables that importing uses as well, or regular expressions as above.
+Rules = list[tuple[str, str | None]] | tuple[Rule, ...]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,8 +74,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def converted(peer: nn.Module, rules: Rules) -> dict[str, Tensor]:
+def converted(peer: nn.Module, rules: Rules, config: ViTConfig) -> dict[str, Tensor]:
     """Return a peer's weights under our names."""
+    if isinstance(rules, tuple):
+        weights, unknown = to_ours(peer.state_dict(), rules, config)
+        assert not unknown
+        return weights
     out, joined = {}, defaultdict(dict)
     for source, tensor in peer.state_dict().items():
         name = source
@@ -144,7 +129,7 @@ def epsilons(model: nn.Module) -> set[float]:
 
 def twin(peer: nn.Module, config: ViTConfig, rules: Rules, **special: Callable[[Tensor], Tensor]) -> ViT:
     """Return our model with a peer's weights; `special` changes the tensors of one name."""
-    weights = converted(peer, rules)
+    weights = converted(peer, rules, config)
     for name, change in special.items():
         weights[name] = change(weights[name])
     model = ViT(config).eval()
@@ -286,7 +271,8 @@ def test_timm_dinov3_with_rotary_positions(height, width, ours, theirs):
     config = ViTConfig(
         image_size=64, patch_size=16, positions="rope2d", layer_scale=1e-5, layer_norm_eps=1e-5, **shape, **ours
     )
-    agree(twin(peer, config, EVA), peer, torch.randn(2, 3, height, width))
+    rules = (*SPLIT_GATE, *EVA) if "swiglu_mlp" in theirs else EVA
+    agree(twin(peer, config, rules), peer, torch.randn(2, 3, height, width))
 
 
 @pytest.mark.parametrize(
@@ -453,29 +439,26 @@ def test_vit_pytorch_simple_vit(size, patch, width, heads, channels):
             dim_head=width // heads,
         )
     )
-    weights = converted(peer, SIMPLE_VIT)
-    for name in ("patch_embed.norm_in.weight", "patch_embed.norm_in.bias", "patch_embed.proj.weight"):
-        weights[name] = rearrange(weights[name], "... (p q C) -> ... (C p q)", p=patch, q=patch)
+    config = ViTConfig(
+        image_size=size,
+        patch_size=patch,
+        patch_norm=True,
+        in_channels=channels,
+        embed_dim=width,
+        depth=2,
+        num_heads=heads,
+        mlp_ratio=2.0,
+        qkv_bias=False,
+        positions="sincos2d",
+        class_token=False,
+        decoder="mean",
+        fc_norm=False,
+        num_classes=5,
+        layer_norm_eps=1e-5,
+    )
+    weights = converted(peer, vit_pytorch(peer.state_dict()), config)
     weights |= {f"blocks.{i}.attn.proj.bias": torch.zeros(width) for i in range(2)}  # it has none
-    model = ViT(
-        ViTConfig(
-            image_size=size,
-            patch_size=patch,
-            patch_norm=True,
-            in_channels=channels,
-            embed_dim=width,
-            depth=2,
-            num_heads=heads,
-            mlp_ratio=2.0,
-            qkv_bias=False,
-            positions="sincos2d",
-            class_token=False,
-            decoder="mean",
-            fc_norm=False,
-            num_classes=5,
-            layer_norm_eps=1e-5,
-        )
-    ).eval()
+    model = ViT(config).eval()
     model.load_state_dict(weights)
     assert epsilons(model) == epsilons(peer)
     agree(model, peer, torch.randn(3, channels, size, size))

@@ -105,7 +105,7 @@ def test_tables_in_both_directions_are_bit_equal(family):
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "resnet26d"])
 def test_every_family_goes_out_as_it_came(tmp_path, photographs, family):
     architecture, args, changes = FAMILIES[family]
     save(tmp_path / "in", architecture, args, changes, label_names=["ant", "bee", "cat", "dog", "elk"])
@@ -132,7 +132,7 @@ def test_every_family_goes_out_as_it_came(tmp_path, photographs, family):
         {"layer_norm_eps": 1e-5, "decoder": "attention", "mlp": "gelu_tanh", "layer_scale": 0.1},
         {"mlp": "swiglu", "mlp_ratio": 8 / 3, "class_token": False, "decoder": "mean"},
         {"positions": "rope2d", "layer_norm_eps": 1e-5, "qkv_bias": False, "num_registers": 2},
-        {"encoder": "resnet26d", "patch_size": 32, "image_size": 64, "decoder": "mean", "fc_norm": False},
+        {"encoder": "r50", "patch_size": 32, "image_size": 64, "decoder": "mean", "fc_norm": False},
     ],
     ids=str,
 )
@@ -154,6 +154,10 @@ def test_what_timm_does_not_have_is_not_written(tmp_path):
         "local": ({}, "no model.attention 'local'"),
         "concat": ({"attention": "global", "window": 0, "decoder": "concat"}, "no model.decoder 'concat'"),
         "epsilon": ({"attention": "global", "window": 0, "layer_norm_eps": 1e-12}, "no model.layer_norm_eps 1e-12"),
+        "cnn": (
+            {"attention": "global", "window": 0, "encoder": "resnet26d", "patch_size": 32},
+            "no model.encoder 'resnet26d' at model.patch_size 32",
+        ),
         "conv": ({"attention": "global", "window": 0, "encoder": "conv"}, "no model.encoder 'conv'"),
         "heads": ({"attention": "global", "window": 0, "head_dim": 20}, "no model.head_dim 20"),
     }.values():
@@ -258,7 +262,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
         ("timm:eva02_tiny_patch14_224", r"cannot express it: .*(RotaryEmbedding|separate)"),
         ("timm:vit_tiny_r_s16_p8_224", r"cut into patches of 8"),
         ("timm:test_vit=nowhere.pth", r"nowhere\.pth: no such file"),
-        ("timm:vit_tiny_patch16_384.untrained", r"no weights|publishes no weights"),
+        ("timm:vit_small_resnet26d_224", r"timm publishes no weights of this name"),
     ],
 )
 def test_what_cannot_be_had_is_one_clear_error(word, expected):
@@ -285,7 +289,9 @@ def test_a_config_that_does_not_fit_is_told(tmp_path):
     for change, expected in {
         "architecture": (lambda c: c | {"architecture": "vit_nowhere"}, "is no model of timm's"),
         "size": (
-            lambda c: c | {"pretrained_cfg": c["pretrained_cfg"] | {"input_size": [3, 48, 48]}},
+            lambda c: (
+                c | {"pretrained_cfg": c["pretrained_cfg"] | {"input_size": [3, 48, 48], "fixed_input_size": False}}
+            ),
             "does not fit itself",
         ),
         "depth": (lambda c: c | {"model_args": c["model_args"] | {"depth": 3}}, r"missing: blocks\.2\.attn"),

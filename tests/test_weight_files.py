@@ -18,6 +18,7 @@ from vit_pytorch import ViT as LucidViT
 from vit_pytorch.simple_vit import SimpleViT
 
 from vitrail.models.config import ViTConfig
+from vitrail.models.vit import ViT
 from vitrail.weights import layouts
 from vitrail.weights.rules import to_ours, to_theirs
 from vitrail.weights.words import open_weights
@@ -174,6 +175,61 @@ def test_vit_pytorch_tables_in_both_directions_are_bit_equal(kind):
     assert not unknown + lost
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+class TorchBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer_norm_1, self.layer_norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 80), nn.ReLU(), nn.Linear(80, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer_norm_1(x)
+        x = x + self.self_attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.layer_norm_2(x))
+
+
+class TorchViT(nn.Module):
+    """A ViT around torch.nn.MultiheadAttention, named as such models on the web are."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 17, width))
+        self.patch_embedding = nn.ModuleDict({"patch_embed": nn.Conv2d(3, width, 8, 8)})
+        self.transformer_layers = nn.Sequential(*(TorchBlock(width) for _ in range(2)))
+        self.mlp_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding["patch_embed"](images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
+        return self.mlp_head(self.transformer_layers(tokens)[:, 0])
+
+
+def test_torchs_attention(tmp_path, photographs):
+    model = redrawn(TorchViT())
+    torch.save(state(model), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="do not tell num_heads, mean, std"):
+        open_weights(tmp_path / "a.pt", {"mlp": "relu"})
+    imported = open_weights(tmp_path / "a.pt", {"mlp": "relu", "num_heads": 4, "mean": 0.5, "std": 0.5})
+    assert imported.header.architecture.layer_norm_eps == 1e-5
+    assert_same_logits(imported, model, HALF, photographs)
+
+
+@pytest.mark.parametrize("name", ["TORCH_ATTENTION", "DINOV2", "DEIT3"])
+def test_other_tables_in_both_directions_are_bit_equal(name):
+    rules = getattr(layouts, name)
+    registers = {"num_registers": 2} if name == "DINOV2" else {}
+    scale = {} if name == "TORCH_ATTENTION" else {"layer_scale": 0.1}
+    config = ViTConfig(32, 8, embed_dim=48, num_heads=3, depth=2, num_classes=5, **registers, **scale)
+    before = state(redrawn(ViT(config)))
+    theirs, lost = to_theirs(before, rules, config)
+    after, unknown = to_ours(theirs, rules, config)
+    assert not unknown + lost
+    assert theirs.keys() != before.keys()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize(

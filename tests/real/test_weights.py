@@ -15,6 +15,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "data", "described", "right", "loss"), PUBLISHED)
 def test_published_accuracy(shared_data, name, data, described, right, loss):
     file = shared_data / "weights" / f"{name}.safetensors"

@@ -26,13 +26,8 @@ _PLAIN = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}  # by
 _SWIGLU = "vit_giant_patch14_dinov2"
 _DISTILLED = "deit_base_distilled_patch16_224"
 _ROPE = {"gelu": "vit_small_patch16_dinov3", "swiglu": "vit_small_plus_patch16_dinov3"}  # and the same with _qkvb
-_HYBRIDS = {
-    ("r50", 16): "vit_base_r50_s16_224",
-    ("r50", 32): "vit_large_r50_s32_224",
-    ("resnet26d", 32): "vit_base_resnet26d_224",
-    ("resnet50d", 16): "vit_small_resnet50d_s16_224",
-    ("resnet50d", 32): "vit_base_resnet50d_224",
-}  # fmt: skip
+# timm would fetch the CNN of its other hybrids anew, from the network, before it reads the folder.
+_HYBRIDS = {("r50", 16): "vit_base_r50_s16_224", ("r50", 32): "vit_large_r50_s32_224"}
 
 
 def write_timm(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -> list[str]:

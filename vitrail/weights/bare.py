@@ -143,10 +143,12 @@ def open_bare(name: str, described: Mapping[str, Any] | None = None) -> Imported
         from vitrail.weights.google import open_google
 
         return open_google(name, bare.tensors, said)
+    # A training in chunks numbers blocks twice.
+    one_by_one = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): each for key, each in bare.tensors.items()}
+    bare = bare._replace(tensors=one_by_one)
     layout = recognise(name, bare)
     tensors = layouts.joined_heads(bare.tensors)
     rules = layout.rules if isinstance(layout.rules, tuple) else layout.rules(tensors)
-    tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): tensor for key, tensor in tensors.items()}
     left_out = [key for key in tensors if any(re.fullmatch(pattern, key) for pattern in layout.left_out)]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out and tensor.numel()}
     # Coming in, these tables look at shapes alone.

@@ -55,7 +55,7 @@ def read_bare(path: Path) -> Bare:
 
 def _read_numpy(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             return {name: _tensor(file[name]) for name in file.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"{path}: not a whole .npz file of plain arrays ({_first_line(error)})") from None
@@ -69,6 +69,10 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _read_pickle(path: Path) -> Any:
+    with path.open("rb") as handle:
+        start = handle.read(2)
+    if not start.startswith((b"PK", b"\x80")):  # a zip, or a pickle before PyTorch 1.6
+        raise ValueError(f"{path}: not a whole file of PyTorch weights (it begins with {start!r})")
     try:
         # The settings of a training, which DeiT's, MAE's and DINO's files keep beside the weights; plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -60,7 +60,9 @@ def fit(found: Found, config: ViTConfig, preprocess: Preprocess, labels: tuple[s
     build_model(config, strict, found.word)
     header = ModelHeader(config, labels, preprocess)
     report = LoadReport(found.word, len(weights), tuple(resized), unexpected=found.left_out, notes=found.notes)
-    return Imported(header, {name: tensor.contiguous() for name, tensor in weights.items()}, report)
+    # Cloned: a file's tensors may be parts of one another, which no model file can hold, or lie unaligned.
+    whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    return Imported(header, whole, report)
 
 
 def table_grid(table: Tensor, num_prefix: int, what: str) -> tuple[int, int]:

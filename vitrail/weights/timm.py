@@ -204,8 +204,12 @@ def refuse_unknown(name: str, where: str) -> None:
         near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{where} {name!r} is no model of timm's{hint}; timm.list_models() has them all")
-    if tag and name not in timm.list_models(f"{architecture}.*", pretrained=True) and tag != "untrained":
-        raise ValueError(f"{where} {name!r}: timm has no weights {tag!r} of {architecture}; it has {_published(name)}")
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError:
+        raise ValueError(
+            f"{where} {name!r}: timm has no weights {tag!r} of {architecture}; it has {_published(name)}"
+        ) from None
 
 
 def _published(name: str) -> str:
