@@ -83,8 +83,9 @@ class Classifier:
             workers: decoding threads; 0: one per core.
 
         Raises:
-            ValueError: `top` is below 1.
+            ValueError: `top` is below 1, or the model has no classifier.
         """
+        self.check_classifies()
         if top < 1:
             raise ValueError(f"top is {top}; expected 1 or more")
         if isinstance(pictures, (str, os.PathLike, PIL.Image.Image)):
@@ -102,6 +103,14 @@ class Classifier:
                 return self.model.forward_packed(images, self.patch_size).float().cpu()
             images = self.preprocess.normalise(torch.from_numpy(np.asarray(pixels)).to(device))
             return self.model(images, self.patch_size).float().cpu()
+
+    def check_classifies(self) -> None:
+        """Raise a ValueError if the model gives vectors and no classes."""
+        if not self.labels:
+            raise ValueError(
+                "this model has no classifier: it turns a picture into a vector of "
+                f"{self.model.decoder.out_dim} numbers; train one on labelled pictures"
+            )
 
     @property
     def is_trained_size(self) -> bool:
@@ -183,7 +192,8 @@ def load(model: str | os.PathLike[str]) -> Classifier:
     """Load a classifier.
 
     Args:
-        model: a run's folder, a model file, or a variant's name (random weights, labels `0`, `1`, …).
+        model: a run's folder, a model file, `hf:NAME` or a folder of transformers, or a variant's name (random weights,
+            labels `0`, `1`, …).
 
     Raises:
         ValueError: there is no such model, or its file is broken.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,15 @@ from typing import Any
 from vitrail.weights.imported import Imported, LoadReport
 from vitrail.weights.store import read_model
 
+
+def _hf(rest: str, described: Mapping[str, Any]) -> Imported:
+    from vitrail.weights.hf import open_hf
+
+    return open_hf(rest, described)
+
+
 # Hub or library → the function that reads what stands behind its colon.
-HUBS: dict[str, Callable[[str, Mapping[str, Any]], Imported]] = {}
+HUBS: dict[str, Callable[[str, Mapping[str, Any]], Imported]] = {"hf": _hf}
 
 
 def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | None = None) -> Imported:
@@ -30,11 +38,24 @@ def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | No
         return HUBS[hub](rest, described or {})
     if not Path(name).exists():
         raise ValueError(f"{name}: no such run folder or model file")
+    if is_transformers_folder(Path(name)):
+        return HUBS["hf"](name, described or {})
     path = model_file(name)
     if described:
         raise ValueError(f"{name}: a model file says all of itself; {', '.join(described)} cannot be given with it")
     weights, header = read_model(path)
     return Imported(header, weights, LoadReport(name, loaded=len(weights)))
+
+
+def is_transformers_folder(path: Path) -> bool:
+    """Whether a path is a folder with a model of transformers, and not a run."""
+    if not (path / "config.json").is_file() or (path / "run.json").exists():
+        return False
+    try:
+        settings = json.loads((path / "config.json").read_bytes())
+    except ValueError:
+        return True
+    return isinstance(settings, dict) and "model_type" in settings
 
 
 def model_file(name: str) -> Path:
