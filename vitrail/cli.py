@@ -145,6 +145,24 @@ class Doctor:
     out: Annotated[str | None, arg(help="write all lines as JSON", metavar="FILE")] = None
 
 
+@dataclass(frozen=True)
+class Export:
+    """Options of `vitrail export`."""
+
+    model: Annotated[
+        Positional[str],
+        arg(help="run folder, model file, or a foreign model such as hf:NAME@revision or a folder", metavar="MODEL"),
+    ]
+    to: Annotated[
+        str, arg(help="hf: a folder of transformers; vitrail: one self-describing model file", metavar="FORMAT")
+    ]
+    out: Annotated[str | None, arg(help="where to (default: beside the model)", metavar="PATH")] = None
+    describe: Annotated[
+        tuple[str, ...],
+        arg(help="what the model's files do not say: mean=0.5 resize=squash labels=names.txt", metavar="KEY=VALUE…"),
+    ] = ()
+
+
 def train_options() -> type:
     """Return the options of `vitrail train`: its own, and every setting of `RunConfig` as `--section.field`.
 
@@ -307,6 +325,19 @@ def do_eval(options: Eval) -> int:
     return OK
 
 
+def do_export(options: Export) -> int:
+    """Write a model in another format, and say what became of it."""
+    from vitrail.export.targets import export
+    from vitrail.weights.described import parse_described
+
+    talk = Talk()
+    made = export(options.model, options.to, out=options.out, described=parse_described(options.describe))
+    for note in made.notes:
+        talk.say(note)
+    talk.good(f"written: {made.path}")
+    return OK
+
+
 def do_report(options: Report) -> int:
     """Rebuild the page of a run."""
     from vitrail.report.page import build_report
@@ -394,6 +425,9 @@ COMMANDS = {
     ),
     "predict": Command(
         "Name what is on pictures; a broken file gets an error in its row.", lambda: Predict, do_predict
+    ),
+    "export": Command(
+        "Write a model for transformers, or a foreign model as a model file of Vitrail.", lambda: Export, do_export
     ),
     "report": Command("Rebuild the HTML page of a run.", lambda: Report, do_report),
     "doctor": Command(

@@ -77,7 +77,7 @@ class PreprocessConfig:
     interpolation: str = setting("bicubic", f"antialiased but for nearest: {', '.join(INTERPOLATION_NAMES)}")
     resampler: str = setting(
         "pillow",
-        "who resizes: pillow; torchvision, which differs from it by a level here and there; or fractions: Pillow without "
+        "who resizes: pillow; torchvision, whose pixels differ by a level here and there; or fractions: Pillow without "
         "rounding to whole levels",
     )
     mean: tuple[float, ...] = setting((0.5, 0.5, 0.5), "subtracted from pixels in 0..1, one per channel")

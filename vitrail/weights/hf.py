@@ -188,6 +188,9 @@ def _check_depth(tensors: Mapping[str, Tensor], family: Family, config: ViTConfi
     rules = [rule for table in family.tables(config, absent) for rule in table]
     found = {translated(name, rules, "theirs") for name in tensors}
     layers = {match[1].split(".")[1] for match in found if match and match[1].startswith("blocks.")}
+    if not layers:
+        names = ", ".join(sorted(tensors)[:3])
+        raise ValueError(f"its weights ({names}, …) are not those of the model_type in config.json")
     if len(layers) != config.depth:
         raise ValueError(f"num_hidden_layers is {config.depth}, but its weights are of {len(layers)} layers")
 

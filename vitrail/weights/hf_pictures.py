@@ -122,7 +122,7 @@ def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
     notes = []
     if preprocess.resampler == "pillow":
         notes.append(
-            "transformers 5 resizes with torchvision unless told otherwise, and a pixel here and there is then another by one "
+            "transformers 5 resizes with torchvision unless told otherwise, which moves up to an eighth of the pixel values by one "
             'level of 255; AutoImageProcessor.from_pretrained(…, backend="pil") gives the very pixels'
         )
     if preprocess.crop_offset != "down" and (preprocess.resize == "crop" or (short - size) % 2):

@@ -53,12 +53,15 @@ def cached(name: str, revision: str | None) -> Path | None:
     """Return the folder of a revision in the cache, if a whole model is there."""
     from huggingface_hub import snapshot_download
 
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:  # not there; huggingface_hub's classes for that have changed between versions
-        return None
-    files = {path.name for path in folder.iterdir()}
-    return folder if "config.json" in files and files & set(WEIGHTS) else None
+    for weights in WEIGHTS:
+        wanted = [*_SETTINGS, *_patterns(weights)]
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
+        except Exception:  # not there; huggingface_hub's classes for that have changed between versions
+            continue
+        if (folder / "config.json").is_file() and (folder / weights).is_file():
+            return folder
+    return None
 
 
 def _fetch(name: str, revision: str | None) -> Snapshot:
@@ -69,9 +72,11 @@ def _fetch(name: str, revision: str | None) -> Snapshot:
     try:
         info = HfApi().model_info(name, revision=revision, timeout=20)
         there = {file.rfilename for file in info.siblings or ()}
-        wanted = [file for file in _SETTINGS if file in there] + _weights(there, shown)
+        wanted = [*_SETTINGS, *_patterns(weights_file(there))]
         folder = snapshot_download(name, revision=info.sha, allow_patterns=wanted)
         return Snapshot(Path(folder), name, str(info.sha))
+    except ValueError as error:
+        raise ValueError(f"{shown}: {error}") from None
     except GatedRepoError:
         raise ValueError(
             f"{shown}: is gated; accept its terms at https://huggingface.co/{name}, then sign in with `hf auth login`"
@@ -88,14 +93,10 @@ def _fetch(name: str, revision: str | None) -> Snapshot:
         return _without_network(name, revision, shown, error)
 
 
-def _weights(there: set[str], shown: str) -> list[str]:
-    """Return the names or patterns of a model's weights."""
-    try:
-        chosen = weights_file(there)
-    except ValueError as error:
-        raise ValueError(f"{shown}: {error}") from None
-    start, ending = chosen.removesuffix(".index.json").rsplit(".", 1)
-    return [chosen, f"{start}-*-of-*.{ending}"] if chosen.endswith(".index.json") else [chosen]
+def _patterns(weights: str) -> list[str]:
+    """Return the names of a model's weights, as patterns: an index and its shards, or one file."""
+    start, ending = weights.removesuffix(".index.json").rsplit(".", 1)
+    return [weights, f"{start}-*-of-*.{ending}"] if weights.endswith(".index.json") else [weights]
 
 
 def _without_network(name: str, revision: str | None, shown: str, error: Exception) -> Snapshot:
