@@ -285,6 +285,9 @@ def test_what_is_there_is_not_overwritten_but_an_empty_folder_is_taken(tmp_path,
     assert run(["export", str(ours), "--to", "hf", "--out", str(tmp_path / "empty")]) == 0
     assert "ViTForImageClassification" in capsys.readouterr().out
     assert (tmp_path / "empty" / "config.json").is_file()
+    (tmp_path / "another").mkdir()
+    assert run(["export", str(ours), "--to", "vitrail", "--out", str(tmp_path / "another")]) == 1
+    assert "is a folder; name a file" in capsys.readouterr().err
     assert run(["export", str(ours), "--to", "hff"]) == 1
     assert "unknown --to 'hff'; did you mean 'hf'" in capsys.readouterr().err
 

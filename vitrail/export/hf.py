@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.files import new_folder
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import sincos2d
 from vitrail.weights.hf_config import swiglu_width
 from vitrail.weights.hf_pictures import to_processor
 from vitrail.weights.hf_tables import ACTIVATIONS, FAMILIES, Family
-from vitrail.weights.imported import Imported
 from vitrail.weights.rules import to_theirs
-from vitrail.weights.store import save_tensors
+from vitrail.weights.store import ModelHeader, save_tensors
 
 # The name that transformers prefers, of several for one activation.
 _ACTIVATIONS = {
@@ -44,14 +42,13 @@ class Expressed(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def write_hf(model: Imported, out: Path) -> list[str]:
-    """Write `config.json`, `model.safetensors` and `preprocessor_config.json`, all or nothing.
+def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -> list[str]:
+    """Write `config.json`, `model.safetensors` and `preprocessor_config.json`; returns what should be told.
 
     Raises:
         ValueError: transformers has no model or image processor that does the same; the message says why.
     """
-    header = model.header
-    made = expressed(header.architecture, model.weights)
+    made = expressed(header.architecture, weights)
     processor, picture_notes = to_processor(header.preprocess)
     family = FAMILIES[made.model_type]
     tensors = _tensors(made, family)
@@ -68,10 +65,9 @@ def write_hf(model: Imported, out: Path) -> list[str]:
         settings["label2id"] = {label: i for i, label in enumerate(header.labels)}
     if made.config.decoder == "token_pair":
         _split_pair(tensors, made.config.embed_dim)
-    with new_folder(out) as draft:
-        (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (draft / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
-        save_tensors(draft / "model.safetensors", tensors, {})
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    save_tensors(folder / "model.safetensors", tensors, {})
     notes = [f"written as {settings['architectures'][0]} ({made.model_type})", *made.notes, *picture_notes]
     if header.temperature != 1.0:
         notes.append(

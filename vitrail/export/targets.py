@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vitrail.export.hf import write_hf
+from vitrail.files import new_folder
 from vitrail.lookup import pick
-from vitrail.weights.imported import Imported
-from vitrail.weights.store import build_model, save_model
+from vitrail.weights.store import ModelHeader, build_model, save_model
 from vitrail.weights.words import open_weights
 
 
@@ -21,11 +24,13 @@ class Target:
 
     Attributes:
         suffix: what the model's name gets behind it, unless the user names a place.
-        write: writes a model to a path that does not exist, and returns what should be told.
+        write: writes into a folder, or a file, and returns what should be told.
+        is_folder: whether it is a folder; it appears when all of it is written.
     """
 
     suffix: str
-    write: Callable[[Imported, Path], list[str]]
+    write: Callable[[ModelHeader, Mapping[str, Tensor], Path], list[str]]
+    is_folder: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,15 @@ class Exported:
     notes: tuple[str, ...]
 
 
-def write_vitrail(model: Imported, out: Path) -> list[str]:
+def write_vitrail(header: ModelHeader, weights: Mapping[str, Tensor], file: Path) -> list[str]:
     """Write one self-describing model file."""
-    if out.is_dir():
-        raise ValueError(
-            f"{out}: is a folder; --out of a model file must name a file, such as {out / 'model.safetensors'}"
-        )
-    save_model(out, model.weights, model.header)
+    save_model(file, weights, header)
     return []
 
 
 TARGETS = {
     "hf": Target("-hf", write_hf),
-    "vitrail": Target(".safetensors", write_vitrail),
+    "vitrail": Target(".safetensors", write_vitrail, is_folder=False),
 }
 
 
@@ -75,11 +76,16 @@ def export(
     path = Path(out) if out is not None else default_place(name, target.suffix)
     if (path.is_dir() and any(path.iterdir())) or path.is_file():
         raise ValueError(f"{path}: is there already; name another place by --out, or remove it")
+    if path.is_dir() and not target.is_folder:
+        raise ValueError(f"{path}: is a folder; name a file by --out, such as {path / 'model.safetensors'}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
     model = open_weights(name, described)
     build_model(model.header.architecture, model.weights, name)  # names and shapes fit, or one error says what does not
-    return Exported(path, (*model.report.lines(), *target.write(model, path)))
+    place = new_folder(path) if target.is_folder else contextlib.nullcontext(path)
+    with place as draft:
+        notes = target.write(model.header, model.weights, draft)
+    return Exported(path, (*model.report.lines(), *notes))
 
 
 def default_place(name: str, suffix: str) -> Path:
