@@ -176,6 +176,8 @@ def test_training_settings_and_doubtful_labels_are_told(broken):
         ({"num_channels": 4}, "in_channels is 4"),
         ({"model_type": "dinov4"}, "did you mean 'dinov2'"),
         ({"model_type": "deit"}, "are not those of the model_type"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map in config.json names code of its own"),
+        ({"quantization_config": {"bits": 8}}, "quantised weights cannot be read"),
         ({"id2label": {"0": "cat", "1": "dog"}}, "id2label names 2 classes, expected 0 to 2"),
     ],
 )
@@ -331,6 +333,14 @@ def test_a_model_without_classifier_says_so(tmp_path, pictures, make_folder, cap
     for words in (["predict", str(pictures[0])], ["eval", str(data)]):
         assert run([words[0], str(tmp_path / "model"), *words[1:]]) == 1
         assert "this model has no classifier" in capsys.readouterr().err
+
+
+def test_what_is_resized_and_left_out_is_said_by_predict(tmp_path, pictures, capsys):
+    save_family("dinov2", tmp_path)
+    assert run(["predict", f"hf:{tmp_path}", str(pictures[0])]) == 0
+    told = "".join(capsys.readouterr())
+    assert "10×10 → 4×4 patches" in told
+    assert "unexpected (left out): embeddings.mask_token" in told
 
 
 def test_predict_and_eval_take_a_folder(vit_folder, tmp_path, make_folder, capsys):

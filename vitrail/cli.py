@@ -261,7 +261,7 @@ def do_train(options: Any) -> int:
 def do_predict(options: Predict) -> int:
     """Predict, and print or write a row per picture."""
     from vitrail.evaluation.classifier import load
-    from vitrail.evaluation.evaluate import warn_of_patches
+    from vitrail.evaluation.evaluate import tell_of_weights, warn_of_patches
     from vitrail.evaluation.tables import check_ending, find_pictures, write_table
     from vitrail.training.attention import tune
     from vitrail.training.precision import pick_device
@@ -272,6 +272,7 @@ def do_predict(options: Predict) -> int:
         return fail("predict needs at least one picture, folder or glob after MODEL", USAGE_ERROR)
     classifier = load(options.model).to(pick_device(options.device))
     classifier = classifier.at(image_size=options.image_size, patch_size=options.patch_size, resize=options.resize)
+    tell_of_weights(classifier, Talk())
     warn_of_patches(classifier, Talk())
     tune(classifier, measuring=False)
     rows = classifier.predict(find_pictures(options.paths), top=5 if options.top is None else options.top)

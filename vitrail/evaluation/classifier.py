@@ -18,6 +18,7 @@ from vitrail.data.preprocess import Preprocess
 from vitrail.data.scan import ordered_map
 from vitrail.models.variants import is_variant, variant_config
 from vitrail.models.vit import ViT
+from vitrail.weights.imported import LoadReport
 from vitrail.weights.store import ModelHeader, build_model
 from vitrail.weights.words import open_weights
 
@@ -50,11 +51,13 @@ class Classifier:
 
     Attributes:
         patch_size: side of the patches to cut pictures into; None is the model's own (see `at`).
+        report: what became of a file's weights on the way.
     """
 
     model: ViT
     header: ModelHeader
     patch_size: int | None = None
+    report: LoadReport = LoadReport("")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -201,7 +204,8 @@ def load(model: str | os.PathLike[str]) -> Classifier:
     name = os.fspath(model)
     if not is_variant(name) or Path(name).exists():
         opened = open_weights(name)
-        return Classifier(build_model(opened.header.architecture, opened.weights, name), opened.header)
+        built = build_model(opened.header.architecture, opened.weights, name)
+        return Classifier(built, opened.header, report=opened.report)
     config = variant_config(name)
     preprocess = Preprocess(image_size=config.image_size, channels=config.in_channels)
     header = ModelHeader(config, tuple(str(i) for i in range(config.num_classes)), preprocess)

@@ -57,6 +57,7 @@ def evaluate(
     classifier = load(model).to(device).at(image_size=image_size, patch_size=patch_size, resize=resize)
     classifier.check_classifies()
     tune(classifier, measuring=True)
+    tell_of_weights(classifier, talk)
     warn_of_patches(classifier, talk)
     data = dataclasses.replace(data or DataConfig(), source=source)
     opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")
@@ -102,6 +103,12 @@ def evaluate(
     place["patch_size"] = classifier.patch_size or classifier.model.config.patch_size
     place["resize"] = classifier.preprocess.resize
     return {**result, **place, "num_left_out": left_out}
+
+
+def tell_of_weights(classifier: Classifier, talk: Talk) -> None:
+    """Say what became of a foreign model's weights, where they were not simply taken."""
+    if classifier.report.differs:
+        talk.say("\n".join(classifier.report.lines()))
 
 
 def warn_of_patches(classifier: Classifier, talk: Talk) -> None:

@@ -69,6 +69,12 @@ def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[
     raw = read_json(folder / "config.json")
     if "model_type" not in raw and "pretrained_cfg" in raw:
         raise ValueError(f"{folder}: is a model of timm, not of transformers; load it as timm:hf-hub:NAME")
+    if any(str(key).startswith("AutoModel") for key in raw.get("auto_map") or ()):
+        raise ValueError(
+            "auto_map in config.json names code of its own, which is not run; only transformers' own models are read"
+        )
+    if raw.get("quantization_config"):
+        raise ValueError("quantization_config in config.json: quantised weights cannot be read")
     model_type = str(raw.get("model_type", ""))
     family = pick(FAMILIES, model_type, "model_type in config.json:")
     tensors, notes = read_tensors(folder)
