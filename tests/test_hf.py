@@ -261,6 +261,8 @@ def _spoil(folder: Path, how: str) -> None:
         tensors = load_file(weights)
         del tensors["vit.layernorm.bias"], tensors["vit.encoder.layer.0.attention.attention.key.bias"]
         save_file({**tensors, "vit.extra": torch.zeros(1)}, weights)
+    elif how == "a tensor twice":
+        save_file({**load_file(weights), "layernorm.bias": torch.zeros(24)}, weights)
     elif how == "quantised":
         save_file({key: value.to(torch.int8) for key, value in load_file(weights).items()}, weights)
     elif how == "shard outside":
@@ -286,6 +288,7 @@ def _spoil(folder: Path, how: str) -> None:
         ("no json", "is not JSON"),
         ("a tensor gone", "missing: encoder.layer.0.attention.attention.key.bias, layernorm.bias"),
         ("a tensor gone", "unknown: extra"),
+        ("a tensor twice", "has both vit.layernorm.bias and layernorm.bias"),
         ("quantised", "quantised weights cannot be read"),
         ("shard outside", "expected weights beside it"),
         ("shard gone", "1 of 2 shards are missing: model-00002-of-00002.safetensors"),

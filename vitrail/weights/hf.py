@@ -78,8 +78,7 @@ def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[
     model_type = str(raw.get("model_type", ""))
     family = pick(FAMILIES, model_type, "model_type in config.json:")
     tensors, notes = read_tensors(folder)
-    # An empty table of registers is none.
-    tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items() if tensor.numel()}
+    tensors = _without_prefix(tensors, family.prefix)
     join_teacher(tensors)
     settings = ChainMap({key: value for key, value in raw.items() if value is not None}, dict(family.defaults))
     num_classes, pair = _classifier(raw, tensors)
@@ -93,11 +92,7 @@ def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[
         labels=_labels(raw, built.num_classes) if labels is None else _as_many(labels, built.num_classes),
         preprocess=preprocess,
         temperature=_temperature(own),
-        versions={
-            **versions(),
-            "imported_from": origin,
-            **{key: str(raw[key]) for key in ("transformers_version",) if key in raw},
-        },
+        versions={**versions(), "imported_from": origin, "written_by": str(raw.get("transformers_version", "unknown"))},
     )
     report = LoadReport(
         origin=origin,
@@ -183,6 +178,18 @@ def join_teacher(tensors: dict[str, Tensor]) -> None:
     biases = [f"{name}_classifier.bias" for name in ("cls", "distillation")]
     if all(name in tensors for name in biases):
         tensors["classifier.bias"] = (tensors.pop(biases[0]) + tensors.pop(biases[1])) / 2
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights as a model without classifier names them; an empty table of registers is none."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        if (bare := name.removeprefix(prefix)) in named:
+            raise ValueError(f"has both {prefix}{bare} and {bare}; which of them counts is not known")
+        named[bare] = tensor
+    return named
 
 
 def _knows(rules: list[Rule], name: str) -> bool:
