@@ -1,6 +1,6 @@
 """Parity: small random models give the logits and input gradients of timm, transformers and vit-pytorch.
 
-Weights are copied; the tables below say what a peer calls them. Every parameter is drawn again, so that no bias, norm or
+Weights are copied; the tables below say what a peer calls them, for transformers those that read its files. Every parameter is drawn again, so that no bias, norm or
 position is hidden by the zeros and ones that a fresh model has.
 """
 
@@ -34,34 +34,12 @@ from vit_pytorch.simple_vit import SimpleViT
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.vit import ViT
+from vitrail.weights.hf_config import absent_biases
+from vitrail.weights.hf_tables import FAMILIES
 from vitrail.weights.layouts import EVA, SPLIT_GATE, TIMM, vit_pytorch
 from vitrail.weights.rules import Rule, to_ours
 
-# (what the peer's name matches, what is put there), all applied in order; None leaves the weight out. `qkv/1` is the
-# second part of `qkv`: parts are joined, and one that the peer lacks (a key bias) is zero.
-HF = [
-    (r"^(vit|dinov2_with_registers)\.", ""),
-    (r"mask_token", None),
-    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^embeddings\.cls_token", "cls_token"),
-    (r"^embeddings\.register_tokens", "reg_token"),
-    (r"^(encoder\.layer|model\.layer|layers)\.", "blocks."),
-    (r"attention\.q_proj", "attn.qkv/0"),
-    (r"attention\.k_proj", "attn.qkv/1"),
-    (r"attention\.v_proj", "attn.qkv/2"),
-    (r"attention\.o_proj", "attn.proj"),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
-    (r"mlp\.gate_proj", "mlp.fc1/0"),
-    (r"mlp\.up_proj", "mlp.fc1/1"),
-    (r"mlp\.down_proj", "mlp.fc2"),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-]
-HF_PLAIN_MLP = [(r"mlp\.up_proj", "mlp.fc1"), *HF]  # DINOv3's without a gate has the gated one's names
-# Tables that importing uses as well, or regular expressions as above.
+# A table that importing uses as well, or names that are left out, as regular expressions.
 Rules = list[tuple[str, str | None]] | tuple[Rule, ...]
 
 
@@ -132,6 +110,19 @@ def twin(peer: nn.Module, config: ViTConfig, rules: Rules, **special: Callable[[
     weights = converted(peer, rules, config)
     for name, change in special.items():
         weights[name] = change(weights[name])
+    model = ViT(config).eval()
+    model.load_state_dict(weights)
+    assert epsilons(model) == epsilons(peer)
+    return model
+
+
+def hf_twin(peer: Any, config: ViTConfig) -> ViT:
+    """Return our model with the weights of a model of transformers, by the tables that read its files."""
+    family = FAMILIES[peer.config.model_type]
+    _, in_memory = family.tables(config, absent_biases(peer.config.to_dict()))
+    named = {name.removeprefix(family.prefix): tensor for name, tensor in peer.state_dict().items()}
+    weights, unknown = to_ours(named, in_memory, config)
+    assert {name.split(".")[-1] for name in unknown} <= {"mask_token"}
     model = ViT(config).eval()
     model.load_state_dict(weights)
     assert epsilons(model) == epsilons(peer)
@@ -338,7 +329,7 @@ def test_transformers_vit(size, patch, width, heads, qkv_bias):
         num_classes=5,
         layer_norm_eps=config.layer_norm_eps,
     )
-    agree(twin(peer, ours, HF), lambda images: peer(images).logits, torch.randn(3, 3, size, size))
+    agree(hf_twin(peer, ours), lambda images: peer(images).logits, torch.randn(3, 3, size, size))
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (56, 42), (14, 35)])
@@ -361,34 +352,27 @@ def test_transformers_dinov2_with_registers(height, width, ours, theirs):
     )
     peer = drawn(Dinov2WithRegistersForImageClassification(config))
     shape = {"image_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
-    model = twin(
-        peer,
-        ViTConfig(decoder="token_mean", layer_scale=1.0, **shape, **ours),
-        HF,
-        pos_embed=partial(with_prefix_rows, at=1, count=config.num_register_tokens),
-    )
+    model = hf_twin(peer, ViTConfig(decoder="token_mean", layer_scale=1.0, **shape, **ours))
     agree(model, lambda images: peer(images).logits, torch.randn(3, 3, height, width))
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80)])
 @pytest.mark.parametrize(
-    ("ours", "theirs", "rules"),
+    ("ours", "theirs"),
     [
-        ({"num_registers": 4}, {"num_register_tokens": 4}, HF_PLAIN_MLP),
+        ({"num_registers": 4}, {"num_register_tokens": 4}),
         (
             {"num_registers": 2, "mlp": "swiglu"},
             {"num_register_tokens": 2, "use_gated_mlp": True, "hidden_act": "silu"},
-            HF,
         ),
         (
             {"num_registers": 1, "qkv_bias": False},
             {"num_register_tokens": 1, "query_bias": False, "value_bias": False},
-            HF_PLAIN_MLP,
         ),
     ],
     ids=["registers", "gated", "no-bias"],
 )
-def test_transformers_dinov3(height, width, ours, theirs, rules):
+def test_transformers_dinov3(height, width, ours, theirs):
     config = DINOv3ViTConfig(
         image_size=64,
         patch_size=16,
@@ -399,7 +383,7 @@ def test_transformers_dinov3(height, width, ours, theirs, rules):
         **theirs,
     )
     peer = drawn(DINOv3ViTModel(config))
-    model = twin(
+    model = hf_twin(
         peer,
         ViTConfig(
             image_size=64,
@@ -414,7 +398,6 @@ def test_transformers_dinov3(height, width, ours, theirs, rules):
             layer_norm_eps=config.layer_norm_eps,
             **ours,
         ),
-        rules,
     )
     agree(
         lambda images: model.features(images)["transformer"],

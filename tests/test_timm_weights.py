@@ -16,6 +16,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.layers.mlp import GluMlp
 from torch import nn
 
+from vitrail.cli import run
 from vitrail.data.preprocess import Preprocess
 from vitrail.export.timm import write_timm
 from vitrail.models.config import ViTConfig
@@ -35,6 +36,7 @@ FAMILIES = {
     "token": ("vit_tiny_patch16_224", {**SIZE_32}, {}),
     "gap": ("vit_base_patch16_gap_224", SIZE_32, {"crop_pct": 1.0, "interpolation": "bilinear"}),
     "siglip": ("vit_base_patch16_siglip_224", SIZE_32, {"crop_mode": "squash", "crop_pct": 1.0}),
+    "squash-crop": ("vit_tiny_patch16_224", SIZE_32, {"crop_mode": "squash", "crop_pct": 0.8}),
     "siglip2": ("vit_so400m_patch16_siglip_256", {**SIZE_32, "act_layer": "gelu_tanh"}, {"crop_pct": 0.77}),
     "dinov2": ("vit_small_patch14_dinov2", {"img_size": 28, "patch_size": 7}, {"crop_pct": 0.875}),
     "dinov2-registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 28, "patch_size": 7}, {}),
@@ -165,7 +167,17 @@ def test_what_timm_does_not_have_is_not_written(tmp_path):
         header = ModelHeader(architecture, ("a", "b"), Preprocess(image_size=32))
         with pytest.raises(ValueError, match=f"timm cannot express this model: it has {expected}"):
             write_timm(header, ViT(architecture).state_dict(), tmp_path / "out")
+    plain = dataclasses.replace(config, attention="global", window=0)
+    header = ModelHeader(plain, ("a", "b"), Preprocess(image_size=32, crop_offset="down", resampler="torchvision"))
+    with pytest.raises(ValueError, match=r"no preprocess.resampler 'torchvision', no preprocess.crop_offset 'down'"):
+        write_timm(header, ViT(plain).state_dict(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_a_folder_of_timms(tmp_path, photographs):
+    model = save(tmp_path / "in", "vit_tiny_patch16_224", SIZE_32, {})
+    assert run(["export", str(tmp_path / "in"), "--to", "timm", "--out", str(tmp_path / "out")]) == 0
+    assert_same_logits(open_weights(tmp_path / "out"), model, transform_of(tmp_path / "in"), photographs)
 
 
 def test_two_heads_from_one_answer_as_before():

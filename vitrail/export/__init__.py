@@ -1,1 +1,1 @@
-"""Models for other libraries: written in their form, with their preprocessing and labels."""
+"""Models for other software: every format writes what the model file holds, or says why it cannot."""

@@ -86,6 +86,8 @@ def refuse_inexpressible(header: ModelHeader, weights: Mapping[str, Tensor]) -> 
         == "token_pair"
         and (config.num_registers != 1 or config.positions not in ("learned", "sincos2d")),
         "preprocess.resize 'aspect'": header.preprocess.resize == "aspect",
+        f"preprocess.resampler {header.preprocess.resampler!r}": header.preprocess.resampler != "pillow",
+        "preprocess.crop_offset 'down'": header.preprocess.crop_offset == "down" and "crop" in header.preprocess.resize,
     }  # fmt: skip
     if wrong := [reason for reason, holds in reasons.items() if holds]:
         raise ValueError(f"timm cannot express this model: it has no {', no '.join(wrong)}")
@@ -132,7 +134,7 @@ def pretrained_cfg(preprocess: Preprocess, config: ViTConfig) -> dict[str, Any]:
         "input_size": [preprocess.channels, preprocess.image_size, preprocess.image_size],
         "fixed_input_size": preprocess.image_size == config.image_size,
         "interpolation": preprocess.interpolation,
-        "crop_pct": preprocess.crop_fraction if preprocess.resize == "crop" else 1.0,
+        "crop_pct": preprocess.crop_fraction if "crop" in preprocess.resize else 1.0,
         "crop_mode": "center" if preprocess.resize == "crop" else "squash",
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),

@@ -161,8 +161,8 @@ def preprocess_of(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tuple
         problems.append(f"input_size has {channels} channels, the model {config.in_channels}")
     if interpolation not in INTERPOLATIONS:
         problems.append(f"interpolation {interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
-    if mode not in ("center", "squash") or (mode == "squash" and share != 1):
-        problems.append(f"crop_mode {mode!r} with crop_pct {share} is neither 'center' nor 'squash' with 1")
+    if mode not in ("center", "squash"):
+        problems.append(f"crop_mode {mode!r} is neither 'center' nor 'squash'")
     if share > 1:
         problems.append(f"crop_pct {share} pads pictures")
     if problems:
@@ -170,7 +170,7 @@ def preprocess_of(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tuple
     preprocess = Preprocess(
         image_size=height,
         channels=channels,
-        resize="crop" if mode == "center" else "squash",
+        resize="crop" if mode == "center" else "squash" if share == 1 else "squash_crop",
         crop_fraction=float(share),
         interpolation=interpolation,
         mean=tuple(float(value) for value in data["mean"]),

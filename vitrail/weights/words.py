@@ -15,6 +15,12 @@ from vitrail.weights.imported import Imported, LoadReport
 from vitrail.weights.store import read_model
 
 
+def _hf(rest: str, described: Mapping[str, Any]) -> Imported:
+    from vitrail.weights.hf import open_hf
+
+    return open_hf(rest, described)
+
+
 def _timm(rest: str, described: Mapping[str, Any]) -> Imported:
     from vitrail.weights.timm import open_timm
 
@@ -28,7 +34,7 @@ def _torchvision(rest: str, described: Mapping[str, Any]) -> Imported:
 
 
 # Hub or library → the function that reads what stands behind its colon.
-HUBS: dict[str, Callable[[str, Mapping[str, Any]], Imported]] = {"timm": _timm, "torchvision": _torchvision}
+HUBS: dict[str, Callable[[str, Mapping[str, Any]], Imported]] = {"hf": _hf, "timm": _timm, "torchvision": _torchvision}
 
 
 def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | None = None) -> Imported:
@@ -47,6 +53,8 @@ def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | No
         return HUBS[hub](rest, described or {})
     if not Path(name).exists():
         raise ValueError(f"{name}: no such run folder or model file")
+    if is_transformers_folder(Path(name)):
+        return HUBS["hf"](name, described or {})
     if Path(name).is_dir() and is_timm_folder(Path(name)):
         return _timm(name, described or {})
     if is_bare(Path(name)):
@@ -58,6 +66,17 @@ def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | No
         raise ValueError(f"{name}: a model file says all of itself; {', '.join(described)} cannot be given with it")
     weights, header = read_model(path)
     return Imported(header, weights, LoadReport(name, loaded=len(weights)))
+
+
+def is_transformers_folder(path: Path) -> bool:
+    """Whether a path is a folder with a model of transformers, and not a run."""
+    if not (path / "config.json").is_file() or (path / "run.json").exists():
+        return False
+    try:
+        settings = json.loads((path / "config.json").read_bytes())
+    except ValueError:
+        return True
+    return isinstance(settings, dict) and "model_type" in settings
 
 
 def is_bare(path: Path) -> bool:
