@@ -15,6 +15,7 @@ import vitrail.cli
 from vitrail import ViT, ViTConfig
 from vitrail.cli import COMMANDS, given_settings, train_options
 from vitrail.config import RunConfig, ScheduleConfig
+from vitrail.export.targets import TARGETS
 from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES
 from vitrail.models.variants import variant_config
 from vitrail.recipes import Facts, build_config
@@ -250,12 +251,13 @@ def test_settings_on_the_pages_exist():
     known = own | {name for name, _ in flatten(RunConfig)}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])", page.read_text(encoding="utf-8")))
-        # `--out`, `--top` and `--split` are of predict and eval.
-        assert {name.replace("-", "_") for name in named} <= known | {"out", "top", "split"}
+        # `--out`, `--top`, `--split` and `--to` are of predict, eval and export.
+        assert {name.replace("-", "_") for name in named} <= known | {"out", "top", "split", "to"}
 
 
 def test_what_is_not_there_yet_is_not_there_yet():
     why = "docs/article.md and README.zh-CN.md say that this is not there yet; mend both, then this test"
-    assert not {"pretrain", "export", "serve", "explain"} & set(COMMANDS), why
+    assert not {"pretrain", "serve", "explain"} & set(COMMANDS), why
+    assert not {"onnx", "torch"} & set(TARGETS), why
     with pytest.raises(ValueError, match="unknown model 'hf:google/vit-base-patch16-224'"):
         build_config("auto", FACTS, {"variant": "hf:google/vit-base-patch16-224"})

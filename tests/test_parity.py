@@ -1,6 +1,6 @@
 """Parity: small random models give the logits and input gradients of timm, transformers and vit-pytorch.
 
-Weights are copied; the tables below say what a peer calls them. Every parameter is drawn again, so that no bias, norm or
+Weights are copied; the tables below say what a peer calls them, for transformers those that read its files. Every parameter is drawn again, so that no bias, norm or
 position is hidden by the zeros and ones that a fresh model has.
 """
 
@@ -34,54 +34,13 @@ from vit_pytorch.simple_vit import SimpleViT
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.vit import ViT
+from vitrail.weights.hf_config import absent_biases
+from vitrail.weights.hf_tables import FAMILIES
+from vitrail.weights.layouts import EVA, SPLIT_GATE, TIMM, vit_pytorch
+from vitrail.weights.rules import Rule, to_ours
 
-# (what the peer's name matches, what is put there), all applied in order; None leaves the weight out. `qkv/1` is the
-# second part of `qkv`: parts are joined, and one that the peer lacks (a key bias) is zero.
-TIMM = [(r"^attn_pool\.", "decoder.attn_pool.")]
-EVA = [
-    (r"gamma_(\d)", r"ls\1.gamma"),
-    (r"attn\.q_bias", "attn.qkv/0.bias"),
-    (r"attn\.v_bias", "attn.qkv/2.bias"),
-    (r"fc1_g", "fc1/0"),
-    (r"fc1_x", "fc1/1"),
-]
-HF = [
-    (r"^(vit|dinov2_with_registers)\.", ""),
-    (r"mask_token", None),
-    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^embeddings\.cls_token", "cls_token"),
-    (r"^embeddings\.register_tokens", "reg_token"),
-    (r"^(encoder\.layer|model\.layer|layers)\.", "blocks."),
-    (r"attention\.q_proj", "attn.qkv/0"),
-    (r"attention\.k_proj", "attn.qkv/1"),
-    (r"attention\.v_proj", "attn.qkv/2"),
-    (r"attention\.o_proj", "attn.proj"),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
-    (r"mlp\.gate_proj", "mlp.fc1/0"),
-    (r"mlp\.up_proj", "mlp.fc1/1"),
-    (r"mlp\.down_proj", "mlp.fc2"),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-]
-HF_PLAIN_MLP = [(r"mlp\.up_proj", "mlp.fc1"), *HF]  # DINOv3's without a gate has the gated one's names
-SIMPLE_VIT = [
-    (r"^to_patch_embedding\.1\.", "patch_embed.norm_in."),
-    (r"^to_patch_embedding\.2\.", "patch_embed.proj."),
-    (r"^to_patch_embedding\.3\.", "patch_embed.norm_out."),
-    (r"^transformer\.norm\.", "norm."),
-    (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
-    (r"^transformer\.layers\.(\d+)\.0\.to_qkv\.", r"blocks.\1.attn.qkv."),
-    (r"^transformer\.layers\.(\d+)\.0\.to_out\.", r"blocks.\1.attn.proj."),
-    (r"^transformer\.layers\.(\d+)\.1\.net\.0\.", r"blocks.\1.norm2."),
-    (r"^transformer\.layers\.(\d+)\.1\.net\.1\.", r"blocks.\1.mlp.fc1."),
-    (r"^transformer\.layers\.(\d+)\.1\.net\.3\.", r"blocks.\1.mlp.fc2."),
-    (r"^linear_head\.", "head."),
-]
-
-Rules = list[tuple[str, str | None]]
+# A table that importing uses as well, or names that are left out, as regular expressions.
+Rules = list[tuple[str, str | None]] | tuple[Rule, ...]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,8 +52,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def converted(peer: nn.Module, rules: Rules) -> dict[str, Tensor]:
+def converted(peer: nn.Module, rules: Rules, config: ViTConfig) -> dict[str, Tensor]:
     """Return a peer's weights under our names."""
+    if isinstance(rules, tuple):
+        weights, unknown = to_ours(peer.state_dict(), rules, config)
+        assert not unknown
+        return weights
     out, joined = {}, defaultdict(dict)
     for source, tensor in peer.state_dict().items():
         name = source
@@ -144,9 +107,22 @@ def epsilons(model: nn.Module) -> set[float]:
 
 def twin(peer: nn.Module, config: ViTConfig, rules: Rules, **special: Callable[[Tensor], Tensor]) -> ViT:
     """Return our model with a peer's weights; `special` changes the tensors of one name."""
-    weights = converted(peer, rules)
+    weights = converted(peer, rules, config)
     for name, change in special.items():
         weights[name] = change(weights[name])
+    model = ViT(config).eval()
+    model.load_state_dict(weights)
+    assert epsilons(model) == epsilons(peer)
+    return model
+
+
+def hf_twin(peer: Any, config: ViTConfig) -> ViT:
+    """Return our model with the weights of a model of transformers, by the tables that read its files."""
+    family = FAMILIES[peer.config.model_type]
+    _, in_memory = family.tables(config, absent_biases(peer.config.to_dict()))
+    named = {name.removeprefix(family.prefix): tensor for name, tensor in peer.state_dict().items()}
+    weights, unknown = to_ours(named, in_memory, config)
+    assert {name.split(".")[-1] for name in unknown} <= {"mask_token"}
     model = ViT(config).eval()
     model.load_state_dict(weights)
     assert epsilons(model) == epsilons(peer)
@@ -286,7 +262,8 @@ def test_timm_dinov3_with_rotary_positions(height, width, ours, theirs):
     config = ViTConfig(
         image_size=64, patch_size=16, positions="rope2d", layer_scale=1e-5, layer_norm_eps=1e-5, **shape, **ours
     )
-    agree(twin(peer, config, EVA), peer, torch.randn(2, 3, height, width))
+    rules = (*SPLIT_GATE, *EVA) if "swiglu_mlp" in theirs else EVA
+    agree(twin(peer, config, rules), peer, torch.randn(2, 3, height, width))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +329,7 @@ def test_transformers_vit(size, patch, width, heads, qkv_bias):
         num_classes=5,
         layer_norm_eps=config.layer_norm_eps,
     )
-    agree(twin(peer, ours, HF), lambda images: peer(images).logits, torch.randn(3, 3, size, size))
+    agree(hf_twin(peer, ours), lambda images: peer(images).logits, torch.randn(3, 3, size, size))
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (56, 42), (14, 35)])
@@ -375,34 +352,27 @@ def test_transformers_dinov2_with_registers(height, width, ours, theirs):
     )
     peer = drawn(Dinov2WithRegistersForImageClassification(config))
     shape = {"image_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
-    model = twin(
-        peer,
-        ViTConfig(decoder="token_mean", layer_scale=1.0, **shape, **ours),
-        HF,
-        pos_embed=partial(with_prefix_rows, at=1, count=config.num_register_tokens),
-    )
+    model = hf_twin(peer, ViTConfig(decoder="token_mean", layer_scale=1.0, **shape, **ours))
     agree(model, lambda images: peer(images).logits, torch.randn(3, 3, height, width))
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80)])
 @pytest.mark.parametrize(
-    ("ours", "theirs", "rules"),
+    ("ours", "theirs"),
     [
-        ({"num_registers": 4}, {"num_register_tokens": 4}, HF_PLAIN_MLP),
+        ({"num_registers": 4}, {"num_register_tokens": 4}),
         (
             {"num_registers": 2, "mlp": "swiglu"},
             {"num_register_tokens": 2, "use_gated_mlp": True, "hidden_act": "silu"},
-            HF,
         ),
         (
             {"num_registers": 1, "qkv_bias": False},
             {"num_register_tokens": 1, "query_bias": False, "value_bias": False},
-            HF_PLAIN_MLP,
         ),
     ],
     ids=["registers", "gated", "no-bias"],
 )
-def test_transformers_dinov3(height, width, ours, theirs, rules):
+def test_transformers_dinov3(height, width, ours, theirs):
     config = DINOv3ViTConfig(
         image_size=64,
         patch_size=16,
@@ -413,7 +383,7 @@ def test_transformers_dinov3(height, width, ours, theirs, rules):
         **theirs,
     )
     peer = drawn(DINOv3ViTModel(config))
-    model = twin(
+    model = hf_twin(
         peer,
         ViTConfig(
             image_size=64,
@@ -428,7 +398,6 @@ def test_transformers_dinov3(height, width, ours, theirs, rules):
             layer_norm_eps=config.layer_norm_eps,
             **ours,
         ),
-        rules,
     )
     agree(
         lambda images: model.features(images)["transformer"],
@@ -453,29 +422,26 @@ def test_vit_pytorch_simple_vit(size, patch, width, heads, channels):
             dim_head=width // heads,
         )
     )
-    weights = converted(peer, SIMPLE_VIT)
-    for name in ("patch_embed.norm_in.weight", "patch_embed.norm_in.bias", "patch_embed.proj.weight"):
-        weights[name] = rearrange(weights[name], "... (p q C) -> ... (C p q)", p=patch, q=patch)
+    config = ViTConfig(
+        image_size=size,
+        patch_size=patch,
+        patch_norm=True,
+        in_channels=channels,
+        embed_dim=width,
+        depth=2,
+        num_heads=heads,
+        mlp_ratio=2.0,
+        qkv_bias=False,
+        positions="sincos2d",
+        class_token=False,
+        decoder="mean",
+        fc_norm=False,
+        num_classes=5,
+        layer_norm_eps=1e-5,
+    )
+    weights = converted(peer, vit_pytorch(peer.state_dict()), config)
     weights |= {f"blocks.{i}.attn.proj.bias": torch.zeros(width) for i in range(2)}  # it has none
-    model = ViT(
-        ViTConfig(
-            image_size=size,
-            patch_size=patch,
-            patch_norm=True,
-            in_channels=channels,
-            embed_dim=width,
-            depth=2,
-            num_heads=heads,
-            mlp_ratio=2.0,
-            qkv_bias=False,
-            positions="sincos2d",
-            class_token=False,
-            decoder="mean",
-            fc_norm=False,
-            num_classes=5,
-            layer_norm_eps=1e-5,
-        )
-    ).eval()
+    model = ViT(config).eval()
     model.load_state_dict(weights)
     assert epsilons(model) == epsilons(peer)
     agree(model, peer, torch.randn(3, channels, size, size))

@@ -61,3 +61,14 @@ def test_a_report_says_what_differs_and_nothing_else():
         "  head: new, 2 classes instead of 3",
         "  unexpected (left out): w0, w1, w2, w3, w4, w5, w6, w7 and 2 more",
     ]
+
+
+def test_the_rest_of_a_name_may_have_points_and_is_no_part():
+    rules = [Rule("attn_pool.{rest}", "pool.{rest}"), Rule("blocks.{i}.{rest}", "blocks.{i}.{rest}")]
+    before = {"attn_pool.mlp.fc1.weight": torch.randn(2, 3), "blocks.3.attn.qkv.weight": torch.randn(6, 2)}
+    ours, unknown = to_ours(before, rules, CONFIG)
+    assert not unknown
+    assert ours.keys() == {"pool.mlp.fc1.weight", "blocks.3.attn.qkv.weight"}
+    after, lost = to_theirs(ours, rules, CONFIG)
+    assert not lost
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -149,6 +149,24 @@ class Doctor:
     out: Annotated[str | None, arg(help="write all lines as JSON", metavar="FILE")] = None
 
 
+@dataclass(frozen=True)
+class Export:
+    """Options of `vitrail export`."""
+
+    model: Annotated[
+        Positional[str],
+        arg(help="run folder, model file, or a foreign model such as hf:NAME@revision or a folder", metavar="MODEL"),
+    ]
+    to: Annotated[
+        str, arg(help="hf: a folder of transformers; vitrail: one self-describing model file", metavar="FORMAT")
+    ]
+    out: Annotated[str | None, arg(help="where to (default: beside the model)", metavar="PATH")] = None
+    describe: Annotated[
+        tuple[str, ...],
+        arg(help="what the model's files do not say: mean=0.5 resize=squash labels=names.txt", metavar="KEY=VALUE…"),
+    ] = ()
+
+
 def train_options() -> type:
     """Return the options of `vitrail train`: its own, and every setting of `RunConfig` as `--section.field`.
 
@@ -249,7 +267,7 @@ def do_train(options: Any) -> int:
 def do_predict(options: Predict) -> int:
     """Predict, and print or write a row per picture."""
     from vitrail.evaluation.classifier import load
-    from vitrail.evaluation.evaluate import warn_of_patches
+    from vitrail.evaluation.evaluate import tell_of_weights, warn_of_patches
     from vitrail.evaluation.tables import check_ending, find_pictures, write_table
     from vitrail.training.attention import tune
     from vitrail.training.precision import pick_device
@@ -260,6 +278,7 @@ def do_predict(options: Predict) -> int:
         return fail("predict needs at least one picture, folder or glob after MODEL", USAGE_ERROR)
     classifier = load(options.model).to(pick_device(options.device))
     classifier = classifier.at(image_size=options.image_size, patch_size=options.patch_size, resize=options.resize)
+    tell_of_weights(classifier, Talk())
     warn_of_patches(classifier, Talk())
     tune(classifier, measuring=False)
     rows = classifier.predict(find_pictures(options.paths), top=5 if options.top is None else options.top)
@@ -310,6 +329,19 @@ def do_eval(options: Eval) -> int:
     if options.out is not None:
         write_text(Path(options.out), json.dumps(result, indent=2) + "\n")
         talk.say(f"all figures: {options.out}")
+    return OK
+
+
+def do_export(options: Export) -> int:
+    """Write a model in another format, and say what became of it."""
+    from vitrail.export.targets import export
+    from vitrail.weights.described import parse_described
+
+    talk = Talk()
+    made = export(options.model, options.to, out=options.out, described=parse_described(options.describe))
+    for note in made.notes:
+        talk.say(note)
+    talk.good(f"written: {made.path}")
     return OK
 
 
@@ -400,6 +432,9 @@ COMMANDS = {
     ),
     "predict": Command(
         "Name what is on pictures; a broken file gets an error in its row.", lambda: Predict, do_predict
+    ),
+    "export": Command(
+        "Write a model for transformers, or a foreign model as a model file of Vitrail.", lambda: Export, do_export
     ),
     "report": Command("Rebuild the HTML page of a run.", lambda: Report, do_report),
     "doctor": Command(

@@ -18,8 +18,10 @@ from vitrail.settings import from_dict, section, setting, to_dict
 
 OPTIMIZER_NAMES = ("adamw",)
 DECAY_NAMES = ("cosine", "linear", "step", "constant")
-RESIZE_NAMES = ("crop", "squash", "aspect")
-INTERPOLATION_NAMES = ("bilinear", "bicubic", "lanczos")
+RESIZE_NAMES = ("crop", "squash", "squash_crop", "aspect")
+INTERPOLATION_NAMES = ("bilinear", "bicubic", "lanczos", "box", "hamming", "nearest")
+CROP_OFFSET_NAMES = ("nearest", "down")
+RESAMPLER_NAMES = ("pillow", "torchvision", "fractions")
 PRECISION_NAMES = ("fp32", "bf16")
 DAMAGED_NAMES = ("stop", "drop", "keep")
 FILL_NAMES = ("black", "edge", "mirror")
@@ -64,17 +66,34 @@ class PreprocessConfig:
 
     resize: str = setting(
         "crop",
-        "crop: shortest side, then the centre; squash: both sides, changing the aspect ratio; aspect: the whole picture in "
-        "its own aspect ratio, with about as many pixels (training still crops squares)",
+        "crop: shortest side, then the centre; squash: both sides, changing the aspect ratio; squash_crop: both sides, then "
+        "the centre; aspect: the whole picture in its own aspect ratio, with about as many pixels (training still crops "
+        "squares)",
     )
-    crop_fraction: float = setting(0.9, "with crop: share of the resized short side that the centre crop keeps")
-    interpolation: str = setting("bicubic", f"always antialiased: {', '.join(INTERPOLATION_NAMES)}")
+    crop_fraction: float = setting(0.9, "with a crop: share of the resized short side that the centre crop keeps")
+    crop_offset: str = setting(
+        "nearest",
+        "where a centre crop begins when half a pixel is left: nearest (as torchvision, timm) or down (as transformers)",
+    )
+    interpolation: str = setting("bicubic", f"antialiased but for nearest: {', '.join(INTERPOLATION_NAMES)}")
+    resampler: str = setting(
+        "pillow",
+        "who resizes: pillow; torchvision, whose pixels differ by a level here and there; or fractions: Pillow without "
+        "rounding to whole levels",
+    )
     mean: tuple[float, ...] = setting((0.5, 0.5, 0.5), "subtracted from pixels in 0..1, one per channel")
     std: tuple[float, ...] = setting((0.5, 0.5, 0.5), "divides after the mean, one per channel")
 
     def __post_init__(self) -> None:
         choice("preprocess.resize", self.resize, RESIZE_NAMES)
+        choice("preprocess.crop_offset", self.crop_offset, CROP_OFFSET_NAMES)
         choice("preprocess.interpolation", self.interpolation, INTERPOLATION_NAMES)
+        choice("preprocess.resampler", self.resampler, RESAMPLER_NAMES)
+        if self.resampler == "torchvision" and self.interpolation in ("box", "hamming", "nearest"):
+            raise ValueError(
+                f"preprocess.resampler 'torchvision' has no interpolation {self.interpolation!r}; use bilinear, bicubic or "
+                "lanczos, or resampler pillow"
+            )
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"preprocess.crop_fraction is {self.crop_fraction}; expected above 0, at most 1")
         if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):

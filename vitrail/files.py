@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,26 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on success it becomes `path`, which must not exist or be empty.
+
+    On any error the temporary folder is removed, and nothing is left.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft.mkdir()
+    try:
+        yield draft
+        for file in draft.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()  # an empty one
+        os.rename(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

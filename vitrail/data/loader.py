@@ -20,7 +20,7 @@ from torch import Tensor
 from vitrail.config import AugmentConfig
 from vitrail.data.augment import augment_batch, crop_boxes, draw
 from vitrail.data.decode import PictureError
-from vitrail.data.preprocess import INTERPOLATIONS, Preprocess, to_array
+from vitrail.data.preprocess import INTERPOLATIONS, Preprocess, to_array, unit_scale
 from vitrail.data.sources import Source
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class Pictures:
             raise ValueError(f"none of {wanted} files can be read any more: {next(iter(self.dropped.items()))}")
 
     def for_judging(self, index: int) -> np.ndarray:
-        """Return one picture as the model's uint8 input [C, S, S], or [C, H, W] with preprocessing `aspect`."""
+        """Return one picture as `Preprocess.apply` does: [C, S, S], or [C, H, W] with preprocessing `aspect`."""
         if self.stored is None:
             return self.preprocess.apply(self.source.read(index, self.preprocess.mode))
         pixels = self.stored[index]
@@ -224,7 +224,7 @@ class TrainStream:
     ) -> Batch:
         """Move to the device, augment there, normalise."""
         preprocess = self.pictures.preprocess
-        values = torch.from_numpy(pixels).to(self.device, non_blocking=True).float().div_(255)
+        values = unit_scale(torch.from_numpy(pixels).to(self.device, non_blocking=True))
         images = augment_batch(values, self.augment, draws, boxes, preprocess.image_size)
         targets = self.targets[torch.from_numpy(indices)].to(self.device, non_blocking=True)
         return Batch(preprocess.normalise(images), targets, indices)

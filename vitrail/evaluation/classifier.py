@@ -18,6 +18,7 @@ from vitrail.data.preprocess import Preprocess
 from vitrail.data.scan import ordered_map
 from vitrail.models.variants import is_variant, variant_config
 from vitrail.models.vit import ViT
+from vitrail.weights.imported import LoadReport
 from vitrail.weights.store import ModelHeader, build_model
 from vitrail.weights.words import open_weights
 
@@ -50,11 +51,13 @@ class Classifier:
 
     Attributes:
         patch_size: side of the patches to cut pictures into; None is the model's own (see `at`).
+        report: what became of a file's weights on the way.
     """
 
     model: ViT
     header: ModelHeader
     patch_size: int | None = None
+    report: LoadReport = LoadReport("")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -83,8 +86,9 @@ class Classifier:
             workers: decoding threads; 0: one per core.
 
         Raises:
-            ValueError: `top` is below 1.
+            ValueError: `top` is below 1, or the model has no classifier.
         """
+        self.check_classifies()
         if top < 1:
             raise ValueError(f"top is {top}; expected 1 or more")
         if isinstance(pictures, (str, os.PathLike, PIL.Image.Image)):
@@ -102,6 +106,14 @@ class Classifier:
                 return self.model.forward_packed(images, self.patch_size).float().cpu()
             images = self.preprocess.normalise(torch.from_numpy(np.asarray(pixels)).to(device))
             return self.model(images, self.patch_size).float().cpu()
+
+    def check_classifies(self) -> None:
+        """Raise a ValueError if the model gives vectors and no classes."""
+        if not self.labels:
+            raise ValueError(
+                "this model has no classifier: it turns a picture into a vector of "
+                f"{self.model.decoder.out_dim} numbers; train one on labelled pictures"
+            )
 
     @property
     def is_trained_size(self) -> bool:
@@ -183,7 +195,8 @@ def load(model: str | os.PathLike[str]) -> Classifier:
     """Load a classifier.
 
     Args:
-        model: a run's folder, a model file, or a variant's name (random weights, labels `0`, `1`, …).
+        model: a run's folder, a model file, `hf:NAME` or a folder of transformers, or a variant's name (random weights,
+            labels `0`, `1`, …).
 
     Raises:
         ValueError: there is no such model, or its file is broken.
@@ -191,7 +204,8 @@ def load(model: str | os.PathLike[str]) -> Classifier:
     name = os.fspath(model)
     if not is_variant(name) or Path(name).exists():
         opened = open_weights(name)
-        return Classifier(build_model(opened.header.architecture, opened.weights, name), opened.header)
+        built = build_model(opened.header.architecture, opened.weights, name)
+        return Classifier(built, opened.header, report=opened.report)
     config = variant_config(name)
     preprocess = Preprocess(image_size=config.image_size, channels=config.in_channels)
     header = ModelHeader(config, tuple(str(i) for i in range(config.num_classes)), preprocess)

@@ -23,7 +23,6 @@ from vitrail.evaluation.metrics import Outputs, judgement
 from vitrail.lookup import unknown
 from vitrail.training.attention import tune
 from vitrail.training.prepare import is_identity
-from vitrail.weights.words import model_file
 
 PARTS = ("test", "val", "train", "all")
 
@@ -56,7 +55,9 @@ def evaluate(
         ValueError: the model or the source cannot be read, or their classes disagree.
     """
     classifier = load(model).to(device).at(image_size=image_size, patch_size=patch_size, resize=resize)
+    classifier.check_classifies()
     tune(classifier, measuring=True)
+    tell_of_weights(classifier, talk)
     warn_of_patches(classifier, talk)
     data = dataclasses.replace(data or DataConfig(), source=source)
     opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")
@@ -104,6 +105,12 @@ def evaluate(
     return {**result, **place, "num_left_out": left_out}
 
 
+def tell_of_weights(classifier: Classifier, talk: Talk) -> None:
+    """Say what became of a foreign model's weights, where they were not simply taken."""
+    if classifier.report.differs:
+        talk.say("\n".join(classifier.report.lines()))
+
+
 def warn_of_patches(classifier: Classifier, talk: Talk) -> None:
     """Say when the weights have never seen patches of this size."""
     if not classifier.is_trained_size:
@@ -136,7 +143,8 @@ def parts_of(
         ValueError: the source is that data, but has changed, so that training pictures could be judged as unseen.
     """
     trained = classifier.header.split
-    recorded = model_file(model).parent / "split.json" if Path(model).exists() else None
+    place = Path(model)
+    recorded = (place if place.is_dir() else place.parent) / "split.json" if place.exists() else None
     same_name = trained.get("source") == source.name
     remedy = "restore the files, or judge all pictures, those of the training included, by --split all"
     if recorded is not None and recorded.exists() and same_name:
@@ -182,6 +190,10 @@ def to_model_labels(source: Source, labels: tuple[str, ...]) -> np.ndarray:
         ValueError: the source has a class that the model does not know.
     """
     place = {label: index for index, label in enumerate(labels)}
+    if twice := [label for label in source.labels if labels.count(label) > 1]:
+        raise ValueError(
+            f"{source.name}: class {twice[0]!r} is the label of several of the model's classes; which is not known"
+        )
     foreign = [label for label in source.labels if label not in place]
     if foreign:
         raise ValueError(

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.lookup import pick
 from vitrail.models.attention import AttentionPool
 from vitrail.models.blocks import MLPS
 from vitrail.models.config import ViTConfig
@@ -59,7 +58,7 @@ class TokenPairDecoder(nn.Module):
 
 
 class AttentionDecoder(nn.Module):
-    """Attention pooling over the patch tokens, as timm's `global_pool="map"`."""
+    """Attention pooling over the patch tokens, as timm's `global_pool="map"`; its MLP has the blocks' activation, ungated."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -67,7 +66,9 @@ class AttentionDecoder(nn.Module):
         self.attn_pool = AttentionPool(
             config.embed_dim,
             config.num_heads,
-            pick(MLPS, "gelu", "mlp")(config.embed_dim, config.hidden_dim, dropout=config.dropout),
+            MLPS["gelu" if config.mlp == "swiglu" else config.mlp](
+                config.embed_dim, config.hidden_dim, dropout=config.dropout
+            ),
             layer_norm_eps=config.layer_norm_eps,
         )
 

@@ -32,6 +32,11 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def differs(self) -> bool:
+        """Whether there is more to tell than how many weights were loaded."""
+        return len(self.lines()) > 1
+
     def lines(self) -> list[str]:
         """Return the report as lines for people, without those that have nothing to say."""
         parts = {

@@ -1,8 +1,8 @@
 """What others call a weight: ordered tables of names and layouts, read in both directions.
 
-A rule pairs two templates. `{i}` stands for a number (of a block), `{p}` for a last word (`weight`, `bias`): both appear on
-either side. The first rule that matches a name counts. `qkv.{p}/1` is the second part of our `qkv`, whose parts are
-joined along the first dimension.
+A rule pairs two templates. `{i}` stands for a number (of a block), `{p}` for a last word (`weight`, `bias`), `{rest}` for
+whatever comes: all appear on either side. The first rule that matches a name counts. `qkv.{p}/1` is the second part of our
+`qkv`, whose parts are joined along the first dimension.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def translated(name: str, rules: Iterable[Rule], side: str) -> tuple[Rule, str] 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
     """Return a template as a regular expression; a placeholder that stands twice must match the same both times."""
-    pattern = re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)", 1).replace(r"\{p\}", r"(?P<p>\w+)", 1)
+    pattern = re.escape(template)
+    for name, stands_for in {"i": r"\d+", "p": r"\w+", "rest": r"[^/]+"}.items():
+        pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>{stands_for})", 1)
     return re.compile(pattern.replace(r"\{i\}", r"(?P=i)"))
 
 

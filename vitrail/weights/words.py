@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from vitrail.weights.files import SUFFIXES
 from vitrail.weights.imported import Imported, LoadReport
 from vitrail.weights.store import read_model
 
+
+def _hf(rest: str, described: Mapping[str, Any]) -> Imported:
+    from vitrail.weights.hf import open_hf
+
+    return open_hf(rest, described)
+
+
+def _timm(rest: str, described: Mapping[str, Any]) -> Imported:
+    from vitrail.weights.timm import open_timm
+
+    return open_timm(rest, described)
+
+
+def _torchvision(rest: str, described: Mapping[str, Any]) -> Imported:
+    from vitrail.weights.torchvision import open_torchvision
+
+    return open_torchvision(rest, described)
+
+
 # Hub or library → the function that reads what stands behind its colon.
-HUBS: dict[str, Callable[[str, Mapping[str, Any]], Imported]] = {}
+HUBS: dict[str, Callable[[str, Mapping[str, Any]], Imported]] = {"hf": _hf, "timm": _timm, "torchvision": _torchvision}
 
 
 def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | None = None) -> Imported:
@@ -30,11 +53,50 @@ def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | No
         return HUBS[hub](rest, described or {})
     if not Path(name).exists():
         raise ValueError(f"{name}: no such run folder or model file")
+    if is_transformers_folder(Path(name)):
+        return HUBS["hf"](name, described or {})
+    if Path(name).is_dir() and is_timm_folder(Path(name)):
+        return _timm(name, described or {})
+    if is_bare(Path(name)):
+        from vitrail.weights.bare import open_bare
+
+        return open_bare(name, described)
     path = model_file(name)
     if described:
         raise ValueError(f"{name}: a model file says all of itself; {', '.join(described)} cannot be given with it")
     weights, header = read_model(path)
     return Imported(header, weights, LoadReport(name, loaded=len(weights)))
+
+
+def is_transformers_folder(path: Path) -> bool:
+    """Whether a path is a folder with a model of transformers, and not a run."""
+    if not (path / "config.json").is_file() or (path / "run.json").exists():
+        return False
+    try:
+        settings = json.loads((path / "config.json").read_bytes())
+    except ValueError:
+        return True
+    return isinstance(settings, dict) and "model_type" in settings
+
+
+def is_bare(path: Path) -> bool:
+    """Whether a file holds weights and says nothing of their model: another kind than ours, or without our header."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return path.is_file() and path.suffix in SUFFIXES
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "vitrail" not in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # broken: whoever reads it says how
+
+
+def is_timm_folder(path: Path) -> bool:
+    """Whether a folder is one that timm wrote: its `config.json` names an architecture of timm's."""
+    try:
+        content = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("architecture"), str)
 
 
 def model_file(name: str) -> Path:

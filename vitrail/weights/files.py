@@ -1,0 +1,129 @@
+"""Bare weights files: tensors out of safetensors, NumPy and PyTorch files, without running what a pickle holds."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail.weights.store import load_tensors
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")
+
+# Where a training keeps the weights of its model, best first: averaged weights are the ones that were published.
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "net", "params")
+# What wrapping a model in another puts before all of its names.
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+
+class Bare(NamedTuple):
+    """The tensors of a file that says nothing else of its model.
+
+    Attributes:
+        containers: the keys that were opened on the way to them, such as `teacher`.
+        notes: what else there was to choose from.
+    """
+
+    tensors: dict[str, Tensor]
+    containers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_bare(path: Path) -> Bare:
+    """Read a weights file; code inside a pickle is not run.
+
+    Raises:
+        ValueError: there is no such file, it is broken or of an unknown kind, or holds other things than tensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: unknown kind of weights file; expected one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".safetensors":
+        return _stripped(load_tensors(path)[0], (), ())
+    if path.suffix == ".npz":
+        return Bare(_read_numpy(path))
+    return _unwrapped(_read_pickle(path), path)
+
+
+def _read_numpy(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            return {name: _tensor(file[name]) for name in file.files}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"{path}: not a whole .npz file of plain arrays ({_first_line(error)})") from None
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Return an array as a tensor; JAX's bfloat16, which NumPy saves as two raw bytes, comes out as fp32."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
+    return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
+
+
+def _read_pickle(path: Path) -> Any:
+    with path.open("rb") as handle:
+        start = handle.read(2)
+    if not start.startswith((b"PK", b"\x80")):  # a zip, or a pickle before PyTorch 1.6
+        raise ValueError(f"{path}: not a whole file of PyTorch weights (it begins with {start!r})")
+    try:
+        # The settings of a training, which DeiT's, MAE's and DINO's files keep beside the weights; plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise ValueError(
+                f"{path}: holds Python objects or code besides tensors, which is never run ({_reason(error)}); save its "
+                "state dict alone, best as .safetensors"
+            ) from None
+        raise ValueError(f"{path}: not a whole file of PyTorch weights ({_first_line(error)})") from None
+    except Exception as error:  # zip, OS, end-of-file and runtime errors, depending on where the file is cut
+        raise ValueError(f"{path}: not a whole file of PyTorch weights ({_first_line(error)})") from None
+
+
+def _unwrapped(content: Any, path: Path) -> Bare:
+    """Open the containers around a state dict."""
+    containers: list[str] = []
+    notes: list[str] = []
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inside = [name for name in CONTAINERS if isinstance(content.get(name), Mapping)]
+        if not inside:
+            break
+        if len(inside) > 1:
+            notes.append(f"weights are those of {inside[0]!r}; the file also holds {', '.join(inside[1:])}")
+        containers.append(inside[0])
+        content = content[inside[0]]
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"{path}: no state dict found in it, only {keys}; expected tensors by name, or one of {', '.join(CONTAINERS)}"
+        )
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return _stripped(tensors, tuple(containers), tuple(notes))
+
+
+def _stripped(tensors: dict[str, Tensor], containers: tuple[str, ...], notes: tuple[str, ...]) -> Bare:
+    """Take away what wrappers put before names; names that lack a prefix others have stay as they are."""
+    for prefix in PREFIXES:
+        plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        tensors = plain if len(plain) == len(tensors) else tensors
+    return Bare(tensors, containers, notes)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    """Return the line of PyTorch's long advice that says what it refused."""
+    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    return (
+        lines[0].removeprefix("WeightsUnpickler error:").strip().split(" was not")[0] if lines else _first_line(error)
+    )

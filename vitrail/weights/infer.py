@@ -1,0 +1,217 @@
+"""The architecture of weights that come without one: what their shapes say, what was described, what is assumed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vitrail.data.preprocess import Preprocess
+from vitrail.models.config import ViTConfig
+from vitrail.weights.fit import mlp_ratio, plain_labels, table_grid
+from vitrail.weights.layouts import pixels_of
+from vitrail.weights.told import Told
+
+HEADS_OF_64 = "heads of 64"  # and 16 of 80 in ViT-H: what every published size has (Dosovitskiy et al. 2021, table 1)
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What a layout's own code does where shapes do not tell; None: it may be anything, and must be described.
+
+    Attributes:
+        preprocess: fields of `Preprocess`; all of `ASKED` that are not among them must be described.
+    """
+
+    layer_norm_eps: float | None = 1e-6
+    mlp: str | None = "gelu"
+    num_heads: str | None = HEADS_OF_64
+    decoder: str = "token"
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+
+
+ASKED = ("mean", "std")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def architecture(
+    where: str, weights: Mapping[str, Tensor], conventions: Conventions, said: Told
+) -> tuple[ViTConfig, Preprocess, tuple[str, ...], list[str]]:
+    """Return architecture, preprocessing and labels of weights under our names, and a note on everything assumed.
+
+    Raises:
+        ValueError: something that may be anything was not described (all such keys are named), or a description
+            contradicts the weights.
+    """
+    fields = shape_facts(weights, where)
+    _refuse_contradictions(where, fields, said)
+    notes: list[str] = []
+    lacking = _assume(fields, conventions, said, notes)
+    if "image_size" not in fields and "image_size" not in said.model:
+        lacking.append("image_size")
+    preprocess = {**conventions.preprocess, **said.preprocess}
+    lacking += [key for key in ASKED if key not in preprocess]
+    if lacking:
+        raise ValueError(
+            f"{where}: weights alone do not tell {', '.join(lacking)}; describe them: "
+            + " ".join(f"--describe {key}={EXAMPLES[key]}" for key in lacking)
+        )
+    fields |= said.model
+    if "patch_size" in said.model and "image_size" not in said.model and fields["image_size"] % fields["patch_size"]:
+        raise ValueError(f"{where}: describe image_size as well, a multiple of patch_size {fields['patch_size']}")
+    config = ViTConfig(**_with_head_dim(fields, where))
+    notes += _preprocess_note(conventions, said)
+    labels = said.labels or plain_labels(config.num_classes)
+    if len(labels) != config.num_classes:
+        raise ValueError(f"{where}: {len(labels)} labels were described, but its head has {config.num_classes} classes")
+    if config.num_classes and not said.labels:
+        notes.append("labels are numbers: the file names none; --describe labels=…")
+    return config, to_preprocess(config, preprocess), labels, notes
+
+
+EXAMPLES = {
+    "num_heads": "12", "layer_norm_eps": "1e-6", "mlp": "gelu", "image_size": "224", "mean": "0.5", "std": "0.5",
+}  # fmt: skip
+
+
+def shape_facts(weights: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """Return the fields of `ViTConfig` that the shapes of weights under our names tell, and `inner`, K·d.
+
+    Raises:
+        ValueError: what every ViT has is missing.
+    """
+    needed = (
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+    )
+    if missing := [name for name in needed if name not in weights]:
+        raise ValueError(f"{where}: no ViT without {', '.join(missing)} (Vitrail's names)")
+    kernel, qkv = weights["patch_embed.proj.weight"], weights["blocks.0.attn.qkv.weight"]
+    first, second = weights["blocks.0.mlp.fc1.weight"], weights["blocks.0.mlp.fc2.weight"]
+    channels, side = (kernel.shape[1], kernel.shape[-1]) if kernel.ndim == 4 else pixels_of(kernel.shape[1])
+    facts: dict[str, Any] = {
+        "in_channels": channels,
+        "patch_size": side,
+        "patch_norm": "patch_embed.norm_in.weight" in weights,
+        "embed_dim": kernel.shape[0],
+        "depth": 1 + max(int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))),
+        "inner": qkv.shape[0] // 3,
+        "mlp_ratio": mlp_ratio(second.shape[1], kernel.shape[0]),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+        "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in weights else 0.0,
+        "class_token": "cls_token" in weights,
+        "num_registers": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
+        "num_classes": weights["head.weight"].shape[0] if "head.weight" in weights else 0,
+    }
+    if first.shape[0] == 2 * second.shape[1]:
+        facts["mlp"] = "swiglu"
+    if facts["qk_norm"]:
+        facts["num_heads"] = facts["inner"] // weights["blocks.0.attn.q_norm.weight"].shape[0]
+    facts |= _decoder(weights, facts)
+    if "pos_embed" in weights:
+        prefix = facts["num_registers"] + facts["class_token"]
+        facts |= {
+            "positions": "learned",
+            "image_size": table_grid(weights["pos_embed"], prefix, f"{where}: positions")[0] * side,
+        }
+    else:
+        facts["positions"] = "sincos2d"
+    return facts
+
+
+def _decoder(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells the decoder apart; nothing where a class token is there and it may be read or not."""
+    if "decoder.attn_pool.latent" in weights:
+        return {"decoder": "attention"}
+    if "fc_norm.weight" in weights:
+        return {"decoder": "mean", "fc_norm": True}
+    if not facts["class_token"]:
+        return {"decoder": "mean", "fc_norm": False}
+    if "head.weight" in weights and weights["head.weight"].shape[1] == 2 * facts["embed_dim"]:
+        return {"decoder": "token_pair" if facts["num_registers"] == 1 else "token_mean"}
+    return {}
+
+
+def _assume(fields: dict[str, Any], conventions: Conventions, said: Told, notes: list[str]) -> list[str]:
+    """Fill in what a layout's own code does, with a note each; returns the keys that nobody knows."""
+    lacking = []
+    if "num_heads" not in fields and "num_heads" not in said.model:
+        heads = _heads(fields["inner"]) if conventions.num_heads else 0
+        if heads:
+            fields["num_heads"] = heads
+            notes.append(f"num_heads {heads} assumed: heads of {fields['inner'] // heads}")
+        else:
+            lacking.append("num_heads")
+    for key in ("layer_norm_eps", "mlp"):
+        if key in fields or key in said.model:
+            continue
+        if (value := getattr(conventions, key)) is None:
+            lacking.append(key)
+            continue
+        fields[key] = value
+        notes.append(f"{key} {value} assumed, as this layout's own code has it")
+    if "decoder" not in fields and "decoder" not in said.model:
+        fields["decoder"] = conventions.decoder
+        notes.append(f"decoder {conventions.decoder} assumed")
+    return lacking
+
+
+def _heads(inner: int) -> int:
+    """Return how many heads a published ViT of a width has; 0: none has this width."""
+    return 16 if inner == 1280 else inner // 64 if inner % 64 == 0 else 0
+
+
+def _refuse_contradictions(where: str, fields: Mapping[str, Any], said: Told) -> None:
+    resizable = ("image_size", "patch_size", "layer_scale", "mlp_ratio")
+    wrong = [
+        f"{key} {value!r} (its weights have {fields[key]!r})"
+        for key, value in said.model.items()
+        if key in fields and key not in resizable and value != fields[key]
+    ]
+    if wrong:
+        raise ValueError(f"{where}: its weights contradict what was described: {', '.join(wrong)}")
+
+
+def _with_head_dim(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields with the width of a head in place of all heads' width together."""
+    inner, heads = fields["inner"], fields["num_heads"]
+    if heads < 1 or inner % heads:
+        raise ValueError(f"{where}: num_heads {heads} does not divide its heads' width together, {inner}")
+    rest = {key: value for key, value in fields.items() if key != "inner"}
+    return rest if inner == fields["embed_dim"] else rest | {"head_dim": inner // heads}
+
+
+def to_preprocess(config: ViTConfig, fields: Mapping[str, Any]) -> Preprocess:
+    """Return the preprocessing of an architecture; one mean for three channels is each channel's."""
+    spread = {
+        key: tuple(fields[key]) * (config.in_channels if len(fields[key]) == 1 else 1) for key in ASKED if key in fields
+    }
+    return Preprocess(image_size=config.image_size, channels=config.in_channels, **{**fields, **spread})
+
+
+def _preprocess_note(conventions: Conventions, said: Told) -> list[str]:
+    """Return a line on the preprocessing that was assumed."""
+    squashed = "squash" in (said.preprocess.get("resize"), conventions.preprocess.get("resize"))
+    resize = {"resize", "interpolation"} | ({"crop_fraction"} if not squashed else set())
+    assumed = sorted({key for key in (*conventions.preprocess, *resize) if key not in said.preprocess})
+    if not assumed:
+        return []
+    how = Preprocess()
+    values = {key: conventions.preprocess.get(key, getattr(how, key)) for key in assumed}
+    return ["preprocessing assumed: " + ", ".join(f"{key} {_short(value)}" for key, value in values.items())]
+
+
+def _short(value: Any) -> str:
+    return (
+        ",".join(f"{each:g}" for each in value)
+        if isinstance(value, tuple)
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
