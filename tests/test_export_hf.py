@@ -93,7 +93,7 @@ def agree(ours: Path | str, folder: Path, pictures: list[Path], *, backend: str 
         ({}, "vit"),
         ({"layer_norm_eps": 1e-3, "mlp": "quick_gelu", "mlp_ratio": 56 / 24, "qkv_bias": False, "head_dim": 4}, "vit"),
         ({"mlp": "relu", "positions": "sincos2d"}, "vit"),
-        ({"mlp": "gelu_tanh", "positions": "none"}, "vit"),
+        ({"mlp": "gelu_tanh", "positions": "none", "embed_dim": 26, "num_heads": 2}, "vit"),
         ({"patch_sizes": (4, 8)}, "vit"),
         ({"num_registers": 1, "mlp_ratio": 56 / 24}, "deit"),
         ({"num_registers": 1, "decoder": "token_pair"}, "deit"),

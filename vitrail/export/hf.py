@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.models.config import ViTConfig
@@ -95,8 +94,9 @@ def expressed(config: ViTConfig, weights: Mapping[str, Tensor]) -> Expressed:
         ones = {f"blocks.{i}.ls{n}.gamma": torch.ones(config.embed_dim) for i in range(config.depth) for n in (1, 2)}
         made = _changed(made, ones, "LayerScale is written as ones", layer_scale=1.0)
     if config.positions in ("sincos2d", "none"):
-        table = F.pad(sincos2d(config.grid, config.embed_dim), (0, 0, config.num_prefix, 0))
-        table = table if config.positions == "sincos2d" else torch.zeros_like(table)
+        table = torch.zeros(1, config.num_prefix + config.grid[0] * config.grid[1], config.embed_dim)
+        if config.positions == "sincos2d":
+            table[:, config.num_prefix :] = sincos2d(config.grid, config.embed_dim)
         what = f"positions {config.positions!r} are written as a table"
         made = _changed(made, {"pos_embed": table}, what, positions="learned")
     if model_type == "dinov2_with_registers" and made.weights["pos_embed"][:, 1 : config.num_prefix].any():
