@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
+from vitrail.data.kept import KeptRows
 from vitrail.data.loader import Pictures
+from vitrail.data.looks import KeptLooks
 from vitrail.data.problems import stop_on_errors
 from vitrail.data.scan import Scan, scan_source
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, check_trainable, make_splits
 from vitrail.evaluation.classifier import Classifier, load, model_file
 from vitrail.evaluation.evaluate import ready, split_rule, trained_parts
-from vitrail.evaluation.features import FeatureCache, Features, features_of, open_cache
+from vitrail.evaluation.features import Features, features_of, open_cache
 from vitrail.evaluation.knn import knn_predict, neighbours
 from vitrail.evaluation.linear import TOLERANCE, fit_logistic, fit_ridge
 from vitrail.evaluation.spectrum import decompose
@@ -61,7 +63,7 @@ def probe(
     tune(classifier, measuring=True)
     watch.lap("model")
     data = dataclasses.replace(data or DataConfig(), source=source)
-    opened, scan, data = look(classifier, data, talk)
+    opened, scan, data = look(classifier, data, talk, fresh=fresh)
     parts, data = divide(model, classifier, opened, scan, data)
     judged = "test" if "test" in parts.parts else "val"
     for problem in check_trainable(opened, parts, judged=judged):
@@ -145,8 +147,11 @@ def check_save(save: Path, model: str) -> None:
         raise ValueError(f"--save {save}: is the file of the probed model itself; choose another name")
 
 
-def look(classifier: Classifier, data: DataConfig, talk: Talk) -> tuple[Source, Scan, DataConfig]:
+def look(classifier: Classifier, data: DataConfig, talk: Talk, *, fresh: bool) -> tuple[Source, Scan, DataConfig]:
     """Open a source and look at every picture; returns also the settings with the model's way to find duplicates.
+
+    Args:
+        fresh: decode also the pictures that an earlier look has found whole and that have not changed since.
 
     Raises:
         ValueError: a class has no pictures, or a file is broken and was to be reported.
@@ -155,9 +160,14 @@ def look(classifier: Classifier, data: DataConfig, talk: Talk) -> tuple[Source, 
     stop_on_errors(opened.problems)
     if classifier.header.split.get("source") == opened.name:
         data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
+    mode = classifier.preprocess.mode
+    kept = KeptLooks(opened, mode, limit_pixels=data.limit_pixels, workers=data.workers)
+    if fresh:
+        kept.rows.clear()
     with talk.bar(f"looking at {len(opened.paths):,} pictures") as advance:
         scan = scan_source(
             opened,
+            kept=kept,
             damaged=data.damaged,
             near_duplicates=data.near_duplicates,
             memory_bytes=data.memory_bytes,
@@ -232,7 +242,7 @@ def top1(predicted: Tensor, targets: Tensor) -> float:
     return float((predicted == targets).double().mean())
 
 
-def describe_cache(cache: FeatureCache) -> dict[str, Any]:
+def describe_cache(cache: KeptRows) -> dict[str, Any]:
     """Return where the features are kept and how much they take."""
     return {"cache": str(cache.folder), "cache_bytes": cache.num_bytes}
 
