@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -37,7 +38,9 @@ class KeptRows:
     @property
     def num_bytes(self) -> int:
         """Size on disk."""
-        return sum(path.stat().st_size for path in self._files())
+        with contextlib.suppress(FileNotFoundError):  # another process may be joining files
+            return sum(path.stat().st_size for path in self._files())
+        return 0
 
     def read(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return rows [N, width] and whether each was found [N]."""
@@ -123,7 +126,7 @@ def kept_folder(
     )
     for name, values in sorted((weights or {}).items()):
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", source.name)[-40:]
     return cache_folder() / kind / f"{name}-{digest.hexdigest()}"
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import vitrail
-from vitrail.data.kept import KeptRows, kept_folder, picture_keys
+from vitrail.data.kept import KeptRows, kept_folder
 from vitrail.data.loader import Pictures
 from vitrail.data.sources import Source
 from vitrail.evaluation.classifier import Classifier
@@ -58,6 +58,7 @@ def features_of(
     *,
     device: torch.device,
     cache: KeptRows,
+    keys: np.ndarray,
     fresh: bool = False,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Features:
@@ -67,13 +68,13 @@ def features_of(
 
     Args:
         classifier: its model has no head, so that it returns the pooled vector.
+        keys: what each of the pictures is known by, found out before the first of them was read: one that has changed
+            meanwhile is then computed again next time.
         fresh: forget what the cache has.
 
     Raises:
         ValueError: a feature is not finite.
     """
-    # Before a file is read: one that changes meanwhile is then known by what it was, and computed again.
-    keys = picture_keys(pictures.source, indices, classifier.preprocess.mode, pictures.workers)
     if fresh:
         cache.clear()
     values, found = cache.read(keys)

@@ -63,7 +63,7 @@ def probe(
     tune(classifier, measuring=True)
     watch.lap("model")
     data = dataclasses.replace(data or DataConfig(), source=source)
-    opened, scan, data = look(classifier, data, talk, fresh=fresh)
+    opened, scan, data, keys = look(classifier, data, talk, fresh=fresh)
     parts, data = divide(model, classifier, opened, scan, data)
     judged = "test" if "test" in parts.parts else "val"
     for problem in check_trainable(opened, parts, judged=judged):
@@ -74,12 +74,21 @@ def probe(
     cache = open_cache(classifier, opened, device)
     wanted = np.concatenate([parts.parts["train"], parts.parts[judged]])
     with talk.bar(f"features of {len(wanted):,} pictures") as advance:
-        found = features_of(classifier, pictures, wanted, device=device, cache=cache, fresh=fresh, advance=advance)
+        found = features_of(
+            classifier,
+            pictures,
+            wanted,
+            device=device,
+            cache=cache,
+            keys=keys[wanted],
+            fresh=fresh,
+            advance=advance,
+        )
     tell_of_features(found, pictures, talk)
     watch.lap("features")
-    train, rest = np.isin(found.indices, parts.parts["train"]), np.isin(found.indices, parts.parts[judged])
-    known, asked = (torch.from_numpy(found.values[rows]) for rows in (train, rest))
-    figures, weight, bias = fit(known, asked, *(opened.targets[found.indices[rows]] for rows in (train, rest)), watch)
+    train, rest = (torch.from_numpy(np.isin(found.indices, parts.parts[part])) for part in ("train", judged))
+    values, targets = torch.from_numpy(found.values), torch.from_numpy(opened.targets[found.indices])
+    figures, weight, bias = fit(values[train], targets[train], values[rest], targets[rest], len(opened.labels), watch)
     if save is not None:
         write_model(save, classifier, opened, parts, data, weight, bias, {"top1": figures["logistic"]})
     return {
@@ -147,11 +156,16 @@ def check_save(save: Path, model: str) -> None:
         raise ValueError(f"--save {save}: is the file of the probed model itself; choose another name")
 
 
-def look(classifier: Classifier, data: DataConfig, talk: Talk, *, fresh: bool) -> tuple[Source, Scan, DataConfig]:
-    """Open a source and look at every picture; returns also the settings with the model's way to find duplicates.
+def look(
+    classifier: Classifier, data: DataConfig, talk: Talk, *, fresh: bool
+) -> tuple[Source, Scan, DataConfig, np.ndarray]:
+    """Open a source and look at every picture.
 
     Args:
         fresh: decode also the pictures that an earlier look has found whole and that have not changed since.
+
+    Returns:
+        The source, what the look found, the settings with the model's way to find duplicates, and each picture's key.
 
     Raises:
         ValueError: a class has no pictures, or a file is broken and was to be reported.
@@ -179,7 +193,7 @@ def look(classifier: Classifier, data: DataConfig, talk: Talk, *, fresh: bool) -
         if problem.severity == "warning":
             talk.warn(problem.message)
     stop_on_errors(scan.problems)
-    return opened, scan, data
+    return opened, scan, data, kept.keys
 
 
 def divide(
@@ -208,25 +222,24 @@ def tell_of_features(found: Features, pictures: Pictures, talk: Talk) -> None:
 
 
 def fit(
-    known: Tensor, asked: Tensor, targets: np.ndarray, answers: np.ndarray, watch: Watch
+    known: Tensor, truth: Tensor, asked: Tensor, answers: Tensor, num_classes: int, watch: Watch
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Fit the three classifiers to known features and judge them on others.
+    """Fit the three classifiers to known features and their classes, and judge them on others.
 
     Returns:
         The figures, and weight and bias of the logistic regression on raw features, float32.
     """
-    truth, answer = torch.from_numpy(targets), torch.from_numpy(answers)
-    num_classes, k = int(truth.max()) + 1, neighbours(truth)
-    figures = {"knn": top1(knn_predict(known, truth, asked, k=k, num_classes=num_classes), answer)}
+    k = neighbours(truth)
+    figures = {"knn": top1(knn_predict(known, truth, asked, k=k, num_classes=num_classes), answers)}
     watch.lap("knn")
     spectrum = decompose(known, truth, num_classes)
     ridge = fit_ridge(known, truth, spectrum)
     weight, bias = spectrum.fold(ridge.weight, ridge.bias)
-    figures["ridge"] = top1(linear(asked, weight, bias), answer)
+    figures["ridge"] = top1(linear(asked, weight, bias), answers)
     watch.lap("ridge")
     logistic = fit_logistic(known, truth, spectrum, ridge)
     weight, bias = spectrum.fold(logistic.weight, logistic.bias)
-    figures["logistic"] = top1(linear(asked, weight, bias), answer)
+    figures["logistic"] = top1(linear(asked, weight, bias), answers)
     watch.lap("logistic")
     chosen = {"k": k, "lambda": ridge.penalty, "alpha": logistic.penalty, "steps": logistic.steps}
     return {**figures, **chosen, "converged": logistic.gradient <= TOLERANCE}, weight.float(), bias.float()
