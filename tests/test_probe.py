@@ -172,6 +172,27 @@ def test_the_usual_tolerance_is_enough_and_few_steps_reach_it():
     assert 0 <= loss(found) - loss(best) < 1e-5
 
 
+def test_coordinates_in_float32_give_nearly_the_same(monkeypatch):
+    features, targets = blobs(600, 20, 5)
+    spectrum = decompose(features, targets, 5)
+    ridge = fit_ridge(features, targets, spectrum)
+    double = fit_logistic(features, targets, spectrum, ridge)
+    monkeypatch.setattr(linear, "_DOUBLE_BYTES", 0)
+    single = fit_logistic(features, targets, spectrum, ridge)
+    assert single.weight.dtype == torch.float64
+    assert single.gradient <= linear.TOLERANCE
+    torch.testing.assert_close(single.weight, double.weight, rtol=1e-2, atol=1e-3)
+
+
+def test_features_that_are_all_constant_give_the_frequent_class():
+    features, targets = torch.full((30, 6), 2.5), torch.tensor([0, 1, 1] * 10)
+    spectrum = decompose(features, targets, 2)
+    logistic = fit_logistic(features, targets, spectrum, fit_ridge(features, targets, spectrum))
+    weight, bias = spectrum.fold(logistic.weight, logistic.bias)
+    assert (features.double() @ weight.T + bias).argmax(dim=1).tolist() == [1] * 30
+    torch.testing.assert_close(bias.softmax(dim=0), torch.tensor([1 / 3, 2 / 3]).double(), rtol=1e-3, atol=1e-3)
+
+
 # --- rows on disk
 
 
