@@ -123,6 +123,25 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Options of `vitrail probe`."""
+
+    model: Annotated[
+        Positional[str], arg(help="run folder, model file, or a variant for random weights", metavar="MODEL")
+    ]
+    data: Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]
+    out: Annotated[str | None, arg(help="write all figures as JSON", metavar="FILE")] = None
+    save: Annotated[
+        str | None,
+        arg(help="write a model file, .safetensors, whose head is the logistic regression", metavar="FILE"),
+    ] = None
+    device: Annotated[str, arg(help="auto, cpu or cuda")] = "auto"
+    image_size: Annotated[int | None, arg(help=_IMAGE_SIZE, metavar="PIXELS")] = None
+    damaged: Annotated[str, arg(help="broken files: stop, drop or keep", name="data.damaged")] = "stop"
+    fresh: Annotated[bool, arg(help="compute the features again, also those that are kept on disk")] = False
+
+
+@dataclass(frozen=True)
 class Report:
     """Options of `vitrail report`."""
 
@@ -345,6 +364,52 @@ def do_export(options: Export) -> int:
     return OK
 
 
+def do_probe(options: Probe) -> int:
+    """Probe, print each accuracy with its seconds, write all of it."""
+    from vitrail.config import DataConfig
+    from vitrail.evaluation.probe import probe
+    from vitrail.files import write_text
+    from vitrail.training.precision import pick_device
+
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {Path(options.out).parent}")
+    talk = Talk()
+    found = probe(
+        options.model,
+        options.data,
+        device=pick_device(options.device),
+        talk=talk,
+        data=DataConfig(damaged=options.damaged),
+        image_size=options.image_size,
+        save=None if options.save is None else Path(options.save),
+        fresh=options.fresh,
+    )
+    took = found["seconds_each"]
+    counts = f"{found['computed']:,} pictures computed, {found['from_cache']:,} from the cache"
+    talk.say(f"fitted to {found['num_train']:,} pictures (train), judged on {found['num_images']:,} ({found['split']})")
+    talk.say(f"features  {counts}, {found['num_features']} numbers each  {took['features']:.2f} s")
+    for name, title, how in (
+        ("knn", "k-NN", f"k = {found['k']}"),
+        ("ridge", "ridge", f"λ = {found['lambda']:.3g}, chosen by leave-one-out"),
+        ("logistic", "logistic", f"α = {found['alpha']:.3g}, {found['steps']} steps"),
+    ):
+        talk.good(f"{title:<9} accuracy {found[name]:.2%}  {took[name]:.2f} s  ({how})")
+    talk.say(f"all of it took {found['seconds']:.1f} s, of it the look at the data {took['data']:.1f} s")
+    talk.say(f"features kept in {found['cache']} ({found['cache_bytes'] / 1e6:.1f} MB)")
+    if not found["converged"]:
+        talk.warn("the logistic regression has not converged; its accuracy may still change a little")
+    if options.out is not None:
+        write_text(Path(options.out), json.dumps(found, indent=2) + "\n")
+        talk.say(f"all figures: {options.out}")
+    model, data = shlex.quote(options.model), shlex.quote(options.data)
+    if options.save is None:
+        talk.say(f"next:    vitrail probe {model} {data} --save probe.safetensors")
+    else:
+        talk.say(f"model:   {options.save}")
+        talk.say(f"next:    vitrail eval {shlex.quote(options.save)} {data}")
+    return OK
+
+
 def do_report(options: Report) -> int:
     """Rebuild the page of a run."""
     from vitrail.report.page import build_report
@@ -435,6 +500,11 @@ COMMANDS = {
     ),
     "export": Command(
         "Write a model for transformers, or a foreign model as a model file of Vitrail.", lambda: Export, do_export
+    ),
+    "probe": Command(
+        "Say in seconds what a model's features are worth on your pictures: k-NN, ridge, logistic regression.",
+        lambda: Probe,
+        do_probe,
     ),
     "report": Command("Rebuild the HTML page of a run.", lambda: Report, do_report),
     "doctor": Command(

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is either the old one or the new one, also after a crash or on a full disk."""
+"""Atomic writes: a file is either the old one or the new one, also after a crash or on a full disk; and the cache folder."""
 
 from __future__ import annotations
 
@@ -65,3 +65,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, content: str) -> None:
     """Write a UTF-8 text file atomically."""
     write_bytes(path, content.encode("utf-8"))
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be computed again: `VITRAIL_CACHE`, else `vitrail` in the user's cache folder."""
+    own = os.environ.get("VITRAIL_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrail"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -20,6 +20,9 @@ from vitrail.data.decode import PictureError
 from vitrail.data.duplicates import THUMBNAIL, duplicate_pairs, groups
 from vitrail.data.problems import Kind, Problem
 from vitrail.data.sources import Folder, Source
+
+if TYPE_CHECKING:
+    from vitrail.data.looks import KeptLooks
 
 # Pictures up to this side count as small: their decoded pixels are kept while they are all of one size.
 _SMALL_SIDE = 256
@@ -66,11 +69,13 @@ def scan_source(
     memory_bytes: int,
     workers: int,
     channels: int = 0,
+    kept: KeptLooks | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scan:
-    """Decode every picture once.
+    """Decode every picture once, or only those of which nothing is kept from an earlier look.
 
     Args:
+        kept: earlier looks, to which the new ones are added; where there are any, pixels do not stay in memory.
         channels: 3 or 1 fixes the pixel format; 0 takes grey when the first pictures all are.
         advance: called with the number done and the total, for a progress bar.
     """
@@ -81,12 +86,16 @@ def scan_source(
     thumbnails = np.zeros((count, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
     digests = np.zeros(count, dtype=np.uint64)
     pixels: np.ndarray | None = None
-    keep, errors = True, []
+    keep, errors, rest = True, [], np.arange(count)
+    if kept is not None:
+        good, sizes, thumbnails, digests = kept.read()
+        keep, rest = not good.any(), np.flatnonzero(~good)
     # A damaged file that is kept is named all the same.
     strict = replace(source, damaged="refuse") if isinstance(source, Folder) else source
-    for index, look in enumerate(ordered_map(lambda i: look_at(source, strict, i, mode), range(count), workers)):
-        if index % 256 == 0:
-            advance(index, count)
+    looks = ordered_map(lambda i: look_at(source, strict, int(i), mode), rest, workers)
+    for number, (index, look) in enumerate(zip(rest.tolist(), looks, strict=True)):
+        if number % 256 == 0:
+            advance(count - len(rest) + number, count)
         if look.error is not None:
             errors.append((index, look.error))
         if look.size == (0, 0):
@@ -100,6 +109,9 @@ def scan_source(
         else:
             keep, pixels = False, None
     advance(count, count)
+    if kept is not None:
+        whole = np.setdiff1d(rest[good[rest]], [index for index, _ in errors])
+        kept.add(whole, sizes[whole], thumbnails[whole], digests[whole])
     usable = np.flatnonzero(good)
     exact, near = duplicate_pairs(thumbnails[usable], digests[usable], near=near_duplicates)
     exact, near = usable[exact], usable[near]

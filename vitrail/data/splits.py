@@ -103,8 +103,11 @@ def fingerprint(source: Source, parts: dict[str, np.ndarray]) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def check_trainable(source: Source, splits: Splits) -> list[Problem]:
+def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> list[Problem]:
     """Return what training should say of the parts; what makes training or its judgement impossible raises.
+
+    Args:
+        judged: the part that the judgement cannot do without.
 
     Raises:
         ValueError: fewer than two classes, or no pictures to train on or to judge by.
@@ -118,7 +121,7 @@ def check_trainable(source: Source, splits: Splits) -> list[Problem]:
     if not len(train) or (counts == 0).any():
         empty = [source.labels[i] for i in np.flatnonzero(counts == 0)]
         raise ValueError(f"{source.name}: no pictures to train on for {len(empty)} classes: {', '.join(empty[:10])}")
-    if "val" not in splits.parts:
+    if judged not in splits.parts:
         raise ValueError(
             f"{source.name}: no pictures for validation ({len(train)} for training); add val/ folders, more pictures "
             "(at least two a class), or raise --data.val_fraction"

@@ -142,30 +142,59 @@ def parts_of(
     Raises:
         ValueError: the source is that data, but has changed, so that training pictures could be judged as unseen.
     """
+    remedy = "restore the files, or judge all pictures, those of the training included, by --split all"
+    trained = trained_parts(model, classifier, source, data, good, groups, remedy=remedy)
+    if trained is not None:
+        return trained
+    if source.split is not None:
+        return make_splits(source, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
+    # Other data than the model was trained on: a flat folder is one whole.
+    everything = {"all": np.flatnonzero(good)}
+    return Splits(everything, fingerprint(source, everything), "all pictures")
+
+
+def trained_parts(
+    model: str,
+    classifier: Classifier,
+    source: Source,
+    data: DataConfig,
+    good: np.ndarray,
+    groups: np.ndarray,
+    *,
+    remedy: str,
+) -> Splits | None:
+    """Return the division that the model was trained with, or None where the source is other data.
+
+    Args:
+        remedy: what to do when the source has changed, for the message.
+
+    Raises:
+        ValueError: the source is that data, but has changed, so that which pictures were trained on is not known.
+    """
     trained = classifier.header.split
     place = Path(model)
     recorded = (place if place.is_dir() else place.parent) / "split.json" if place.exists() else None
     same_name = trained.get("source") == source.name
-    remedy = "restore the files, or judge all pictures, those of the training included, by --split all"
     if recorded is not None and recorded.exists() and same_name:
         try:
             return load_splits(source, recorded, good)
         except ValueError as error:
             raise ValueError(f"{error}. {remedy.capitalize()}") from None
-    rule = {name: trained[name] for name in ("val_fraction", "test_fraction", "split_seed") if name in trained}
-    made = make_splits(source, dataclasses.replace(data, **rule), good, groups)
+    made = make_splits(source, dataclasses.replace(data, **split_rule(classifier)), good, groups)
     if made.fingerprint == trained.get("fingerprint"):
         return made
-    if source.split is not None:
-        return make_splits(source, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
-    if same_name:
+    if source.split is None and same_name:
         raise ValueError(
             f"{source.name}: the model was trained on data of this name, but its files have changed, and which of them were "
             f"trained on is not known without the run folder's split.json; {remedy}"
         )
-    # Other data than the model was trained on: a flat folder is one whole.
-    everything = {"all": np.flatnonzero(good)}
-    return Splits(everything, fingerprint(source, everything), "all pictures")
+    return None
+
+
+def split_rule(classifier: Classifier) -> dict[str, Any]:
+    """Return the settings of `DataConfig` that divided the data the model was trained on."""
+    trained = classifier.header.split
+    return {name: trained[name] for name in ("val_fraction", "test_fraction", "split_seed") if name in trained}
 
 
 def choose_part(split: str | None, parts: Splits, source: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vitrail.files import write_text
+from vitrail.files import cache_folder, write_text
 from vitrail.kernels.table import GLOBAL_KERNELS, KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, runs
 from vitrail.machine import processor_name
 
@@ -147,11 +146,8 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def cache_file() -> Path:
-    """Return where measurements are kept: `VITRAIL_CACHE`, else the user's cache folder."""
-    own = os.environ.get("VITRAIL_CACHE")
-    if own:
-        return Path(own) / "kernels.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrail" / "kernels.json"
+    """Return where measurements are kept."""
+    return cache_folder() / "kernels.json"
 
 
 def machine_key() -> str:

@@ -1,0 +1,128 @@
+"""What `vitrail probe` costs beside the forward pass that it cannot do without, and scikit-learn on the same features.
+
+    python benchmarks/probe.py ti16 path/to/photos [--rounds 5]
+
+In each round, one after the other: the forward pass over all pictures it uses, decoded and in memory; ridge and logistic regression on its
+features; a whole probe with nothing kept (`--fresh`); the same probe again as a new process, start included. Then
+scikit-learn's LogisticRegression with the same penalty, and with its own defaults, on the same standardised features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitrail.config import DataConfig
+from vitrail.console import Talk
+from vitrail.data.loader import Pictures
+from vitrail.evaluation.judge import judge
+from vitrail.evaluation.linear import fit_logistic, fit_ridge
+from vitrail.evaluation.probe import divide, linear, load_frozen, look, probe, top1
+from vitrail.evaluation.spectrum import decompose
+from vitrail.machine import processor_name
+from vitrail.training.attention import tune
+
+
+def main() -> None:
+    """Let forward pass, linear probes and whole probes take turns, and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    os.environ["VITRAIL_CACHE"] = tempfile.mkdtemp()
+    device, quiet = torch.device("cpu"), Talk(quiet=True)
+    classifier = load_frozen(args.model, quiet)
+    tune(classifier, measuring=True)
+    source, scan, data, _ = look(classifier, DataConfig(source=args.data), quiet, fresh=True)
+    parts, _ = divide(args.model, classifier, source, scan, data)
+    train, judged = parts.parts["train"], parts.parts["test" if "test" in parts.parts else "val"]
+    wanted = np.concatenate([train, judged])
+    pictures = Pictures(source, source.targets, classifier.preprocess, None)
+    ready = np.stack([pictures.for_judging(int(index)) for index in wanted])
+    memory = Pictures(source, source.targets[wanted], classifier.preprocess, ready, is_ready=True)
+    out = judge(classifier.model, memory, np.arange(len(wanted)), device=device)
+    values, targets = torch.from_numpy(out.logits), torch.from_numpy(out.targets)
+    known, truth, asked, answers = (
+        values[: len(train)],
+        targets[: len(train)],
+        values[len(train) :],
+        targets[len(train) :],
+    )
+    fitted: dict[str, Any] = {}
+
+    def linear_probes() -> None:
+        spectrum = decompose(known, truth, len(source.labels))
+        ridge = fit_ridge(known, truth, spectrum)
+        logistic = fit_logistic(known, truth, spectrum, ridge)
+        weight, bias = spectrum.fold(logistic.weight, logistic.bias)
+        fitted.update(spectrum=spectrum, logistic=logistic, top1=top1(linear(asked, weight, bias), answers))
+
+    ways: dict[str, Callable[[], Any]] = {
+        "forward pass": lambda: judge(classifier.model, memory, np.arange(len(wanted)), device=device),
+        "ridge + logistic": linear_probes,
+        "whole probe, nothing kept": lambda: probe(args.model, args.data, device=device, talk=quiet, fresh=True),
+        "whole probe again, new process": lambda: subprocess.run(
+            [sys.executable, "-m", "vitrail", "probe", args.model, args.data], check=True, capture_output=True
+        ),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            taken[name].append(seconds(way))
+    print(
+        f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.model}, {source.name}"
+    )
+    print(
+        f"{len(train):,} pictures to fit, {len(judged):,} to judge, {values.shape[1]} features, {len(source.labels)} classes"
+    )
+    for name, values_s in taken.items():
+        shares = [100 * ours / forward for ours, forward in zip(values_s, taken["forward pass"], strict=True)]
+        print(
+            f"{name:<31}{spread(values_s, '.2f')} s, {spread(shares, '.2f')} % of the forward pass, n = {args.rounds}"
+        )
+    spectrum, logistic = fitted["spectrum"], fitted["logistic"]
+    inputs, others = spectrum.standardise(known).numpy(), spectrum.standardise(asked).numpy()
+    print(f"ours, α = {logistic.penalty:.2e}: {fitted['top1']:.4f}, {logistic.steps} steps")
+    same = 1 / (logistic.penalty * len(train))
+    for title, strength, steps in (("same penalty", same, 2000), ("its defaults", 1.0, 100)):
+        peers(title, strength, steps, inputs, truth.numpy(), others, answers.numpy(), min(3, args.rounds))
+
+
+def peers(title: str, strength: float, steps: int, inputs, truth, others, answers, rounds: int) -> None:
+    """Time scikit-learn on the same features and print its accuracy."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=strength, max_iter=steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged: its number of steps says so
+        taken = [seconds(lambda: model.fit(inputs, truth)) for _ in range(rounds)]
+    accuracy = float((model.predict(others) == answers).mean())
+    print(f"scikit-learn, {title}: {accuracy:.4f}, {model.n_iter_.max()} steps, {spread(taken, '.2f')} s")
+
+
+def seconds(way: Callable[[], Any]) -> float:
+    """Return how long a call takes."""
+    started = time.perf_counter()
+    way()
+    return time.perf_counter() - started
+
+
+def spread(values: list[float], form: str) -> str:
+    """Return median (minimum to maximum)."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+if __name__ == "__main__":
+    main()

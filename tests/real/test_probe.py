@@ -1,0 +1,27 @@
+"""Probing on real photographs of all sizes: the saved model judges as the probe does, and a second probe decodes nothing."""
+
+import json
+
+import pytest
+from test_photographs import unpack
+
+from vitrail.cli import run
+
+
+@pytest.mark.slow
+def test_probe_of_photographs(shared_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
+    data = unpack(shared_data / "hymenoptera.tar", tmp_path / "photos", keep=lambda name: True)
+    root = next(path for path in data.rglob("train") if path.is_dir()).parent
+    saved, out, judged = tmp_path / "new.safetensors", tmp_path / "p.json", tmp_path / "e.json"
+    words = ["probe", "nano16", str(root), "--image-size", "64", "--out", str(out)]
+    assert run([*words, "--save", str(saved)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["num_train"], found["num_images"], found["split"]) == (244, 153, "val")
+    assert min(found["knn"], found["ridge"], found["logistic"]) > 0.5
+    assert run(["eval", str(saved), str(root), "--out", str(judged)]) == 0
+    assert json.loads(judged.read_text())["top1"] == found["logistic"]
+    assert run(words) == 0
+    again = json.loads(out.read_text())
+    assert (again["computed"], again["from_cache"]) == (0, 397)
+    assert again["seconds_each"]["data"] < found["seconds_each"]["data"] / 2

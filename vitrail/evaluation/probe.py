@@ -1,0 +1,281 @@
+"""`vitrail probe`: what a model's frozen features are worth on some pictures, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitrail.config import DataConfig
+from vitrail.console import Talk
+from vitrail.data.kept import KeptRows
+from vitrail.data.loader import Pictures
+from vitrail.data.looks import KeptLooks
+from vitrail.data.problems import stop_on_errors
+from vitrail.data.scan import Scan, scan_source
+from vitrail.data.sources import Source, open_source
+from vitrail.data.splits import Splits, check_trainable, make_splits
+from vitrail.evaluation.classifier import Classifier, load, model_file
+from vitrail.evaluation.evaluate import ready, split_rule, trained_parts
+from vitrail.evaluation.features import Features, features_of, open_cache
+from vitrail.evaluation.knn import knn_predict, neighbours
+from vitrail.evaluation.linear import TOLERANCE, fit_logistic, fit_ridge
+from vitrail.evaluation.spectrum import decompose
+from vitrail.models.variants import is_variant
+from vitrail.training.attention import tune
+from vitrail.weights.store import ModelHeader, save_model, versions
+
+
+def probe(
+    model: str,
+    source: str,
+    *,
+    device: torch.device,
+    talk: Talk,
+    data: DataConfig | None = None,
+    image_size: int | None = None,
+    save: Path | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Fit three simple classifiers to a model's pooled vectors and judge them on pictures they were not fitted to.
+
+    Args:
+        data: how to read and to divide the source.
+        image_size: side of the square that pictures are brought to, unless the model's own.
+        save: write a model file here whose head is the logistic regression.
+        fresh: compute the features also where they are in the cache.
+
+    Returns:
+        The figures as `vitrail probe --out` writes them.
+
+    Raises:
+        ValueError: the model or the source cannot be read, or the source cannot be divided into pictures to fit and to judge.
+    """
+    watch = Watch()
+    classifier = load_frozen(model, talk).to(device).at(image_size=image_size)
+    if save is not None:
+        check_save(save, model)
+    tune(classifier, measuring=True)
+    watch.lap("model")
+    data = dataclasses.replace(data or DataConfig(), source=source)
+    opened, scan, data, keys = look(classifier, data, talk, fresh=fresh)
+    parts, data = divide(model, classifier, opened, scan, data)
+    judged = "test" if "test" in parts.parts else "val"
+    for problem in check_trainable(opened, parts, judged=judged):
+        talk.warn(problem.message)
+    watch.lap("data")
+    pictures = Pictures(opened, opened.targets, classifier.preprocess, scan.pixels, workers=data.workers)
+    pictures.is_ready = ready(classifier.preprocess, scan.pixels)
+    cache = open_cache(classifier, opened, device)
+    wanted = np.concatenate([parts.parts["train"], parts.parts[judged]])
+    with talk.bar(f"features of {len(wanted):,} pictures") as advance:
+        found = features_of(
+            classifier,
+            pictures,
+            wanted,
+            device=device,
+            cache=cache,
+            keys=keys[wanted],
+            fresh=fresh,
+            advance=advance,
+        )
+    tell_of_features(found, pictures, talk)
+    watch.lap("features")
+    train, rest = (torch.from_numpy(np.isin(found.indices, parts.parts[part])) for part in ("train", judged))
+    values, targets = torch.from_numpy(found.values), torch.from_numpy(opened.targets[found.indices])
+    figures, weight, bias = fit(values[train], targets[train], values[rest], targets[rest], len(opened.labels), watch)
+    if save is not None:
+        write_model(save, classifier, opened, parts, data, weight, bias, {"top1": figures["logistic"]})
+    return {
+        **figures,
+        "seconds": watch.total,
+        "seconds_each": watch.laps,
+        "num_train": int(train.sum()),
+        "num_images": int(rest.sum()),
+        "num_left_out": int((~scan.good).sum()) + len(pictures.dropped),
+        "num_features": found.values.shape[1],
+        "labels": list(opened.labels),
+        "split": judged,
+        "fingerprint": parts.fingerprint,
+        "rule": parts.rule,
+        "from_cache": found.from_cache,
+        "computed": len(found.indices) - found.from_cache,
+        **describe_cache(cache),
+        "source": source,
+        "model": model,
+        "image_size": classifier.preprocess.image_size,
+    }
+
+
+class Watch:
+    """Seconds since it was made, in laps."""
+
+    def __init__(self) -> None:
+        self.started = self.at = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """End a lap."""
+        now = time.perf_counter()
+        self.laps[name], self.at = now - self.at, now
+
+    @property
+    def total(self) -> float:
+        """All seconds so far."""
+        return time.perf_counter() - self.started
+
+
+def load_frozen(model: str, talk: Talk) -> Classifier:
+    """Load a model and take its head off, so that it returns the pooled vector.
+
+    A variant's random weights are always the same ones, so that figures can be repeated and features kept.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = load(model)
+    if not Path(model).exists() and is_variant(model):
+        talk.warn(f"{model}: random weights; the figures say what features are worth before any training")
+    classifier.model.head = nn.Identity()
+    return classifier
+
+
+def check_save(save: Path, model: str) -> None:
+    """Raise a ValueError unless a model file can be written under this name."""
+    if save.suffix != ".safetensors":
+        raise ValueError(f"--save {save}: expected a name that ends in .safetensors")
+    if not save.parent.is_dir():
+        raise ValueError(f"--save {save}: there is no folder {save.parent}")
+    if save.is_dir():
+        raise ValueError(f"--save {save}: is a folder; expected the name of a file")
+    if Path(model).exists() and save.exists() and save.samefile(model_file(model)):
+        raise ValueError(f"--save {save}: is the file of the probed model itself; choose another name")
+
+
+def look(
+    classifier: Classifier, data: DataConfig, talk: Talk, *, fresh: bool
+) -> tuple[Source, Scan, DataConfig, np.ndarray]:
+    """Open a source and look at every picture.
+
+    Args:
+        fresh: decode also the pictures that an earlier look has found whole and that have not changed since.
+
+    Returns:
+        The source, what the look found, the settings with the model's way to find duplicates, and each picture's key.
+
+    Raises:
+        ValueError: a class has no pictures, or a file is broken and was to be reported.
+    """
+    opened = open_source(data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")
+    stop_on_errors(opened.problems)
+    if classifier.header.split.get("source") == opened.name:
+        data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
+    mode = classifier.preprocess.mode
+    kept = KeptLooks(opened, mode, limit_pixels=data.limit_pixels, workers=data.workers)
+    if fresh:
+        kept.rows.clear()
+    with talk.bar(f"looking at {len(opened.paths):,} pictures") as advance:
+        scan = scan_source(
+            opened,
+            kept=kept,
+            damaged=data.damaged,
+            near_duplicates=data.near_duplicates,
+            memory_bytes=data.memory_bytes,
+            workers=data.workers,
+            channels=classifier.preprocess.channels,
+            advance=advance,
+        )
+    for problem in (*opened.problems, *scan.problems):
+        if problem.severity == "warning":
+            talk.warn(problem.message)
+    stop_on_errors(scan.problems)
+    return opened, scan, data, kept.keys
+
+
+def divide(
+    model: str, classifier: Classifier, source: Source, scan: Scan, data: DataConfig
+) -> tuple[Splits, DataConfig]:
+    """Return the division, and the settings that make it again.
+
+    It is that of the model's training where the source is that data; else the source's own parts; else a stratified split.
+    """
+    remedy = "restore the files, or probe with the run as it was then"
+    trained = trained_parts(model, classifier, source, data, scan.good, scan.groups, remedy=remedy)
+    if trained is not None:
+        return trained, dataclasses.replace(data, **split_rule(classifier))
+    if source.split is not None and set(source.split) & {"val", "test"}:
+        # The pictures that would be kept back for choices are not needed: nothing here chooses by them.
+        data = dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0)
+    return make_splits(source, data, scan.good, scan.groups), data
+
+
+def tell_of_features(found: Features, pictures: Pictures, talk: Talk) -> None:
+    """Warn of files that failed and of a cache that could not be written."""
+    if pictures.dropped:
+        talk.warn(f"{len(pictures.dropped)} files failed and are not counted: {', '.join(list(pictures.dropped)[:5])}")
+    if found.problem:
+        talk.warn(f"the features could not be kept, and will be computed again next time: {found.problem}")
+
+
+def fit(
+    known: Tensor, truth: Tensor, asked: Tensor, answers: Tensor, num_classes: int, watch: Watch
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Fit the three classifiers to known features and their classes, and judge them on others.
+
+    Returns:
+        The figures, and weight and bias of the logistic regression on raw features, float32.
+    """
+    k = neighbours(truth)
+    figures = {"knn": top1(knn_predict(known, truth, asked, k=k, num_classes=num_classes), answers)}
+    watch.lap("knn")
+    spectrum = decompose(known, truth, num_classes)
+    ridge = fit_ridge(known, truth, spectrum)
+    weight, bias = spectrum.fold(ridge.weight, ridge.bias)
+    figures["ridge"] = top1(linear(asked, weight, bias), answers)
+    watch.lap("ridge")
+    logistic = fit_logistic(known, truth, spectrum, ridge)
+    weight, bias = spectrum.fold(logistic.weight, logistic.bias)
+    figures["logistic"] = top1(linear(asked, weight, bias), answers)
+    watch.lap("logistic")
+    chosen = {"k": k, "lambda": ridge.penalty, "alpha": logistic.penalty, "steps": logistic.steps}
+    return {**figures, **chosen, "converged": logistic.gradient <= TOLERANCE}, weight.float(), bias.float()
+
+
+def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the classes that a linear head chooses, in fp32 as the model with that head computes it."""
+    return nn.functional.linear(features, weight.float(), bias.float()).argmax(dim=1)
+
+
+def top1(predicted: Tensor, targets: Tensor) -> float:
+    """Return the share of right answers."""
+    return float((predicted == targets).double().mean())
+
+
+def describe_cache(cache: KeptRows) -> dict[str, Any]:
+    """Return where the features are kept and how much they take."""
+    return {"cache": str(cache.folder), "cache_bytes": cache.num_bytes}
+
+
+def write_model(
+    path: Path,
+    classifier: Classifier,
+    source: Source,
+    parts: Splits,
+    data: DataConfig,
+    weight: Tensor,
+    bias: Tensor,
+    metrics: dict[str, float],
+) -> None:
+    """Write a model file: the frozen weights, a linear head, the labels of the data, and how it was divided."""
+    weights = {**classifier.model.state_dict(), "head.weight": weight, "head.bias": bias}
+    architecture = dataclasses.replace(classifier.model.config, num_classes=len(source.labels))
+    rule = ("val_fraction", "test_fraction", "split_seed", "near_duplicates")
+    split = {"fingerprint": parts.fingerprint, "source": source.name, **{name: getattr(data, name) for name in rule}}
+    header = ModelHeader(
+        architecture, source.labels, classifier.preprocess, split=split, metrics=metrics, versions=versions()
+    )
+    save_model(path, weights, header)
