@@ -21,6 +21,7 @@ from vitrail.models.variants import variant_config
 from vitrail.recipes import Facts, build_config
 from vitrail.settings import flatten
 from vitrail.training.schedules import Schedule
+from vitrail.training.start import meaning
 
 ROOT = Path(__file__).parents[1]
 ARTICLE = ROOT / "docs" / "article.md"
@@ -242,8 +243,9 @@ def test_commands_on_the_pages_are_accepted(line, monkeypatch):
         monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, do=lambda options: seen.append(options) or 0))
     assert vitrail.cli.run(words) == 0
     if words[0] == "train":
-        given = given_settings(seen[0]) | ({"variant": seen[0].model_name} if seen[0].model_name else {})
-        build_config(seen[0].recipe or "auto", FACTS, given)
+        given = given_settings(seen[0]) | (meaning(seen[0].model_name) if seen[0].model_name else {})
+        if "pretrained" not in given:  # those weights are the reader's
+            build_config(seen[0].recipe or "auto", FACTS, given)
 
 
 def test_settings_on_the_pages_exist():
