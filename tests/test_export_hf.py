@@ -333,7 +333,8 @@ def test_a_trained_run_is_judged_alike_by_transformers(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_target_writes_what_loads_again(name, tmp_path):
-    ours = saved(tmp_path, {"resize": "crop", "crop_offset": "down"})
+    # Of two middles transformers takes the smaller, timm the nearest.
+    ours = saved(tmp_path, {"resize": "crop", "crop_offset": "nearest" if name == "timm" else "down"})
     made = export(ours, name, out=tmp_path / "again")
     again = open_weights(made.path)
     first = open_weights(ours)
