@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -96,12 +97,14 @@ def main() -> None:
     inputs, others = spectrum.standardise(known).numpy(), spectrum.standardise(asked).numpy()
     print(f"ours, α = {logistic.penalty:.2e}: {fitted['top1']:.4f}, {logistic.steps} steps")
     same = 1 / (logistic.penalty * len(train))
-    for title, strength, steps in (("same penalty", same, 2000), ("its defaults", 1.0, 100)):
-        peers(title, strength, steps, inputs, truth.numpy(), others, answers.numpy(), min(3, args.rounds))
+    with get_context("spawn").Pool(1) as alone:  # where PyTorch's threads have never run, and take no core from it
+        for title, strength, steps in (("same penalty", same, 2000), ("its defaults", 1.0, 100)):
+            rows = (inputs, truth.numpy(), others, answers.numpy())
+            print(f"scikit-learn, {title}: {alone.apply(peer, (strength, steps, *rows, args.rounds))}", flush=True)
 
 
-def peers(title: str, strength: float, steps: int, inputs, truth, others, answers, rounds: int) -> None:
-    """Time scikit-learn on the same features and print its accuracy."""
+def peer(strength: float, steps: int, inputs, truth, others, answers, rounds: int) -> str:
+    """Time scikit-learn on the same features; returns its accuracy, steps and seconds."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength, max_iter=steps)
@@ -109,7 +112,7 @@ def peers(title: str, strength: float, steps: int, inputs, truth, others, answer
         warnings.simplefilter("ignore")  # that it has not converged: its number of steps says so
         taken = [seconds(lambda: model.fit(inputs, truth)) for _ in range(rounds)]
     accuracy = float((model.predict(others) == answers).mean())
-    print(f"scikit-learn, {title}: {accuracy:.4f}, {model.n_iter_.max()} steps, {spread(taken, '.2f')} s")
+    return f"{accuracy:.4f}, {model.n_iter_.max()} steps, {spread(taken, '.2f')} s, n = {rounds}"
 
 
 def seconds(way: Callable[[], Any]) -> float:

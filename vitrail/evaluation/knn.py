@@ -8,7 +8,7 @@ from torch import Tensor
 
 K = 20
 _TEMPERATURE = 0.07
-_CHUNK_BYTES = 64_000_000  # of one block of similarities
+_CHUNK_BYTES = 16_000_000  # of one block of similarities: fits the last cache
 
 
 def neighbours(targets: Tensor) -> int:

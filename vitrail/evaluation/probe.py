@@ -20,7 +20,7 @@ from vitrail.data.problems import stop_on_errors
 from vitrail.data.scan import Scan, scan_source
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, check_trainable, make_splits
-from vitrail.evaluation.classifier import Classifier, load, model_file
+from vitrail.evaluation.classifier import Classifier, load
 from vitrail.evaluation.evaluate import ready, split_rule, trained_parts
 from vitrail.evaluation.features import Features, features_of, open_cache
 from vitrail.evaluation.knn import knn_predict, neighbours
@@ -29,6 +29,7 @@ from vitrail.evaluation.spectrum import decompose
 from vitrail.models.variants import is_variant
 from vitrail.training.attention import tune
 from vitrail.weights.store import ModelHeader, save_model, versions
+from vitrail.weights.words import model_file
 
 
 def probe(

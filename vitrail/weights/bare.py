@@ -20,7 +20,7 @@ from vitrail.weights.imported import Imported
 from vitrail.weights.infer import IMAGENET, Conventions, architecture
 from vitrail.weights.layouts import has
 from vitrail.weights.rules import Rule, to_ours
-from vitrail.weights.told import sort_described
+from vitrail.weights.described import sort_described
 
 # Shortest side to 256, the middle 224: DeiT, DINO, DINOv2 and MAE judge so; torchvision too, but bilinear.
 CROP_256 = {**IMAGENET, "resize": "crop", "crop_fraction": crop_fraction_of(224, 256), "interpolation": "bicubic"}

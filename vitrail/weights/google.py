@@ -16,7 +16,7 @@ from vitrail.weights.google_tables import BIG_VISION, VISION_TRANSFORMER
 from vitrail.weights.imported import Imported
 from vitrail.weights.infer import to_preprocess
 from vitrail.weights.rules import to_ours, to_theirs
-from vitrail.weights.told import Told
+from vitrail.weights.described import Told
 
 
 class Tree(NamedTuple):

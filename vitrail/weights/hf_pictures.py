@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vitrail.data.preprocess import Preprocess
+from vitrail.data.preprocess import Preprocess, crop_fraction_of
 from vitrail.lookup import pick, unknown
 
 _HALF = (0.5, 0.5, 0.5)
@@ -133,15 +133,6 @@ def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
     return settings, notes
 
 
-def fraction_of(size: int, short: int) -> float:
-    """Return the share `f` with `int(size / f) == short` exactly."""
-    fraction = size / short
-    for candidate in (fraction, math.nextafter(fraction, 0), math.nextafter(fraction, 1)):
-        if 0 < candidate <= 1 and int(size / candidate) == short:
-            return candidate
-    raise AssertionError((size, short))
-
-
 def _sides(own: Mapping[str, Any]) -> tuple[int, str, float]:
     """Return the side of the result, the way of resizing, and the share that a crop keeps."""
     size = _size(own, "size", square=own.get("default_to_square", True))
@@ -158,7 +149,7 @@ def _sides(own: Mapping[str, Any]) -> tuple[int, str, float]:
     short = size["shortest_edge"] if "shortest_edge" in size else _side(size, "size")
     if short < side:
         raise ValueError(f"crop_size {side} is larger than size {short}, so that pictures would get a black border")
-    return side, "crop" if "shortest_edge" in size else "squash_crop", fraction_of(side, short)
+    return side, "crop" if "shortest_edge" in size else "squash_crop", crop_fraction_of(side, short)
 
 
 def _size(own: Mapping[str, Any], key: str, *, square: bool) -> dict[str, int]:
