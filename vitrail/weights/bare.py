@@ -14,13 +14,13 @@ from torch import Tensor
 from vitrail.data.preprocess import crop_fraction_of
 from vitrail.models.config import ViTConfig
 from vitrail.weights import layouts
+from vitrail.weights.described import sort_described
 from vitrail.weights.files import Bare, read_bare
 from vitrail.weights.fit import Found, fit, with_zero_rows
 from vitrail.weights.imported import Imported
 from vitrail.weights.infer import IMAGENET, Conventions, architecture
 from vitrail.weights.layouts import has
 from vitrail.weights.rules import Rule, to_ours
-from vitrail.weights.described import sort_described
 
 # Shortest side to 256, the middle 224: DeiT, DINO, DINOv2 and MAE judge so; torchvision too, but bilinear.
 CROP_256 = {**IMAGENET, "resize": "crop", "crop_fraction": crop_fraction_of(224, 256), "interpolation": "bicubic"}

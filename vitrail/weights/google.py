@@ -11,12 +11,12 @@ from torch import Tensor
 
 from vitrail.data.preprocess import crop_fraction_of
 from vitrail.models.config import ViTConfig
+from vitrail.weights.described import Told
 from vitrail.weights.fit import Found, fit, mlp_ratio, plain_labels, table_grid, with_zero_rows
 from vitrail.weights.google_tables import BIG_VISION, VISION_TRANSFORMER
 from vitrail.weights.imported import Imported
 from vitrail.weights.infer import to_preprocess
 from vitrail.weights.rules import to_ours, to_theirs
-from vitrail.weights.described import Told
 
 
 class Tree(NamedTuple):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vitrail.data.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
+from vitrail.weights.described import Told
 from vitrail.weights.fit import mlp_ratio, plain_labels, table_grid
 from vitrail.weights.layouts import pixels_of
-from vitrail.weights.described import Told
 
 HEADS_OF_64 = "heads of 64"  # and 16 of 80 in ViT-H: what every published size has (Dosovitskiy et al. 2021, table 1)
 
