@@ -133,9 +133,10 @@ def kept_folder(
 
 def picture_keys(source: Source, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
     """Return what each picture is known by [N] V16: path, size and instant of change of its file, else its pixels."""
+    here = os.getcwd()
 
     def key(index: int) -> bytes:
-        place = os.path.abspath(source.location(index))
+        place = os.path.join(here, source.location(index))  # a location that is absolute stays as it is
         known = None if isinstance(source, Digits) else _file_state(place)
         if known is None:
             place, known = "", _content(source, index, mode)
