@@ -354,3 +354,20 @@ def test_transformers_itself_is_not_needed(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert opened(tmp_path / "out").config.model_type == "vit"
+
+
+def test_transformers_opens_what_is_written_for_timm(tmp_path, pictures):
+    # What `auto` trains from scratch; transformers' own families all want a class token.
+    fields = {"decoder": "mean", "class_token": False, "positions": "sincos2d", "mlp_ratio": 2.0}
+    ours = saved(tmp_path, {"resize": "crop", "crop_offset": "nearest"}, **fields)
+    with pytest.raises(ValueError, match="no class token.*what --to timm writes"):
+        export(ours, "hf", out=tmp_path / "refused")
+    folder = export(ours, "timm", out=tmp_path / "out").path
+    model, processor = opened(folder), AutoImageProcessor.from_pretrained(folder)
+    classifier = vitrail.load(ours)
+    for path in pictures:
+        picture = read_picture(path)
+        with torch.no_grad():
+            theirs = model(**processor(picture, return_tensors="pt")).logits
+        assert_close(theirs, classifier.logits([classifier.preprocess.apply(picture)]), atol=1e-4, rtol=0)
+    assert tuple(model.config.id2label[i] for i in range(len(classifier.labels))) == classifier.labels

@@ -87,7 +87,7 @@ def expressed(config: ViTConfig, weights: Mapping[str, Tensor]) -> Expressed:
     if reasons:
         raise ValueError(
             f"transformers cannot express this model: {'; '.join(reasons)}. What it can: --model.encoder patch "
-            "--model.attention global --model.decoder token"
+            "--model.attention global --model.decoder token. With timm installed it also opens what --to timm writes"
         )
     made = Expressed(model_type, config, dict(weights))
     if model_type.startswith("dino") and not config.layer_scale:
