@@ -54,8 +54,8 @@ def open_google(name: str, tensors: Mapping[str, Tensor], said: Told) -> Importe
     fields = {"mlp": "gelu", **facts, **said.model}
     if "image_size" not in fields:
         raise ValueError(
-            f"{name}: its positions are computed (sincos2d) and not in the file; describe the picture size it was trained "
-            "with: --describe image_size=224"
+            f"{name}: its positions are computed (sincos2d) and not in the file; make a model file that says the picture size "
+            f"it was trained with: vitrail export {name} --to vitrail --describe image_size=224"
         )
     config = ViTConfig(**fields)
     weights, unexpected = to_ours(kept, VISION_TRANSFORMER if is_old else BIG_VISION, config)

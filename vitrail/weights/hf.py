@@ -244,7 +244,8 @@ def _preprocess(
         if not described:
             raise ValueError(
                 f"{path}: no such file, so it is unknown how pictures become its input, and guessing costs accuracy silently; "
-                "add the file, or describe it: --describe mean=0.5 std=0.5 resize=squash interpolation=bilinear"
+                f"add the file, or make a model file that says it: vitrail export {folder} --to vitrail --describe mean=0.5 std=0.5 "
+                "resize=squash interpolation=bilinear"
             )
         return described_preprocess(described, image_size=config.image_size, channels=config.in_channels), []
     try:

@@ -56,8 +56,8 @@ def architecture(
     lacking += [key for key in ASKED if key not in preprocess]
     if lacking:
         raise ValueError(
-            f"{where}: weights alone do not tell {', '.join(lacking)}; describe them: "
-            + " ".join(f"--describe {key}={EXAMPLES[key]}" for key in lacking)
+            f"{where}: weights alone do not tell {', '.join(lacking)}; make a model file that does, for every command: "
+            f"vitrail export {where} --to vitrail --describe " + " ".join(f"{key}={EXAMPLES[key]}" for key in lacking)
         )
     fields |= said.model
     if "patch_size" in said.model and "image_size" not in said.model and fields["image_size"] % fields["patch_size"]:
