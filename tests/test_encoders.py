@@ -390,6 +390,7 @@ def test_packing_is_for_evaluation():
     assert ViT(SMALL).eval().forward_packed([]).shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_a_drawing_has_the_shapes_and_sums_of_the_model(capsys):
     for name in ("s16-resnet50-concat", "b16-r50", "ti4-conv-rope2d-attention", "nano4-swiglu-token_mean"):
         assert vitrail(["models", name]) == 0

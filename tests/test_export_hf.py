@@ -345,6 +345,7 @@ def test_every_target_writes_what_loads_again(name, tmp_path):
     assert int(32 / again.header.preprocess.crop_fraction) == int(32 / 0.9)
 
 
+@pytest.mark.slow
 def test_transformers_itself_is_not_needed(tmp_path):
     save_family("vit", tmp_path / "vit")
     code = (

@@ -120,6 +120,7 @@ def test_triton_in_its_interpreter(speed):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_nothing_imports_triton_before_it_is_used():
     code = "import sys, vitrail.kernels.triton_local; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

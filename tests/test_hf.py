@@ -410,6 +410,7 @@ def ask(words: list[str], **environment: str) -> list[str]:
     return done.stdout.strip().splitlines()
 
 
+@pytest.mark.slow
 def test_without_a_network_the_cache_is_used_or_one_message_says_what_to_do(vit_folder, tmp_path):
     model = tmp_path / "hub" / "models--owner--tiny"
     shutil.copytree(vit_folder, model / "snapshots" / COMMIT)

@@ -232,6 +232,7 @@ def test_figures_are_well_formed_and_described(classes: int, tmp_path: Path):
     assert ("Top-5" in source) == (classes > 5)
 
 
+@pytest.mark.slow
 def test_a_large_run_gives_a_bounded_page(tmp_path: Path):
     labels = [f"class {i:04} of a long list" for i in range(1000)]
     result = evaluation(labels, 20_000, skill=0.8, side=96)
