@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,6 +147,46 @@ def test_dropout_drops_weights_and_its_gradient_fits(name):
     qkv = random_qkv(1, 1, grid, 1, 2, torch.float64)
     assert torch.autograd.gradcheck(repeatable, qkv, fast_mode=True)
     assert not torch.equal(kernel(*qkv, grid, 5, 1, dropout=0.25), kernel(*qkv, grid, 5, 1, dropout=0.25))
+
+
+@pytest.mark.parametrize(("heads", "grid"), [(6, (14, 14)), (3, (40, 33))])
+def test_what_dropout_drops_does_not_depend_on_the_chunks(heads, grid, monkeypatch):
+    """As after a change of the number of threads: between forward and backward, or from one run to the next."""
+    qkv, results = random_qkv(2, heads, grid, 2, 8, torch.float64), []
+    for sizes in [(768 * 1024, 768 * 1024), (768 * 1024, 30_000), (1, 768 * 1024)]:
+        torch.manual_seed(7)
+        monkeypatch.setattr(tiles, "_CHUNK_BYTES", sizes[0])
+        out = tiles.attend_tiles(*qkv, grid, 7, 2, dropout=0.3)
+        monkeypatch.setattr(tiles, "_CHUNK_BYTES", sizes[1])
+        results.append((out, *torch.autograd.grad(out, qkv, torch.ones_like(out))))
+    for other in results[1:]:
+        for one, another in zip(results[0], other, strict=True):
+            assert_close(one, another, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # what PyTorch's own jvp does
+@pytest.mark.parametrize("name", ["tiles", "triton"])
+def test_forward_mode_derivatives_are_refused(name):
+    q, k, v = (part.detach() for part in random_qkv(1, 1, (12, 12), 1, 16))
+    for number in range(3):
+
+        def attend(x, number=number):
+            given = [q, k, v]
+            given[number] = x
+            return LOCAL_KERNELS[name](*given, (12, 12), 3, 1)
+
+        with pytest.raises(NotImplementedError, match=f"{name}.*no forward-mode derivatives.*'plain'"):
+            torch.func.jvp(attend, (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+        LOCAL_KERNELS[name](forward_ad.make_dual(q, q), k, v, (12, 12), 3, 1)
+
+
+def test_tiles_take_one_number_format_and_the_tokens_of_the_grid():
+    q, k, v = random_qkv(1, 2, (12, 12), 0, 8)
+    with pytest.raises(AssertionError, match=r"torch.float32, torch.bfloat16, torch.float32"):
+        tiles.attend_tiles(q, k.bfloat16(), v, (12, 12), 3, 0)
+    with pytest.raises(AssertionError, match=r"\(12, 11\), 1"):
+        tiles.attend_tiles(q, k, v, (12, 11), 3, 1)
 
 
 def test_no_gradient_of_a_gradient():

@@ -15,10 +15,11 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vitrail.kernels.dense import empty_heads
+from vitrail.kernels.forward_mode import refuse_forward_mode
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 
 # Scores of the tiles that a thread computes together. With less, starting operations costs most; with more, buffers leave
@@ -48,6 +49,9 @@ def attend_tiles(
         window: side k of the window, patches, odd; may exceed the grid.
         dropout: share of the attention weights to drop.
     """
+    assert q.shape[2] == num_prefix + grid[0] * grid[1], (q.shape, grid, num_prefix)
+    assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
+    refuse_forward_mode("tiles", q, k, v)
     seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
     return _attend(q, k, v, seed, grid[0], grid[1], window, num_prefix, dropout)
 
@@ -73,11 +77,11 @@ def _attend(
                 queries = work.queries("queries", q[place], band).mul_(work.scale)
                 keys, values = work.halos("keys", k[place], band), work.halos("values", v[place], band)
                 weights = work.weights(queries, keys, band)
-                weights = _dropped(weights, work.factor(weights))
+                weights = _dropped(weights, work.factor(weights, place, band))
                 work.put(torch.bmm(weights, values, out=queries), out[place], band)
             if num_prefix:
                 weights = work.prefix_weights(q[place], k[place])
-                weights = _dropped(weights, work.factor(weights))
+                weights = _dropped(weights, work.prefix_factor(weights, place))
                 out[place][:, :num_prefix] = torch.bmm(weights, v[place])
     return out
 
@@ -112,7 +116,7 @@ def _attend_backward(
                 keys, values = work.halos("keys", k[place], band), work.halos("values", v[place], band)
                 arrived = work.queries("arrived", grad[place], band)
                 weights = work.weights(queries, keys, band)
-                factor = work.factor(weights)
+                factor = work.factor(weights, place, band)
                 scores = torch.bmm(arrived, values.transpose(1, 2), out=work.take("scores", tuple(weights.shape)))
                 scores = _softmax_backward(_dropped(scores, factor), weights)
                 work.add(torch.bmm(_dropped(weights, factor).transpose(1, 2), arrived, out=values), sums_v, band)
@@ -123,7 +127,7 @@ def _attend_backward(
             if num_prefix:
                 queries, arrived = q[place][:, :num_prefix] * work.scale, grad[place][:, :num_prefix]
                 weights = work.prefix_weights(q[place], k[place])
-                factor = work.factor(weights)
+                factor = work.prefix_factor(weights, place)
                 scores = torch.bmm(arrived, v[place].transpose(1, 2))
                 scores = _softmax_backward(_dropped(scores, factor), weights)
                 grad_q[place][:, :num_prefix] = torch.bmm(scores, k[place]).mul_(work.scale)
@@ -144,7 +148,10 @@ class _Work:
         self.scale = self.width**-0.5
         self.buffers: dict[str, Tensor] = {}
         self.bias, self.kinds = _bias(tiling, q.dtype)
-        self.random = torch.Generator().manual_seed(int(seed)) if dropout else None
+        self.random = torch.Generator().manual_seed(int(seed))
+        if dropout:  # a seed for every tile row, and one for the prefix
+            units = (self.batch, self.heads, tiling.tiles[0] + 1)
+            self.seeds = torch.randint(2**32, units, generator=self.random)
         image_bytes = tiling.num_scores * q.element_size()
         row_bytes = image_bytes // tiling.tiles[0]
         most = _CHUNK_BYTES * torch.get_num_threads()
@@ -231,11 +238,19 @@ class _Work:
         """Return the attention weights of the prefix tokens, which see all tokens."""
         return torch.bmm(q[:, : self.tiling.num_prefix] * self.scale, k.transpose(1, 2)).softmax(dim=-1)
 
-    def factor(self, weights: Tensor) -> Tensor | None:
-        """Draw what multiplies each weight under dropout; the backward pass draws the same in the same order."""
-        if self.random is None:
-            return None
-        kept = torch.empty_like(weights).bernoulli_(1 - self.dropout, generator=self.random)
+    def factor(self, weights: Tensor, place: Place, band: slice) -> Tensor | None:
+        """Draw what multiplies each weight of a band under dropout."""
+        return self.draw(weights, self.seeds[place][:, band]) if self.dropout else None
+
+    def prefix_factor(self, weights: Tensor, place: Place) -> Tensor | None:
+        """Draw what multiplies each weight of the prefix tokens under dropout."""
+        return self.draw(weights, self.seeds[place][:, -1:]) if self.dropout else None
+
+    def draw(self, weights: Tensor, seeds: Int64[Tensor, "n units"]) -> Tensor:
+        """Draw each unit from its own seed: chunks depend on the threads, which may have changed by the backward pass."""
+        kept = torch.empty_like(weights)
+        for unit, seed in zip(kept.view(seeds.numel(), -1), seeds.flatten().tolist(), strict=True):
+            unit.bernoulli_(1 - self.dropout, generator=self.random.manual_seed(seed))
         return kept.div_(1 - self.dropout)
 
     def sums(self, name: str, place: Place) -> _Sums:
