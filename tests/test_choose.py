@@ -59,6 +59,9 @@ def test_rules():
     big = LOCAL._replace(tokens=785, grid=(28, 28))
     assert rule(big) == "tiles"
     assert rule(big._replace(device="cuda")) != "tiles"
+    huge = big._replace(tokens=12545, grid=(112, 112), window=67)
+    assert candidates(huge) == ["tiles"], "N×N masks would fill the memory"
+    assert candidates(huge._replace(device="cuda")) == ["fused"], "scores of all halos are more than the mask"
     assert candidates(big._replace(tokens=3137, grid=(56, 56))) == ["tiles"]
 
 
