@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,13 +14,14 @@ from safetensors.torch import load_file
 import vitrail.cli
 from vitrail import ViT
 from vitrail.config import RunConfig
+from vitrail.files import replacing
 from vitrail.kernels import choose as choosing
 from vitrail.kernels.choose import cache_file, choose, fastest, machine_key, measure, timings
 from vitrail.kernels.table import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, rule
 from vitrail.models.config import ViTConfig
 from vitrail.models.variants import variant_config
 from vitrail.training.attention import cases_of, cases_of_run
-from vitrail.training.run import open_run
+from vitrail.training.run import is_draft, open_run
 from vitrail.training.session import train
 
 SMALL = Case("cpu", "float32", True, False, 65, 32)
@@ -59,6 +62,9 @@ def test_rules():
     big = LOCAL._replace(tokens=785, grid=(28, 28))
     assert rule(big) == "tiles"
     assert rule(big._replace(device="cuda")) != "tiles"
+    huge = big._replace(tokens=12545, grid=(112, 112), window=67)
+    assert candidates(huge) == ["tiles"], "N×N masks would fill the memory"
+    assert candidates(huge._replace(device="cuda")) == ["fused"], "scores of all halos are more than the mask"
     assert candidates(big._replace(tokens=3137, grid=(56, 56))) == ["tiles"]
 
 
@@ -97,6 +103,85 @@ def test_another_version_of_torch_is_another_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 1.0, "matmul": 2.0})
     assert choose([SMALL], cache=cache).chosen == {SMALL.key: "fused"}
     assert len(json.loads(cache.read_text())) == 2
+
+
+@pytest.mark.parametrize("measuring", [True, False])
+@pytest.mark.parametrize(
+    "entry",
+    [5, "x", None, [], {}, {"fused": "a", "matmul": "b"}, {"fused": None, "matmul": 1}, {"fused": 1.0}]
+    + [{"fused": 2.0, "matmul": number} for number in (float("nan"), float("-inf"), -1.0, True)],
+)
+def test_an_odd_entry_of_the_cache_counts_as_none(tmp_path, monkeypatch, entry, measuring):
+    cache = tmp_path / "kernels.json"
+    cache.write_text(json.dumps({machine_key(): {SMALL.key: entry}}))
+    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
+    expected = {SMALL.key: "matmul"} if measuring else {}
+    assert choose([SMALL], cache=cache, measuring=measuring).chosen == expected
+    assert timings(SMALL, cache) == {"fused": 2.0, "matmul": 1.0}
+
+
+def test_kernels_of_the_cache_that_are_no_candidates_are_passed_over(tmp_path, monkeypatch):
+    cache, kept = tmp_path / "kernels.json", {"gone": 0.1, "triton": 0.1, "matmul": 1.0, "tiles": 3.0, "fused": 2.0}
+    cache.write_text(json.dumps({machine_key(): {LOCAL.key: kept}}))
+    monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured"))
+    assert choose([LOCAL], cache=cache).chosen == {LOCAL.key: "matmul"}
+    assert list(timings(LOCAL, cache).items()) == [("fused", 2.0), ("matmul", 1.0), ("tiles", 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        (
+            {SMALL.key: "gone"},
+            "kernels in run.json has 'gone' for 'cpu float32 training, 65 tokens of 32'.*: fused, matmul;",
+        ),
+        ({LOCAL.key: "triton"}, "run.json has 'triton' .* expected one of: tiles, plain, fused, matmul; restore"),
+        ({"another case": 3}, "run.json has 3 for 'another case'"),
+        (["x"], r"kernels in run.json is \['x'\]; expected a kernel's name for each case"),
+    ],
+)
+def test_choices_of_a_run_that_are_no_kernels_are_refused(known, says):
+    with pytest.raises(ValueError, match=says):
+        choose([SMALL, LOCAL], cache=None, known=known)
+
+
+WRITES = """
+import sys, threading
+from pathlib import Path
+from vitrail.kernels import choose
+def write(thread):
+    for number in range(10):
+        assert choose._write(Path(sys.argv[1]), {f"{sys.argv[2]} {thread} {number}": {"fused": 1.0}})
+threads = [threading.Thread(target=write, args=(thread,)) for thread in range(2)]
+for each in threads: each.start()
+for each in threads: each.join()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+def test_threads_and_processes_lose_none_of_each_other_s_measurements(tmp_path):
+    cache = tmp_path / "kernels.json"
+    commands = [[sys.executable, "-W", "ignore", "-c", WRITES, str(cache), name] for name in ("one", "two")]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    assert [each.communicate()[1] for each in running] == ["", ""]
+    assert len(json.loads(cache.read_text())[machine_key()]) == 2 * 2 * 10
+
+
+def test_two_writes_of_one_file_at_once_take_different_drafts(tmp_path):
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as other:
+        assert one != other
+        assert all(is_draft(each) for each in (one, other))
+        one.write_text("1")
+        other.write_text("2")
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["1"], "the outer one came last"
+
+
+def test_what_was_measured_of_older_kernels_does_not_count(tmp_path, monkeypatch):
+    cache = tmp_path / "kernels.json"
+    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
+    choose([SMALL], cache=cache)
+    monkeypatch.setattr(choosing, "_REVISION", choosing._REVISION + 1)
+    assert choose([SMALL], cache=cache, measuring=False).chosen == {}
 
 
 def test_known_choices_are_kept_to_and_wishes_obeyed(monkeypatch):
@@ -239,3 +324,44 @@ def test_doctor_says_what_the_machine_can_do(tmp_path, monkeypatch, capfd):
     assert len(json.loads(cache_file().read_text())[machine_key()]) >= 6
     assert vitrail.cli.run(["doctor", "nan4"]) == 1
     assert "did you mean 'nano'" in capfd.readouterr().err
+
+
+def test_doctor_says_that_nothing_can_be_kept(tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("vitrail.doctor._formats", lambda device: [])
+    monkeypatch.setattr(choosing, "measure", lambda case: dict.fromkeys(candidates(case), 1.0))
+    assert vitrail.cli.run(["doctor", "nano4"]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert "kept in nothing" in said
+    assert "cannot be written, so every run measures anew; set VITRAIL_CACHE to a folder" in said
+    assert "processor time of one thread" in said
+
+
+def test_a_window_over_the_whole_grid_is_told(tmp_path, make_folder, capfd):
+    data = make_folder(tmp_path / "shapes")
+    words = [
+        "train",
+        str(data),
+        "--out",
+        str(tmp_path / "run"),
+        "--model",
+        "nano8",
+        "--epochs",
+        "1",
+        "--model.depth",
+        "1",
+    ]
+    local = ["--model.attention", "local", "--model.window"]
+    told = "covers the whole grid of 2×2 patches: local attention is global attention at 16 px"
+    assert vitrail.cli.run([*words, *local, "31"]) == 0
+    assert told in " ".join(capfd.readouterr().out.split())
+    for name, is_told in (("nano8-local31", True), ("nano8-local3", False), ("nano8", False)):
+        assert vitrail.cli.run(["models", name]) == 0
+        told = "window 31 covers the whole grid of 8×8 patches: local attention is global attention at 64 px"
+        assert (told in " ".join(capfd.readouterr().out.split())) == is_told
+
+
+def test_a_variant_with_two_windows_names_both():
+    with pytest.raises(ValueError, match="names its attention twice: 'local3' and 'local5'"):
+        variant_config("nano2-local3-local5")

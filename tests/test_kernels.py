@@ -6,15 +6,19 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from vitrail import ViT
-from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES, tiles
+from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES, flex, tiles
+from vitrail.kernels import window as windows
+from vitrail.kernels.kept import Kept
 from vitrail.kernels.table import GLOBAL_KERNELS, LOCAL_KERNELS, Kernels
-from vitrail.kernels.tiling import Tiling, tiling_of
+from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 from vitrail.kernels.window import covers, num_pairs, window_mask
 from vitrail.models.attention import GlobalAttention, Layout, LocalAttention
 from vitrail.models.variants import variant_config
@@ -146,6 +150,46 @@ def test_dropout_drops_weights_and_its_gradient_fits(name):
     qkv = random_qkv(1, 1, grid, 1, 2, torch.float64)
     assert torch.autograd.gradcheck(repeatable, qkv, fast_mode=True)
     assert not torch.equal(kernel(*qkv, grid, 5, 1, dropout=0.25), kernel(*qkv, grid, 5, 1, dropout=0.25))
+
+
+@pytest.mark.parametrize(("heads", "grid"), [(6, (14, 14)), (3, (40, 33))])
+def test_what_dropout_drops_does_not_depend_on_the_chunks(heads, grid, monkeypatch):
+    """As after a change of the number of threads: between forward and backward, or from one run to the next."""
+    qkv, results = random_qkv(2, heads, grid, 2, 8, torch.float64), []
+    for sizes in [(768 * 1024, 768 * 1024), (768 * 1024, 30_000), (1, 768 * 1024)]:
+        torch.manual_seed(7)
+        monkeypatch.setattr(tiles, "_CHUNK_BYTES", sizes[0])
+        out = tiles.attend_tiles(*qkv, grid, 7, 2, dropout=0.3)
+        monkeypatch.setattr(tiles, "_CHUNK_BYTES", sizes[1])
+        results.append((out, *torch.autograd.grad(out, qkv, torch.ones_like(out))))
+    for other in results[1:]:
+        for one, another in zip(results[0], other, strict=True):
+            assert_close(one, another, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # what PyTorch's own jvp does
+@pytest.mark.parametrize("name", ["tiles", "triton"])
+def test_forward_mode_derivatives_are_refused(name):
+    q, k, v = (part.detach() for part in random_qkv(1, 1, (12, 12), 1, 16))
+    for number in range(3):
+
+        def attend(x, number=number):
+            given = [q, k, v]
+            given[number] = x
+            return LOCAL_KERNELS[name](*given, (12, 12), 3, 1)
+
+        with pytest.raises(NotImplementedError, match=f"{name}.*no forward-mode derivatives.*'plain'"):
+            torch.func.jvp(attend, (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+        LOCAL_KERNELS[name](forward_ad.make_dual(q, q), k, v, (12, 12), 3, 1)
+
+
+def test_tiles_take_one_number_format_and_the_tokens_of_the_grid():
+    q, k, v = random_qkv(1, 2, (12, 12), 0, 8)
+    with pytest.raises(AssertionError, match=r"torch.float32, torch.bfloat16, torch.float32"):
+        tiles.attend_tiles(q, k.bfloat16(), v, (12, 12), 3, 0)
+    with pytest.raises(AssertionError, match=r"\(12, 11\), 1"):
+        tiles.attend_tiles(q, k, v, (12, 11), 3, 1)
 
 
 def test_no_gradient_of_a_gradient():
@@ -283,3 +327,113 @@ def test_fused_dense_attention_is_what_the_masked_form_calls():
     qkv, grid = random_qkv(1, 2, (6, 6), 1, 8), (6, 6)
     mask = window_mask(grid, 3, 1)
     assert_close(LOCAL_KERNELS["fused"](*qkv, grid, 3, 1), F.scaled_dot_product_attention(*qkv, attn_mask=mask))
+
+
+@pytest.mark.parametrize(("grid", "window", "num_prefix"), [((31, 40), 7, 1), ((20, 5), 7, 0), ((9, 33), 31, 2)])
+def test_tiles_of_one_kind_share_one_bias(grid, window, num_prefix):
+    tiling = tiling_of(grid, window, num_prefix)
+    rows, columns = (tiles._kinds_along(*each) for each in zip(tiling.grid, tiling.tile, tiling.reach, strict=True))
+    bias = tiles._bias(tiling, rows, columns, torch.float32)
+    whole = tile_bias(tiling, torch.arange(tiling.tiles[0]), torch.arange(tiling.tiles[1]), torch.float32)
+    assert torch.equal(bias[rows.kinds][:, columns.kinds], whole)
+    assert len(bias.flatten(0, 1).unique(dim=0)) == bias.shape[0] * bias.shape[1], "no kind twice"
+
+
+def test_the_bias_of_a_large_grid_is_made_of_its_kinds_alone(monkeypatch):
+    made = []
+    monkeypatch.setattr(tiles, "tile_bias", lambda *given: made.append(tile_bias(*given)) or made[0])
+    tiles._Work(torch.empty(1, 1, 224**2, 4), tiling_of((224, 224), 31, 0), 0.0, torch.tensor(0))
+    assert made[0].nbytes < 40e6, "of all tiles it is 0.4 GB"
+
+
+def test_more_grids_than_a_batch_has_keep_their_biases(monkeypatch):
+    monkeypatch.setattr(tiles, "_BIASES", Kept(limit_bytes=64 * 2**20))
+    calls = []
+    monkeypatch.setattr(tiles, "tile_bias", lambda *given: calls.append(given) or tile_bias(*given))
+    for _ in range(2):
+        for side in range(16, 40):
+            tiles.attend_tiles(*random_qkv(1, 1, (side, 20), 1, 4), (side, 20), 5, 1)
+    assert len(calls) == 24
+
+
+def test_what_is_kept_is_bounded_and_the_last_in_use():
+    kept, made = Kept(limit_bytes=100), []
+
+    def take(name, size):
+        return kept.get(name, lambda: made.append(name) or torch.zeros(size, dtype=torch.uint8))
+
+    for name, size in [("a", 40), ("b", 40), ("a", 40), ("c", 40), ("a", 40), ("b", 40), ("huge", 101), ("huge", 101)]:
+        assert len(take(name, size)) == size
+        assert kept.held_bytes == sum(each.nbytes for each in kept.tensors.values()) <= 100
+    assert made == ["a", "b", "c", "b", "huge", "huge"]
+    with torch.inference_mode():
+        assert not take("new", 8).is_inference(), "training may need it later"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name", ["tiles", "fused", "flex"])
+def test_a_pass_without_storage_leaves_nothing_behind(name, monkeypatch):
+    """As PyTorch's tools take that count operations or memory; and what is kept is of no use to them."""
+    monkeypatch.setattr(tiles, "_BIASES", Kept(limit_bytes=2**20))
+    monkeypatch.setattr(windows, "_BIASES", Kept(limit_bytes=2**20))
+    monkeypatch.setattr(flex, "_MASKS", {})
+    q, k, v = (part.detach() for part in random_qkv(1, 1, (7, 8), 1, 16))
+    attend = LOCAL_KERNELS[name]
+    for _ in range(2):
+        with FakeTensorMode():
+            if name != "flex":  # which looks at the numbers of blocks
+                fake = [torch.empty(1, 1, 57, 16) for _ in range(3)]
+                assert attend(*fake, (7, 8), 3, 1).shape == (1, 1, 57, 16)
+            else:
+                flex.local_block_mask((7, 8), 3, 1, torch.device("cpu"))
+        with torch.no_grad():
+            assert_close(attend(q, k, v, (7, 8), 3, 1), oracle(q, k, v, (7, 8), 3, 1), atol=1e-5, rtol=1e-5)
+    with torch.device("meta"):
+        windows._BIASES.tensors.clear()
+        windows.window_bias((7, 8), 3, 1, torch.float32, torch.device("cpu"))
+    assert_close(LOCAL_KERNELS["fused"](q, k, v, (7, 8), 3, 1), oracle(q, k, v, (7, 8), 3, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_masks_of_flex_are_bounded(monkeypatch):
+    monkeypatch.setattr(flex, "_MASKS", {})
+    monkeypatch.setattr(flex, "_NUM_MASKS", 3)
+    for side in (5, 6, 7, 8, 5):
+        flex.local_block_mask((side, 5), 3, 0, torch.device("cpu"))
+    assert [key[0] for key in flex._MASKS] == [(7, 5), (8, 5), (5, 5)]
+
+
+SIZES = """
+import sys, torch
+from torch.testing import assert_close
+from vitrail import ViT
+from vitrail.kernels.table import Case, Kernels, rule
+from vitrail.models.variants import variant_config
+torch.manual_seed(0)
+local = variant_config("b16-local7", num_classes=5, depth=1, embed_dim=24, num_heads=2, positions="rope2d")
+assert rule(Case("cpu", "float32", True, False, 197, 12, (14, 14), 7)) == "fused"
+for name in sys.argv[1:]:
+    torch._dynamo.reset()
+    model = ViT(local).train()
+    model.kernels = Kernels({"another case": "tiles"}, local_attention=name)
+    graphs = []
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+    compiled = torch.compile(model, fullgraph=True, backend=keep)
+    for h, w in ((224, 224), (256, 224), (320, 240), (224, 400), (512, 512), (224, 224)):
+        images = torch.rand(1, 3, h, w)
+        found = torch.autograd.grad(compiled(images).square().sum(), list(model.parameters()))
+        expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
+        for one, other in zip(found, expected):
+            assert_close(one, other, atol=1e-4, rtol=1e-4)
+    asked = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert name == "plain" or not any("masked_fill" in each for each in asked), "the mask is made in every call"
+print("agreed")
+"""
+
+
+@pytest.mark.slow
+def test_compiles_pictures_of_changing_size_without_a_graph_break():
+    command = [sys.executable, "-W", "ignore", "-c", SIZES, "", "tiles", "plain", "fused", "matmul"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "agreed", done.stderr[-3000:]

@@ -426,9 +426,13 @@ def do_models(options: Models) -> int:
     from vitrail.models.cost import num_macs, num_parameters
     from vitrail.models.drawing import draw
     from vitrail.models.variants import LISTED, SUFFIXES, variant_config
+    from vitrail.training.attention import remark_on_window
 
     if options.name is not None:
-        Talk().say(f"{options.name}: {draw(variant_config(options.name))}")
+        config = variant_config(options.name)
+        Talk().say(f"{options.name}: {draw(config)}")
+        if remark := remark_on_window(config):
+            Talk().say(remark)
         return OK
     table = Table(
         "name",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vitrail.kernels.choose import cache_file, fastest, machine_key, timings
+from vitrail.kernels.choose import cache_file, fastest, machine_key, timings, writable
 from vitrail.kernels.table import Case, candidates
 from vitrail.machine import memory_bytes, processor_name
 from vitrail.models.variants import variant_config
@@ -171,8 +171,19 @@ def _attention(configs: dict[str, Any], device: torch.device, fresh: bool) -> li
         for side, dtype, training in itertools.product(sides, precisions, (True, False)):
             for case in cases_of(config, (side, config.patch_size), device.type, dtype, training=training):
                 found.append(Finding("attention", f"{name}: {case.key}", _choice(case, fresh)))
-    found.append(Finding("attention", "kept in", f"{cache_file()} for {machine_key()}"))
-    return found
+    if device.type == "cpu":
+        found.append(
+            Finding(
+                "attention",
+                "ms",
+                "processor time of one thread for a measured batch (3 heads; about 4096 tokens in all, or one picture)",
+            )
+        )
+    cache = cache_file()
+    if writable(cache):
+        return [*found, Finding("attention", "kept in", f"{cache} for {machine_key()}")]
+    advice = f"{cache} cannot be written, so every run measures anew; set VITRAIL_CACHE to a folder that can"
+    return [*found, Finding("attention", "kept in", "nothing", advice)]
 
 
 def _choice(case: Case, fresh: bool) -> str:

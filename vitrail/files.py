@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,18 @@ def _umask() -> int:
 _UMASK = _umask()  # once, at import, before there are threads
 
 
+def _draft_of(path: Path) -> Path:
+    """Return a name beside `path` that no other write takes, of this process's threads or of another process."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.
 
     On any error the temporary file is removed and `path` stays as it was.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = _draft_of(path)
     try:
         yield draft
         with draft.open("rb+") as handle:
@@ -42,7 +48,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     On any error the temporary folder is removed, and nothing is left.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = _draft_of(path)
     draft.mkdir()
     try:
         yield draft

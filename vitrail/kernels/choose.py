@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +22,9 @@ from vitrail.machine import processor_name
 _MARGIN = 0.8
 _ROUNDS = 5
 _BUDGET_S = 0.3  # for all candidates of one case; a large shape gets fewer rounds
+_REVISION = (
+    1  # raise it when a change makes a kernel of `vitrail.kernels` faster or slower: what was measured is then void
+)
 _TOKENS = 4096  # of one measurement on a CPU, in all its samples and heads
 
 
@@ -26,7 +32,7 @@ def choose(
     cases: Iterable[Case],
     *,
     cache: Path | None,
-    known: Mapping[str, str] | None = None,
+    known: Any = None,
     global_attention: str = "auto",
     local_attention: str = "auto",
     measuring: bool = True,
@@ -36,13 +42,14 @@ def choose(
     Args:
         cases: what a model will compute.
         cache: file of what was measured before; None: measure anew, and keep nothing.
-        known: choices to keep to, by case: those of a run that goes on.
+        known: choices to keep to, by case: those of a run that goes on, as its file has them.
         global_attention: a kernel's name instead of a choice, for global attention; `auto` measures.
         local_attention: the same for local attention.
         measuring: whether a case that is not known may be measured; if not, the rule decides.
 
     Raises:
-        ValueError: a kernel that was asked for by name cannot compute one of the cases, or has none to compute.
+        ValueError: a kernel that was asked for by name cannot compute one of the cases, or has none to compute; `known`
+            has a kernel that cannot compute its case.
     """
     wished, cases = {"global": global_attention, "local": local_attention}, list(cases)
     for kind, wish in wished.items():
@@ -51,7 +58,7 @@ def choose(
                 f"kernels.{kind}_attention {wish!r} has no effect: at this picture size the model has no {kind} attention (a "
                 "window over the whole grid is global attention); leave it auto"
             )
-    chosen = dict(known or {})
+    chosen = _checked({} if known is None else known, cases)
     for case in cases:
         wish = wished[case.kind]
         if wish != "auto":
@@ -62,11 +69,31 @@ def choose(
                     f"{', '.join(['auto', *able])}"
                 )
         elif case.key not in chosen and len(candidates(case)) > 1:
-            taken = timings(case, cache) if measuring else _read(cache).get(case.key)
+            taken = timings(case, cache) if measuring else _kept(cache, case)
             if taken:
                 chosen[case.key] = fastest(taken)
     own = {name: "" if wish == "auto" else wish for name, wish in wished.items()}
     return Kernels(chosen, global_attention=own["global"], local_attention=own["local"])
+
+
+def _checked(known: Any, cases: Iterable[Case]) -> dict[str, str]:
+    """Return the choices of a run that goes on.
+
+    Raises:
+        ValueError: they name no kernels, or one that cannot compute its case.
+    """
+    remedy = "restore the file, or start a new run"
+    if not isinstance(known, Mapping):
+        raise ValueError(f"kernels in run.json is {known!r}; expected a kernel's name for each case; {remedy}")
+    able = {case.key: [name for name in KERNELS[case.kind] if runs(name, case)] for case in cases}
+    for key, name in known.items():
+        names = able.get(key, [*dict.fromkeys([*GLOBAL_KERNELS, *LOCAL_KERNELS])])
+        if name not in names:
+            raise ValueError(
+                f"kernels in run.json has {name!r} for {key!r}, which cannot compute it here; expected one of: "
+                f"{', '.join(names)}; {remedy}"
+            )
+    return dict(known)
 
 
 def timings(case: Case, cache: Path | None, *, fresh: bool = False) -> dict[str, float]:
@@ -75,8 +102,8 @@ def timings(case: Case, cache: Path | None, *, fresh: bool = False) -> dict[str,
     Args:
         fresh: measure in any case.
     """
-    taken = None if fresh else _read(cache).get(case.key)
-    if not taken or not set(candidates(case)) <= set(taken):
+    taken = {} if fresh else _kept(cache, case)
+    if not taken:
         taken = measure(case)
         if cache is not None:
             _write(cache, {case.key: taken})
@@ -151,32 +178,62 @@ def cache_file() -> Path:
 
 
 def machine_key() -> str:
-    """Return what measurements hold for: processor, GPU, and the version of torch."""
-    parts = [processor_name(), f"torch {torch.__version__}"]
+    """Return what measurements hold for: processor, GPU, and the versions of torch and of Vitrail's kernels."""
+    parts = [processor_name(), f"torch {torch.__version__}", f"kernels {_REVISION}"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)
 
 
-def _read(cache: Path | None) -> dict[str, dict[str, float]]:
-    """Return what was measured on this machine; a file that cannot be read counts as empty, and is measured again."""
-    if cache is None:
+def _kept(cache: Path | None, case: Case) -> dict[str, float]:
+    """Return what was measured of a case on this machine, the rule's kernel first; empty: not all that it takes."""
+    found = _read(cache).get(machine_key())
+    taken = found.get(case.key) if isinstance(found, dict) else None
+    if not isinstance(taken, dict):
         return {}
-    try:
-        return dict(json.loads(cache.read_text(encoding="utf-8"))[machine_key()])
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+    times = {name: taken.get(name) for name in candidates(case)}
+    good = all(type(ms) in (int, float) and math.isfinite(ms) and ms >= 0 for ms in times.values())
+    return times if good else {}
 
 
-def _write(cache: Path, measured: dict[str, dict[str, float]]) -> None:
-    """Add measurements; a cache that cannot be written is done without."""
+def _read(cache: Path | None) -> dict[str, Any]:
+    """Return what was measured, by machine; a file that cannot be read counts as empty, and is measured again."""
     try:
-        content = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
-        content.setdefault(machine_key(), {}).update(measured)
-    except (OSError, ValueError, AttributeError):
-        content = {machine_key(): measured}
+        content = {} if cache is None else json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def writable(cache: Path) -> bool:
+    """Whether measurements can be kept in a file."""
+    return _write(cache, {})
+
+
+def _write(cache: Path, measured: dict[str, dict[str, float]]) -> bool:
+    """Add measurements; a cache that cannot be written is done without. Returns whether it was."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_text(cache, json.dumps(content, indent=2) + "\n")
+        with _alone(cache):
+            content = _read(cache)
+            known = content.get(machine_key())
+            content[machine_key()] = (known if isinstance(known, dict) else {}) | measured
+            write_text(cache, json.dumps(content, indent=2) + "\n")
     except OSError:
-        return
+        return False
+    return True
+
+
+_THREADS = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Let no other thread or process change the cache meanwhile; where there are no file locks, no other thread."""
+    with _THREADS, contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            import fcntl  # not on Windows
+
+            handle = stack.enter_context(cache.with_name(f".{cache.name}.lock").open("a"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -10,11 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from vitrail.kernels.kept import has_no_storage
+
 _BLOCK = 128  # tokens in a block, FlexAttention's own default, which all its kernels' tiles divide
 
 _fused = torch.compile(flex_attention)
 
-# A dict and not `functools.cache`, which torch.compile looks through: it would build the mask again in every call.
+# A dict and not `functools.cache`, which torch.compile looks through: it would build the mask again in every call. The
+# last of so many grids: a mask is 0.1 MB at 112 × 112.
+_NUM_MASKS = 64
 _MASKS: dict[tuple[tuple[int, int], int, int, torch.device], BlockMask] = {}
 
 
@@ -50,11 +54,16 @@ def attend_flex(
 
 def local_block_mask(grid: tuple[int, int], window: int, num_prefix: int, device: torch.device) -> BlockMask:
     """Return the windows of a grid as FlexAttention's mask, kept for the next call."""
+    if has_no_storage():
+        return _build_mask(grid, window, num_prefix, device)
     key = (grid, window, num_prefix, device)
     if key not in _MASKS:
         # A mask first made while evaluating must serve training too: inference tensors cannot be saved for backward.
         with torch.inference_mode(False):
-            _MASKS[key] = _build_mask(grid, window, num_prefix, device)
+            made = _build_mask(grid, window, num_prefix, device)
+        if len(_MASKS) >= _NUM_MASKS:
+            del _MASKS[next(iter(_MASKS))]
+        _MASKS[key] = made
     return _MASKS[key]
 
 
@@ -85,7 +94,7 @@ def needed_blocks(grid: tuple[int, int], window: int, num_prefix: int) -> Tensor
     A block's patches, drawn on the grid and grown by half a window on every side, are the keys that it sees.
     """
     tokens = num_prefix + grid[0] * grid[1]
-    member = F.one_hot(torch.arange(tokens) // _BLOCK, -(-tokens // _BLOCK)).T.float()
+    member = F.one_hot(torch.arange(tokens, device="cpu") // _BLOCK, -(-tokens // _BLOCK)).T.float()
     patches = member[:, num_prefix:].unflatten(1, grid)
     seen = F.max_pool2d(patches, window, stride=1, padding=window // 2).flatten(1)
     seen = F.pad(seen, (num_prefix, 0), value=1.0)

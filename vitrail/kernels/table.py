@@ -6,6 +6,7 @@ Where nothing was chosen a fixed rule decides, so that two runs of one configura
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -122,8 +123,10 @@ def candidates(case: Case) -> list[str]:
     dense = [
         name for name in ("fused", "matmul") if case.tokens <= _DENSE_TOKENS or (name == "fused" and not case.grid)
     ]
-    names = dense if case.grid is None else [*dense, "tiles" if case.device == "cpu" else "plain"]
     first = rule(case)
+    names = dense
+    if case.grid is not None and not (first == "fused" and case.tokens > _DENSE_TOKENS):
+        names = [*dense, "tiles" if case.device == "cpu" else "plain"]
     return [first, *(name for name in names if name != first and runs(name, case))]
 
 
@@ -134,9 +137,10 @@ def rule(case: Case) -> str:
         dense = "matmul"
     if case.grid is None:
         return dense
-    if tiling_of(case.grid, case.window, case.num_prefix).num_scores > case.tokens**2 / 2:
-        return dense
-    return "tiles" if case.device == "cpu" else "plain"
+    large = tiling_of(case.grid, case.window, case.num_prefix).num_scores > case.tokens**2 / 2
+    if case.device == "cpu":
+        return dense if large and case.tokens <= _DENSE_TOKENS else "tiles"
+    return dense if large else "plain"  # `plain` would hold that many scores of each head, and not one mask for all
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,8 @@ class Kernels:
         """Return the same with patches that attend to their window and the prefix (`vitrail.kernels.window`)."""
         if covers(grid, window):
             return self.attend(q, k, v, dropout=dropout)
+        # To torch.compile sizes are numbers here and no symbols: each grid is compiled alone, as it has its own tiling.
+        grid, window = (operator.index(grid[0]), operator.index(grid[1])), operator.index(window)
         case = _case(q, dropout, grid, window)
         name = self.local_attention
         if torch.compiler.is_exporting():
@@ -195,4 +201,13 @@ class Kernels:
 def _case(q: Tensor, dropout: float, grid: tuple[int, int] | None = None, window: int = 0) -> Case:
     training = torch.is_grad_enabled() and q.requires_grad
     dtype = str(q.dtype).removeprefix("torch.")
-    return Case(q.device.type, dtype, training, dropout > 0, q.shape[-2], q.shape[-1], grid, window)
+    return Case(
+        q.device.type,
+        dtype,
+        training,
+        dropout > 0,
+        operator.index(q.shape[-2]),
+        operator.index(q.shape[-1]),
+        grid,
+        window,
+    )

@@ -8,17 +8,19 @@ order, so results are bit-identical from run to run.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vitrail.kernels.dense import empty_heads
+from vitrail.kernels.forward_mode import refuse_forward_mode
+from vitrail.kernels.kept import Kept
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 
 # Scores of the tiles that a thread computes together. With less, starting operations costs most; with more, buffers leave
@@ -48,6 +50,9 @@ def attend_tiles(
         window: side k of the window, patches, odd; may exceed the grid.
         dropout: share of the attention weights to drop.
     """
+    assert q.shape[2] == num_prefix + grid[0] * grid[1], (q.shape, grid, num_prefix)
+    assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
+    refuse_forward_mode("tiles", q, k, v)
     seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
     return _attend(q, k, v, seed, grid[0], grid[1], window, num_prefix, dropout)
 
@@ -73,11 +78,11 @@ def _attend(
                 queries = work.queries("queries", q[place], band).mul_(work.scale)
                 keys, values = work.halos("keys", k[place], band), work.halos("values", v[place], band)
                 weights = work.weights(queries, keys, band)
-                weights = _dropped(weights, work.factor(weights))
+                weights = _dropped(weights, work.factor(weights, place, band))
                 work.put(torch.bmm(weights, values, out=queries), out[place], band)
             if num_prefix:
                 weights = work.prefix_weights(q[place], k[place])
-                weights = _dropped(weights, work.factor(weights))
+                weights = _dropped(weights, work.prefix_factor(weights, place))
                 out[place][:, :num_prefix] = torch.bmm(weights, v[place])
     return out
 
@@ -112,7 +117,7 @@ def _attend_backward(
                 keys, values = work.halos("keys", k[place], band), work.halos("values", v[place], band)
                 arrived = work.queries("arrived", grad[place], band)
                 weights = work.weights(queries, keys, band)
-                factor = work.factor(weights)
+                factor = work.factor(weights, place, band)
                 scores = torch.bmm(arrived, values.transpose(1, 2), out=work.take("scores", tuple(weights.shape)))
                 scores = _softmax_backward(_dropped(scores, factor), weights)
                 work.add(torch.bmm(_dropped(weights, factor).transpose(1, 2), arrived, out=values), sums_v, band)
@@ -123,7 +128,7 @@ def _attend_backward(
             if num_prefix:
                 queries, arrived = q[place][:, :num_prefix] * work.scale, grad[place][:, :num_prefix]
                 weights = work.prefix_weights(q[place], k[place])
-                factor = work.factor(weights)
+                factor = work.prefix_factor(weights, place)
                 scores = torch.bmm(arrived, v[place].transpose(1, 2))
                 scores = _softmax_backward(_dropped(scores, factor), weights)
                 grad_q[place][:, :num_prefix] = torch.bmm(scores, k[place]).mul_(work.scale)
@@ -143,8 +148,14 @@ class _Work:
         self.dtype, self.tiling, self.dropout = q.dtype, tiling, dropout
         self.scale = self.width**-0.5
         self.buffers: dict[str, Tensor] = {}
-        self.bias, self.kinds = _bias(tiling, q.dtype)
-        self.random = torch.Generator().manual_seed(int(seed)) if dropout else None
+        self.rows, self.columns = (
+            _kinds_along(*each) for each in zip(tiling.grid, tiling.tile, tiling.reach, strict=True)
+        )
+        self.bias = _bias(tiling, self.rows, self.columns, q.dtype)
+        self.random = torch.Generator().manual_seed(int(seed))
+        if dropout:  # a seed for every tile row, and one for the prefix
+            units = (self.batch, self.heads, tiling.tiles[0] + 1)
+            self.seeds = torch.randint(2**32, units, generator=self.random)
         image_bytes = tiling.num_scores * q.element_size()
         row_bytes = image_bytes // tiling.tiles[0]
         most = _CHUNK_BYTES * torch.get_num_threads()
@@ -221,21 +232,30 @@ class _Work:
         """Return the attention weights of every tile of a band."""
         scores = self.take("weights", (queries.shape[0], queries.shape[1], keys.shape[1]))
         torch.bmm(queries, keys.transpose(1, 2), out=scores)
-        rows = scores.view(-1, band.stop - band.start, *self.bias.shape[1:])
-        for kind, group in groupby(range(band.start, band.stop), key=self.kinds.__getitem__):
-            same = list(group)
-            rows[:, same[0] - band.start : same[-1] + 1 - band.start].add_(self.bias[kind])
+        rows = scores.view(-1, band.stop - band.start, self.tiling.tiles[1], *scores.shape[1:])
+        for (row, down), (column, across) in itertools.product(
+            self.rows.runs(band), self.columns.runs(slice(0, self.tiling.tiles[1]))
+        ):
+            rows[:, down, across].add_(self.bias[row, column])
         return torch.softmax(scores, dim=-1, out=scores)
 
     def prefix_weights(self, q: Float[Tensor, "n N d"], k: Float[Tensor, "n N d"]) -> Float[Tensor, "n prefix N"]:
         """Return the attention weights of the prefix tokens, which see all tokens."""
         return torch.bmm(q[:, : self.tiling.num_prefix] * self.scale, k.transpose(1, 2)).softmax(dim=-1)
 
-    def factor(self, weights: Tensor) -> Tensor | None:
-        """Draw what multiplies each weight under dropout; the backward pass draws the same in the same order."""
-        if self.random is None:
-            return None
-        kept = torch.empty_like(weights).bernoulli_(1 - self.dropout, generator=self.random)
+    def factor(self, weights: Tensor, place: Place, band: slice) -> Tensor | None:
+        """Draw what multiplies each weight of a band under dropout."""
+        return self.draw(weights, self.seeds[place][:, band]) if self.dropout else None
+
+    def prefix_factor(self, weights: Tensor, place: Place) -> Tensor | None:
+        """Draw what multiplies each weight of the prefix tokens under dropout."""
+        return self.draw(weights, self.seeds[place][:, -1:]) if self.dropout else None
+
+    def draw(self, weights: Tensor, seeds: Int64[Tensor, "n units"]) -> Tensor:
+        """Draw each unit from its own seed: chunks depend on the threads, which may have changed by the backward pass."""
+        kept = torch.empty_like(weights)
+        for unit, seed in zip(kept.view(seeds.numel(), -1), seeds.flatten().tolist(), strict=True):
+            unit.bernoulli_(1 - self.dropout, generator=self.random.manual_seed(seed))
         return kept.div_(1 - self.dropout)
 
     def sums(self, name: str, place: Place) -> _Sums:
@@ -281,21 +301,41 @@ class _Sums(NamedTuple):
     prefix: Float[Tensor, "n prefix d"]
 
 
-@lru_cache(maxsize=8)
-def _bias(tiling: Tiling, dtype: torch.dtype) -> tuple[Float[Tensor, "kinds columns queries keys"], list[int]]:
-    """Return what is added to the scores of each kind of tile row, and the kind of every row.
+class _Kinds(NamedTuple):
+    """The rows or columns of tiles that have different masks: all but those at the grid's edges are of one kind.
 
-    All rows but those at the grid's edges are of one kind, which then stays in the cache.
+    Attributes:
+        firsts: number of the first row (or column) of each kind.
+        kinds: of every row (or column).
     """
-    with torch.inference_mode(False):
-        rows = tile_bias(tiling, dtype, "cpu").unflatten(0, tiling.tiles)
-        firsts, kinds = [], []
-        for row in rows:
-            kind = next((i for i, first in enumerate(firsts) if torch.equal(first, row)), len(firsts))
-            if kind == len(firsts):
-                firsts.append(row)
-            kinds.append(kind)
-        return torch.stack(firsts), kinds
+
+    firsts: list[int]
+    kinds: list[int]
+
+    def runs(self, part: slice) -> Iterator[tuple[int, slice]]:
+        """Go through the neighbours of one kind in a part of the tiles: the kind, and where in the part they stand."""
+        for kind, group in groupby(range(part.start, part.stop), key=self.kinds.__getitem__):
+            same = list(group)
+            yield kind, slice(same[0] - part.start, same[-1] + 1 - part.start)
+
+
+def _kinds_along(side: int, tile: int, reach: int) -> _Kinds:
+    """Return the kinds along one side of the grid: a mask is decided by what a tile's halo has over both edges."""
+    marks = [(min(start, reach), min(side - start, tile + reach)) for start in range(0, side, tile)]
+    distinct = list(dict.fromkeys(marks))
+    return _Kinds([marks.index(mark) for mark in distinct], [distinct.index(mark) for mark in marks])
+
+
+# A grid's takes 0.1 to some MB, 38 MB with window 31 on 224×224.
+_BIASES = Kept(limit_bytes=64 * 2**20)
+
+
+def _bias(
+    tiling: Tiling, rows: _Kinds, columns: _Kinds, dtype: torch.dtype
+) -> Float[Tensor, "rows columns queries keys"]:
+    """Return what is added to the scores of each kind of tile."""
+    firsts = [torch.tensor(each.firsts, device="cpu") for each in (rows, columns)]
+    return _BIASES.get((tiling, dtype), lambda: tile_bias(tiling, firsts[0], firsts[1], dtype))
 
 
 def _dropped(x: Tensor, factor: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vitrail.kernels.dense import attend_matmul
@@ -71,34 +71,48 @@ class Tiling:
         return self.tiles[0] * self.tiles[1] * self.num_queries * self.num_keys
 
 
-@lru_cache(maxsize=256)
 def tiling_of(grid: tuple[int, int], window: int, num_prefix: int) -> Tiling:
     """Return the tiling that should cost least: large tiles compute more masked scores, small ones copy more keys."""
+    return Tiling(grid, reach_of(grid, window), _tile_of(grid, window, num_prefix), num_prefix)
+
+
+@torch.compiler.assume_constant_result  # hundreds of tilings are compared, which torch.compile would trace one by one
+def _tile_of(grid: tuple[int, int], window: int, num_prefix: int) -> tuple[int, int]:
+    return _best_tile(grid, window, num_prefix)
+
+
+@lru_cache(maxsize=256)
+def _best_tile(grid: tuple[int, int], window: int, num_prefix: int) -> tuple[int, int]:
     reach = reach_of(grid, window)
     sides = [sorted({min(side, most) for side in _TILE_SIDES}) for most in grid]
     choices = [Tiling(grid, reach, (rows, columns), num_prefix) for rows in sides[0] for columns in sides[1]]
-    return min(choices, key=lambda tiling: tiling.num_scores * (1 + _COPY_COST / tiling.num_queries))
+    return min(choices, key=lambda tiling: tiling.num_scores * (1 + _COPY_COST / tiling.num_queries)).tile
 
 
-def tile_bias(tiling: Tiling, dtype: torch.dtype, device: torch.device | str) -> Float[Tensor, "T queries keys"]:
-    """Return what is added to each tile's scores: 0 where a query attends to a key, else -∞.
+def tile_bias(
+    tiling: Tiling, rows: Int64[Tensor, " rows"], columns: Int64[Tensor, " columns"], dtype: torch.dtype
+) -> Float[Tensor, "rows columns queries keys"]:
+    """Return what is added to the scores of some tiles: 0 where a query attends to a key, else -∞.
 
     Queries over the grid's edge, which have no result, attend to all, since a softmax over nothing is not a number.
+
+    Args:
+        rows: numbers of the rows of tiles.
+        columns: numbers of the columns of tiles.
     """
     axes = []
-    for side, count, tile, halo, reach in zip(
-        tiling.grid, tiling.tiles, tiling.tile, tiling.halo, tiling.reach, strict=True
+    for side, number, tile, halo, reach in zip(
+        tiling.grid, (rows, columns), tiling.tile, tiling.halo, tiling.reach, strict=True
     ):
-        start = torch.arange(count, device=device)[:, None] * tile
+        start, device = number[:, None] * tile, number.device
         query, key = start + torch.arange(tile, device=device), start + torch.arange(halo, device=device) - reach
         query, key = query[:, :, None], key[:, None, :]
-        near = ((query - key).abs() <= reach) & (key >= 0) & (key < side)
-        axes.append((near, query >= side))
-    (rows, below), (columns, right) = axes
-    seen = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
+        axes.append((((query - key).abs() <= reach) & (key >= 0) & (key < side), query >= side))
+    (down, below), (across, right) = axes
+    seen = down[:, None, :, None, :, None] & across[None, :, None, :, None, :]
     outside = below[:, None, :, None, :, None] | right[None, :, None, :, None, :]
-    seen = (seen | outside).reshape(-1, tiling.num_queries, tiling.halo[0] * tiling.halo[1])
-    bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
+    seen = (seen | outside).flatten(4, 5).flatten(2, 3)
+    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))
     return F.pad(bias, (tiling.num_prefix, 0))
 
 
@@ -120,7 +134,8 @@ def attend_tiles_plain(
     tiling = tiling_of(grid, window, num_prefix)
     queries = _tiles(q[:, :, num_prefix:], tiling)
     keys, values = (_halos(x, tiling) for x in (k, v))
-    bias = tile_bias(tiling, q.dtype, q.device)
+    rows, columns = (torch.arange(count, device=q.device) for count in tiling.tiles)
+    bias = tile_bias(tiling, rows, columns, q.dtype).flatten(0, 1)
     out = _untile(attend_matmul(queries, keys, values, bias=bias, dropout=dropout), tiling)
     if not num_prefix:
         return out

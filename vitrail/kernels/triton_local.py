@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.kernels.dense import empty_heads
+from vitrail.kernels.forward_mode import refuse_forward_mode
 
 _TILE = 8  # side of a tile of patches; 64 queries fill the matrix units of four warps
 
@@ -45,6 +46,7 @@ def attend_triton(
     """
     assert q.shape[2] == num_prefix + grid[0] * grid[1], (q.shape, grid, num_prefix)
     assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
+    refuse_forward_mode("triton", q, k, v)
     return _forward(q, k, v, *grid, window, num_prefix)[0]
 
 

@@ -7,11 +7,11 @@ tokens attend to all.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from vitrail.kernels.kept import Kept
 
 
 def reach_of(grid: tuple[int, int], window: int) -> tuple[int, int]:
@@ -36,19 +36,26 @@ def num_pairs(grid: tuple[int, int], window: int, num_prefix: int) -> int:
 
 def window_mask(grid: tuple[int, int], window: int, num_prefix: int) -> Bool[Tensor, "N N"]:
     """Return the dense mask, True where a query (row) attends to a key (column); N² values, for small grids and tests."""
-    row, column = torch.arange(grid[0]).repeat_interleave(grid[1]), torch.arange(grid[1]).repeat(grid[0])
+    rows, columns = (torch.arange(side, device="cpu") for side in grid)
+    row, column = rows.repeat_interleave(grid[1]), columns.repeat(grid[0])
     near = [(place[:, None] - place[None, :]).abs() <= window // 2 for place in (row, column)]
-    mask = torch.ones(num_prefix + len(row), num_prefix + len(row), dtype=torch.bool)
+    mask = torch.ones(num_prefix + len(row), num_prefix + len(row), dtype=torch.bool, device="cpu")
     mask[num_prefix:, num_prefix:] = near[0] & near[1]
     return mask
 
 
-@lru_cache(maxsize=8)
+# All grids that dense attention is the rule for, and not one of the masks that only a kernel asked for by name needs.
+_BIASES = Kept(limit_bytes=64 * 2**20)
+
+
+@torch.compiler.assume_constant_result  # else every call of the compiled model would build the mask again
 def window_bias(
     grid: tuple[int, int], window: int, num_prefix: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "N N"]:
     """Return the dense mask as what is added to the scores: 0 where a query attends to a key, else -∞."""
-    mask = window_mask(grid, window, num_prefix)
-    with torch.inference_mode(False):  # kept for later calls, which may need gradients through what it is added to
-        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, float("-inf"))
-        return bias.to(device)
+
+    def make() -> Tensor:
+        mask = window_mask(grid, window, num_prefix)
+        return torch.zeros(mask.shape, dtype=dtype, device="cpu").masked_fill(~mask, float("-inf")).to(device)
+
+    return _BIASES.get((grid, window, num_prefix, dtype, device), make)

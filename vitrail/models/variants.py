@@ -59,14 +59,16 @@ def suffix_fields(name: str) -> dict[str, Any]:
         ValueError: a suffix is unknown.
     """
     fields: dict[str, Any] = {}
+    said_by: dict[str, str] = {}
     for suffix in name.split("-")[1:]:
         if local := re.fullmatch(r"local(\d+)", suffix):
             added = {"attention": "local", "window": int(local[1])}
         else:
             added = SUFFIXES[suffix] if suffix in SUFFIXES else {"encoder": cnn_suffix(suffix, name)}
         if again := sorted(set(added) & set(fields)):
-            raise ValueError(f"model {name!r} names its {again[0]} twice: {fields[again[0]]!r} and {added[again[0]]!r}")
+            raise ValueError(f"model {name!r} names its {again[0]} twice: {said_by[again[0]]!r} and {suffix!r}")
         fields |= added
+        said_by |= dict.fromkeys(added, suffix)
     return fields
 
 

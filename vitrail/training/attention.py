@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ def run_kernels(config: RunConfig, device: torch.device, run: Run, world: World)
     All processes use what the main one found.
 
     Raises:
-        ValueError: a kernel that the configuration names cannot compute this model here.
+        ValueError: a kernel that the configuration or the run names cannot compute this model here.
     """
     kernels = Kernels()
     if run.is_main:
@@ -34,9 +35,7 @@ def run_kernels(config: RunConfig, device: torch.device, run: Run, world: World)
     return world.from_main(kernels)
 
 
-def choose_kernels(
-    config: RunConfig, device: torch.device, *, known: Mapping[str, str] | None = None, measuring: bool = True
-) -> Kernels:
+def choose_kernels(config: RunConfig, device: torch.device, *, known: Any = None, measuring: bool = True) -> Kernels:
     """Return the kernels for a configuration on a device, those in `known` as they are.
 
     Raises:
@@ -77,6 +76,16 @@ def cases_of(model: ViTConfig, sides: tuple[int, int], device: str, dtype: str, 
         if name == "local" and not covers(grid, model.window):
             case = case._replace(grid=grid, window=model.window)
         yield case
+
+
+def remark_on_window(model: ViTConfig) -> str:
+    """Return what a user should know of a window that is too large to be one; empty: nothing."""
+    if "local" not in model.attentions or not covers(model.grid, model.window):
+        return ""
+    return (
+        f"window {model.window} covers the whole grid of {model.grid[0]}×{model.grid[1]} patches: local attention is global "
+        f"attention at {model.image_size} px"
+    )
 
 
 def tune(classifier: Classifier, *, measuring: bool) -> None:

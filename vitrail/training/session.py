@@ -23,7 +23,7 @@ from vitrail.recipes import Choice, Facts, build_config, recipe_file
 from vitrail.report.page import build_report
 from vitrail.settings import leaves, override
 from vitrail.training import parallel
-from vitrail.training.attention import choose_kernels
+from vitrail.training.attention import choose_kernels, remark_on_window
 from vitrail.training.finish import finish
 from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
@@ -232,6 +232,8 @@ def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> Non
 
 def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.World, talk: Talk, start: Start) -> Result:
     """Train to the end and finish."""
+    if remark := remark_on_window(config.model):
+        talk.say(remark)
     again = shlex.join(["vitrail", "train", config.data.source, "--out", str(run.folder), "--resume"])
     try:
         progress = train_loop(config, data, run, world, talk, start)
