@@ -1,6 +1,6 @@
 """Local attention on this machine: time and peak memory against the grid, for every way to compute it.
 
-One picture, 3 heads of 64, window 7 or other, on grids of 14² to 112² patches:
+One picture, 3 heads of 64, window 7 or other, on grids of 14² to 112² patches, without a class token unless `--prefix` says so:
 
 - `ours`: what Vitrail's rule takes (`vitrail/kernels/table.py`): tiles, or a dense form on small grids;
 - `masked`: the article's way, PyTorch's fused attention with a dense N×N mask;
@@ -12,8 +12,8 @@ spread. `--memory` measures instead by what the peak of a process's memory rises
 gradients, each way in a process of its own (Linux).
 
     python benchmarks/local_attention.py [--rounds 5] [--grids 14 28 56 112] [--windows 7] [--ways ours masked fused] [--flex]
-        [--out FILE.json]
-    python benchmarks/local_attention.py --memory
+        [--prefix 0] [--out FILE.json]
+    python benchmarks/local_attention.py --memory [--prefix 0]
 """
 
 from __future__ import annotations
@@ -47,51 +47,58 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grids", type=int, nargs="+", default=[14, 28, 56, 112])
     parser.add_argument("--windows", type=int, nargs="+", default=[7])
+    parser.add_argument(
+        "--prefix", type=int, default=0, help="class token and registers, which all see and which see all"
+    )
     parser.add_argument("--ways", nargs="+", default=["ours", "masked", "fused"], help="ours first")
     parser.add_argument("--flex", action="store_true", help="compiled FlexAttention too; needs a C++ compiler")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--out", type=Path, help="add the figures to a JSON file")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(peak_bytes(args.one[0], getattr(torch, args.one[1]), int(args.one[2]), int(args.one[3])))
+        print(peak_bytes(args.one[0], getattr(torch, args.one[1]), *map(int, args.one[2:])))
         return
     print(
         f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 picture, {HEADS} heads of "
-        f"{WIDTH}" + ("" if args.memory else f", n = {args.rounds} rounds")
+        f"{WIDTH}, {args.prefix} prefix tokens" + ("" if args.memory else f", n = {args.rounds} rounds")
     )
     found: list[dict[str, Any]] = []
     for window in args.windows:
         for dtype in (torch.float32, torch.bfloat16):
             if args.memory:
-                found += compare_memory(dtype, args.grids, window)
+                found += compare_memory(dtype, args.grids, window, args.prefix)
                 continue
             for training in (True, False):
                 for grid in args.grids:
                     ways = [*args.ways, *["flex"] * (args.flex and not training)]
-                    found.append(compare_time(dtype, training, grid, window, args.rounds, ways))
+                    found.append(compare_time(dtype, training, grid, window, args.prefix, args.rounds, ways))
     if args.out:
         before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
         args.out.write_text(json.dumps(before + found, indent=1) + "\n", encoding="utf-8")
 
 
 def build(
-    way: str, dtype: torch.dtype, training: bool, grid: int, window: int
+    way: str, dtype: torch.dtype, training: bool, grid: int, window: int, prefix: int
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return one way to compute local attention (`fused`: global attention) of one shape."""
-    tokens = grid * grid
+    tokens = prefix + grid * grid
     if way == "ours":
         case = Case("cpu", str(dtype)[6:], training, False, tokens, WIDTH, (grid, grid), window)
         kernel = LOCAL_KERNELS[rule(case)]
-        return lambda q, k, v: kernel(q, k, v, (grid, grid), window, 0)
+        return lambda q, k, v: kernel(q, k, v, (grid, grid), window, prefix)
     if way == "masked":
-        mask = torch.zeros(tokens, tokens, dtype=dtype).masked_fill_(~window_mask((grid, grid), window, 0), -math.inf)
+        mask = torch.zeros(tokens, tokens, dtype=dtype).masked_fill_(
+            ~window_mask((grid, grid), window, prefix), -math.inf
+        )
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if way == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return ((i // grid - j // grid).abs() <= window // 2) & ((i % grid - j % grid).abs() <= window // 2)
+            i, j = i - prefix, j - prefix
+            seen = ((i // grid - j // grid).abs() <= window // 2) & ((i % grid - j % grid).abs() <= window // 2)
+            return seen | (i < 0) | (j < 0)
 
         blocks = create_block_mask(near, None, None, tokens, tokens, device="cpu")
         compiled = torch.compile(flex_attention, dynamic=False)
@@ -99,9 +106,9 @@ def build(
     return F.scaled_dot_product_attention
 
 
-def tensors(dtype: torch.dtype, training: bool, grid: int) -> tuple[Tensor, ...]:
+def tensors(dtype: torch.dtype, training: bool, grid: int, prefix: int = 0) -> tuple[Tensor, ...]:
     """Return queries, keys and values as the qkv projection leaves them, side by side in memory."""
-    packed = torch.randn(1, grid * grid, 3, HEADS, WIDTH, dtype=dtype)
+    packed = torch.randn(1, prefix + grid * grid, 3, HEADS, WIDTH, dtype=dtype)
     return tuple(part.transpose(1, 2).detach().requires_grad_(training) for part in packed.unbind(2))
 
 
@@ -114,11 +121,11 @@ def run_once(way: Callable[..., Tensor], qkv: tuple[Tensor, ...], training: bool
 
 
 def compare_time(
-    dtype: torch.dtype, training: bool, grid: int, window: int, rounds: int, names: list[str]
+    dtype: torch.dtype, training: bool, grid: int, window: int, prefix: int, rounds: int, names: list[str]
 ) -> dict[str, Any]:
     """Let the ways take turns, and print what came out."""
-    qkv = tensors(dtype, training, grid)
-    ways = {name: build(name, dtype, training, grid, window) for name in names}
+    qkv = tensors(dtype, training, grid, prefix)
+    ways = {name: build(name, dtype, training, grid, window, prefix) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):  # the first warms up
         for name, way in ways.items():
@@ -133,6 +140,7 @@ def compare_time(
         "work": work,
         "window": window,
         "grid": grid,
+        "prefix": prefix,
         "ms": {},
         "ratio": {},
     }
@@ -147,16 +155,16 @@ def compare_time(
     return found
 
 
-def compare_memory(dtype: torch.dtype, grids: list[int], window: int) -> list[dict[str, Any]]:
+def compare_memory(dtype: torch.dtype, grids: list[int], window: int, prefix: int) -> list[dict[str, Any]]:
     """Print each way's peak of memory for every grid, and how ours grows."""
     found = []
     for grid in grids:
         peaks = {}
         for way in ("ours", "masked", "fused"):
-            command = [sys.executable, __file__, "--one", way, str(dtype)[6:], str(grid), str(window)]
+            command = [sys.executable, __file__, "--one", way, str(dtype)[6:], *map(str, (grid, window, prefix))]
             done = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
             peaks[way] = statistics.median(int(each) for each in done) / 1e6
-        found.append({"dtype": str(dtype)[6:], "window": window, "grid": grid, "mb": peaks})
+        found.append({"dtype": str(dtype)[6:], "window": window, "grid": grid, "prefix": prefix, "mb": peaks})
         figures = "   ".join(f"{way} {peak:8.1f} MB" for way, peak in peaks.items())
         print(f"{str(dtype)[6:]:<9}forward + backward  window {window:<3}{grid:>3}²  {figures}", flush=True)
     for one, two in itertools.pairwise(found):
@@ -165,14 +173,14 @@ def compare_memory(dtype: torch.dtype, grids: list[int], window: int) -> list[di
     return found
 
 
-def peak_bytes(way: str, dtype: torch.dtype, grid: int, window: int) -> int:
+def peak_bytes(way: str, dtype: torch.dtype, grid: int, window: int, prefix: int) -> int:
     """Return by how much one training step of one way lifts the process's peak of resident memory."""
     # Loads libraries and starts threads; small, so that it leaves nothing behind.
-    run_once(build("masked", dtype, True, 8, 3), tensors(dtype, True, 8), True)
+    run_once(build("masked", dtype, True, 8, 3, 0), tensors(dtype, True, 8), True)
     run_once(lambda q, k, v: LOCAL_KERNELS["tiles"](q, k, v, (9, 9), 3, 0), tensors(dtype, True, 9), True)
     before = memory_status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    run_once(build(way, dtype, True, grid, window), tensors(dtype, True, grid), True)
+    run_once(build(way, dtype, True, grid, window, prefix), tensors(dtype, True, grid, prefix), True)
     return memory_status("VmHWM") - before
 
 

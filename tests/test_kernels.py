@@ -122,6 +122,17 @@ def test_bf16_is_as_near_to_the_truth_as_dense_bf16(name):
         assert ours < max(2 * dense, 0.008)
 
 
+@pytest.mark.parametrize("name", ["tiles", "plain", "matmul", "fused"])
+@pytest.mark.parametrize(("size", "most"), [(1, 0.005), (6, 0.010), (36, 0.020)])
+def test_bf16_errors_stay_small_at_large_scores(name, size, most):
+    """All but the fused kernel round scores before the softmax (docs/local_attention.md)."""
+    q, k, v = (part.detach().bfloat16() for part in random_qkv(1, 2, (14, 20), 0, 64, torch.float64))
+    q = (q.double() * size).bfloat16()
+    truth = CPU_KERNELS["matmul"](q.double(), k.double(), v.double(), (14, 20), 7, 0)
+    error = (CPU_KERNELS[name](q, k, v, (14, 20), 7, 0).double() - truth).norm() / truth.norm()
+    assert error < (0.003 if name == "fused" else most)
+
+
 def test_autocast_changes_nothing_inside():
     qkv, grid = random_qkv(1, 2, (12, 12), 1, 8), (12, 12)
     plainly = tiles.attend_tiles(*qkv, grid, 3, 1)

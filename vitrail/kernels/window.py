@@ -58,4 +58,7 @@ def window_bias(
         mask = window_mask(grid, window, num_prefix)
         return torch.zeros(mask.shape, dtype=dtype, device="cpu").masked_fill(~mask, float("-inf")).to(device)
 
-    return _BIASES.get((grid, window, num_prefix, dtype, device), make)
+    bias = _BIASES.get((grid, window, num_prefix, dtype, device), make)
+    # What `torch._dynamo.mark_static` does, but not while compiling: the next grid's mask is no mask of changing size.
+    bias._dynamo_static_indices = {0, 1}  # pyright: ignore[reportAttributeAccessIssue]
+    return bias
