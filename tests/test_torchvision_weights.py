@@ -83,7 +83,7 @@ def test_tables_in_both_directions_are_bit_equal(tiny):
 def test_a_file_alone(tmp_path, photographs):
     model = redrawn(VisionTransformer(image_size=48, num_classes=3, **SHAPE))
     torch.save(model.state_dict(), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="weights alone do not tell num_heads; .*--to vitrail --describe num_heads=12"):
+    with pytest.raises(ValueError, match="weights alone do not tell num_heads; .*--to vitrail --describe num_heads=N"):
         open_weights(tmp_path / "a.pth")
     said = {"num_heads": 3, "interpolation": "bicubic", "crop_fraction": 1.0}
     imported = open_weights(tmp_path / "a.pth", said)

@@ -84,10 +84,8 @@ def fail(message: str, code: int = USER_ERROR) -> int:
 _IMAGE_SIZE = "side of the square that pictures are brought to (the model's own)"
 _PATCH_SIZE = "side of a patch, for models trained with several by --model.patch-sizes (the model's own)"
 _RESIZE = "crop, squash, or aspect: whole pictures in their own aspect ratio (the model's own)"
-_START = (
-    "variant, such as nano4, ti16, s16-concat; or trained weights to start from: a run, a model or weights file, hf:NAME, "
-    "timm:NAME"
-)
+_MODEL = "run folder, model or weights file, folder of transformers or timm, hf:NAME, timm:NAME, torchvision:NAME"
+_START = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {_MODEL}"
 MODELS = ("micro4", "s16", "s16-local7")  # small pictures, photographs, large pictures with local attention
 
 
@@ -95,7 +93,7 @@ MODELS = ("micro4", "s16", "s16-local7")  # small pictures, photographs, large p
 class Predict:
     """Options of `vitrail predict`."""
 
-    model: Annotated[Positional[str], arg(help="run folder or model file", metavar="MODEL")]
+    model: Annotated[Positional[str], arg(help=_MODEL, metavar="MODEL")]
     paths: Annotated[Positional[tuple[str, ...]], arg(help="pictures, folders, globs", metavar="PATH…")]
     out: Annotated[str | None, arg(help="write a table: .csv, .jsonl or .parquet", metavar="FILE")] = None
     top: Annotated[
@@ -111,7 +109,7 @@ class Predict:
 class Eval:
     """Options of `vitrail eval`."""
 
-    model: Annotated[Positional[str], arg(help="run folder or model file", metavar="MODEL")]
+    model: Annotated[Positional[str], arg(help=_MODEL, metavar="MODEL")]
     data: Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]
     split: Annotated[str | None, arg(help="test, val, train or all; the first there is", metavar="NAME")] = None
     out: Annotated[str | None, arg(help="write all figures as JSON", metavar="FILE")] = None
@@ -126,9 +124,7 @@ class Eval:
 class Probe:
     """Options of `vitrail probe`."""
 
-    model: Annotated[
-        Positional[str], arg(help="run folder, model file, or a variant for random weights", metavar="MODEL")
-    ]
+    model: Annotated[Positional[str], arg(help=f"{_MODEL}; or a variant for random weights", metavar="MODEL")]
     data: Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]
     out: Annotated[str | None, arg(help="write all figures as JSON", metavar="FILE")] = None
     save: Annotated[
@@ -174,10 +170,10 @@ class Export:
 
     model: Annotated[
         Positional[str],
-        arg(help="run folder, model file, or a foreign model such as hf:NAME@revision or a folder", metavar="MODEL"),
+        arg(help=_MODEL, metavar="MODEL"),
     ]
     to: Annotated[
-        str, arg(help="hf: a folder of transformers; vitrail: one self-describing model file", metavar="FORMAT")
+        str, arg(help="hf or timm: a folder that it opens; vitrail: one self-describing model file", metavar="FORMAT")
     ]
     out: Annotated[str | None, arg(help="where to (default: beside the model)", metavar="PATH")] = None
     describe: Annotated[
@@ -403,7 +399,8 @@ def do_probe(options: Probe) -> int:
         talk.say(f"all figures: {options.out}")
     model, data = shlex.quote(options.model), shlex.quote(options.data)
     if options.save is None:
-        talk.say(f"next:    vitrail probe {model} {data} --save probe.safetensors")
+        size = "" if options.image_size is None else f" --image-size {options.image_size}"
+        talk.say(f"next:    vitrail probe {model} {data}{size} --save probe.safetensors")
     else:
         talk.say(f"model:   {options.save}")
         talk.say(f"next:    vitrail eval {shlex.quote(options.save)} {data}")
@@ -503,7 +500,9 @@ COMMANDS = {
         "Name what is on pictures; a broken file gets an error in its row.", lambda: Predict, do_predict
     ),
     "export": Command(
-        "Write a model for transformers, or a foreign model as a model file of Vitrail.", lambda: Export, do_export
+        "Write a model for transformers or timm, or a foreign model as a model file of Vitrail.",
+        lambda: Export,
+        do_export,
     ),
     "probe": Command(
         "Say in seconds what a model's features are worth on your pictures: k-NN, ridge, logistic regression.",

@@ -21,7 +21,7 @@ from vitrail.data.scan import Scan, scan_source
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, check_trainable, make_splits
 from vitrail.evaluation.classifier import Classifier, load
-from vitrail.evaluation.evaluate import ready, split_rule, trained_parts
+from vitrail.evaluation.evaluate import ready, split_rule, tell_of_weights, trained_parts
 from vitrail.evaluation.features import Features, features_of, open_cache
 from vitrail.evaluation.knn import knn_predict, neighbours
 from vitrail.evaluation.linear import TOLERANCE, fit_logistic, fit_ridge
@@ -139,6 +139,7 @@ def load_frozen(model: str, talk: Talk) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = load(model)
+    tell_of_weights(classifier, talk)
     if not Path(model).exists() and is_variant(model):
         talk.warn(f"{model}: random weights; the figures say what features are worth before any training")
     classifier.model.head = nn.Identity()

@@ -191,7 +191,7 @@ def _kept(cache: Path | None, case: Case) -> dict[str, float]:
     taken = found.get(case.key) if isinstance(found, dict) else None
     if not isinstance(taken, dict):
         return {}
-    times = {name: taken.get(name) for name in candidates(case)}
+    times = {name: taken.get(name, math.nan) for name in candidates(case)}
     good = all(type(ms) in (int, float) and math.isfinite(ms) and ms >= 0 for ms in times.values())
     return times if good else {}
 

@@ -22,7 +22,10 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
     for part in parts:
         found = [name for name, _ in model.named_parameters() if within(name, part)]
         if not found:
-            names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
+            modules = [
+                name for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+            ]
+            names = [name for name, _ in model.named_parameters() if "." not in name] + modules
             raise ValueError(unknown("part in optim.freeze", part, [name for name in names if name.count(".") < 2]))
     for name, parameter in model.named_parameters():
         if any(within(name, part) for part in parts):

@@ -165,6 +165,8 @@ def go_on(
     if not same_source(source, config.data.source):
         raise ValueError(f"{folder}: is a run of {config.data.source}, not of {source}; resume it with its own data")
     for name, value in {**given, **({} if recipe is None else {"recipe": recipe})}.items():
+        if name == "variant" and config.pretrained:
+            name = "pretrained"  # a folder that has gone since the start reads like a variant's name
         if name not in own:
             override(config, {name: value})
         again = name == "pretrained" and own[name].startswith(f"{value}@")  # the revision was looked up at the start

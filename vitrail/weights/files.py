@@ -80,7 +80,7 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise ValueError(
-                f"{path}: holds Python objects or code besides tensors, which is never run ({_reason(error)}); save its "
+                f"{path}: holds Python objects or code besides tensors, which is never run ({refused_by(error)}); save its "
                 "state dict alone, best as .safetensors"
             ) from None
         raise ValueError(f"{path}: not a whole file of PyTorch weights ({_first_line(error)})") from None
@@ -121,7 +121,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _reason(error: BaseException) -> str:
+def refused_by(error: BaseException) -> str:
     """Return the line of PyTorch's long advice that says what it refused."""
     lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
     return (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrail.weights.files import refused_by
 from vitrail.weights.store import load_tensors
 
 # In the order of preference; an index names the shards.
@@ -93,10 +94,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # of protocols; what cannot be read is an error below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error: ")[-1].strip().splitlines()[0]
         raise ValueError(
-            f"{path}: holds more than weights, and was not opened, since that could run code ({reason}); ask its author for "
-            "model.safetensors"
+            f"{path}: holds more than weights, and was not opened, since that could run code ({refused_by(error)}); ask its "
+            "author for model.safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a whole file of weights ({str(error).splitlines()[0]})") from None

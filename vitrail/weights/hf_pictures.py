@@ -128,7 +128,8 @@ def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
     if preprocess.crop_offset != "down" and (preprocess.resize == "crop" or (short - size) % 2):
         notes.append(
             "transformers begins a centre crop half a pixel earlier where it cannot lie in the middle: pictures of which an "
-            "odd number of pixels is cut off may be seen one pixel beside"
+            "odd number of pixels is cut off are seen one pixel beside, and answers can change; train with "
+            "--preprocess.crop_offset down for the very same crop"
         )
     return settings, notes
 

@@ -73,7 +73,7 @@ def architecture(
 
 
 EXAMPLES = {
-    "num_heads": "12", "layer_norm_eps": "1e-6", "mlp": "gelu", "image_size": "224", "mean": "0.5", "std": "0.5",
+    "num_heads": "N", "layer_norm_eps": "1e-6", "mlp": "gelu", "image_size": "224", "mean": "0.5", "std": "0.5",
 }  # fmt: skip
 
 
