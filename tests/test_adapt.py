@@ -180,7 +180,7 @@ def test_the_head_follows_names_not_places():
     assert start.report.head == "2 of 3 rows found by name among 5 classes; new: yak"
     assert start.random == ("head.bias", "head.weight")
     _, start = started(imported, ("x", "y"))
-    assert start.report.head == "new, 2 classes instead of 5"
+    assert start.report.head == "new, 2 classes instead of 5: no name is the same"
     headless = trained(dataclasses.replace(SMALL, num_classes=0), ())
     _, start = started(headless, ("x", "y"))
     assert start.report.head == "new, 2 classes; the weights have none"
@@ -221,3 +221,16 @@ def test_what_the_file_lacked_starts_at_random_and_may_learn_first():
     assert start.random == ("norm.weight",)
     assert start.report.missing == ("norm.weight",)
     assert start.report.loaded == len(imported.weights) - 1
+
+
+@pytest.mark.parametrize(
+    "numbers", [("0", "1", "2", "3", "4"), ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4")]
+)
+def test_numbers_that_stand_for_no_names_are_matched_with_none(numbers):
+    imported = trained(labels=numbers)
+    model, start = started(imported, numbers[:3])
+    assert not model.head.weight.any()
+    assert "the weights number their classes and do not name them" in start.report.head
+    own = dataclasses.replace(imported, header=dataclasses.replace(imported.header, split={"source": "digits"}))
+    model, start = started(own, numbers[:3])  # a run's labels are names, also where they are numbers
+    assert torch.equal(model.head.weight, imported.weights["head.weight"][:3])

@@ -24,7 +24,7 @@ from vitrail.recipes import Facts, build_config
 from vitrail.settings import leaves, override
 from vitrail.training.optim import build_optimizer, layer_of, num_layers
 from vitrail.training.session import train
-from vitrail.training.start import pinned, ready_start, start_model
+from vitrail.training.start import learning, let_learn, pinned, ready_start, start_model
 from vitrail.weights.store import load_model
 
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)
@@ -205,6 +205,36 @@ def test_rates_of_layers_by_hand():
     assert layer_of("decoder.join.weight", 4) == layer_of("fc_norm.bias", 4) == 4
     groups = build_optimizer(model, OptimConfig()).param_groups
     assert [group["scale"] for group in groups] == [1, 1]
+    groups = build_optimizer(model, OptimConfig(layer_decay=0.5), random=("cls_token",)).param_groups
+    scales = {names[id(p)]: group["scale"] for group in groups for p in group["params"]}
+    assert scales["cls_token"] == 1, "what starts at random learns at the full rate"
+    assert scales["pos_embed"] == 1 / 16
+
+
+def test_batch_norms_that_do_not_learn_yet_keep_their_statistics():
+    model = start_model(override(RunConfig(model=SMALL), {"model.encoder": "resnet18"}), fresh=True)
+    all_learning = learning(model)
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    let_learn(model, all_learning, {name: p for name, p in all_learning.items() if name.startswith("head.")})
+    model(torch.rand(4, 3, 32, 32))
+    assert torch.equal(norm.running_mean, before)
+    let_learn(model, all_learning, all_learning)
+    model(torch.rand(4, 3, 32, 32))
+    assert not torch.equal(norm.running_mean, before)
+
+
+def test_resume_takes_the_words_of_the_start_also_when_the_weights_have_gone(tiny_run, tmp_path, monkeypatch):
+    base, data = tiny_run
+    words = tmp_path / "weights"
+    shutil.copytree(base, words)
+    monkeypatch.chdir(tmp_path)
+    train(data, model="weights", out="run", epochs=1, talk=QUIET)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["pretrained"] == str(words)
+    shutil.rmtree(words)
+    train(data, model="weights", out="run", resume=True, talk=QUIET)
+    with pytest.raises(ValueError, match=r"with pretrained '.*weights', not '.*others'"):
+        train(data, model="others", out="run", resume=True, talk=QUIET)
 
 
 def test_what_is_frozen_at_the_front_is_not_prepared_for_a_backward_pass():

@@ -272,6 +272,13 @@ def test_a_picture_is_known_by_its_file_or_its_pixels(make_folder, tmp_path, mon
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     changed = picture_keys(source, np.arange(9), "RGB") != before
     assert np.flatnonzero(changed).tolist() == [4]
+    other, state = root / source.paths[7], (root / source.paths[7]).stat()
+    other.write_bytes(other.read_bytes()[::-1])
+    os.utime(
+        other, ns=(state.st_atime_ns, state.st_mtime_ns)
+    )  # as `cp -p` and `tar` leave it: of the same size and time
+    changed = picture_keys(source, np.arange(9), "RGB") != before
+    assert np.flatnonzero(changed).tolist() == [4, 7]
     # The digits are no files: a file that happens to have their name is not meant.
     digits = open_source("digits")
     own = picture_keys(digits, np.arange(1797), "L")

@@ -28,7 +28,13 @@ OK, USER_ERROR, USAGE_ERROR = 0, 1, 2
 
 def main() -> None:
     """Entry point of the `vitrail` command."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = OK
+    sys.exit(code)
 
 
 def run(words: list[str]) -> int:
@@ -65,6 +71,8 @@ def guarded(do: Callable[[Any], int], options: Any) -> int:
         if os.environ.get("VITRAIL_TRACEBACK"):
             raise
         return fail(str(error))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if os.environ.get("VITRAIL_TRACEBACK"):
             raise

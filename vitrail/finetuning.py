@@ -91,7 +91,9 @@ def duration(facts: Facts, given: Mapping[str, Any], width: int, *, adapters: bo
         Choice("batch_size", batch, "small sets want more steps" if batch <= 64 else "keeps the device busy"),
         Choice("epochs", epochs, f"{facts.num_train:,} pictures, about {epochs * facts.num_train:,.0f} seen in all"),
         Choice("optim.lr", float(f"{lr:.1e}"), f"for width {width} and batch {batch}"),
-        Choice("optim.layer_decay", 0.75, "first layers see what all pictures have, and change the least"),
+        Choice("optim.layer_decay", 1.0, "adapters start at nothing in every layer")
+        if adapters
+        else Choice("optim.layer_decay", 0.75, "first layers see what all pictures have, and change the least"),
         Choice("optim.head_warmup", "5 %", "a new head's first gradients would disturb what the weights know"),
         Choice("schedule.warmup", "10 %", "the rate is still rising when all begin to learn"),
         Choice("optim.weight_decay", 0.05, "the usual for ViTs"),

@@ -132,7 +132,7 @@ def kept_folder(
 
 
 def picture_keys(source: Source, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
-    """Return what each picture is known by [N] V16: path, size and instant of change of its file, else its pixels."""
+    """Return what each picture is known by [N] V16: path and state of its file (`_file_state`), else its pixels."""
     here = os.getcwd()
 
     def key(index: int) -> bytes:
@@ -156,9 +156,11 @@ def _content(source: Source, index: int, mode: Literal["RGB", "L"]) -> bytes:
 
 
 def _file_state(place: str) -> bytes | None:
-    """Return size and instant of change of a file, or None where there is none."""
+    """Return size, instants of writing and change, and number of a file, or None where there is none."""
     try:
         found = os.stat(place)
     except OSError:
         return None
-    return f"{found.st_size} {found.st_mtime_ns}".encode() if stat.S_ISREG(found.st_mode) else None
+    # Copying can set back the time of writing, not that of the change, nor the file's number.
+    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return " ".join(map(str, state)).encode() if stat.S_ISREG(found.st_mode) else None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import PIL
 import torch
 
 import vitrail
@@ -42,11 +43,12 @@ class Features:
 def open_cache(classifier: Classifier, source: Source, device: torch.device) -> KeptRows:
     """Return the kept features of a source's pictures.
 
-    They depend on the weights without the head, the architecture, the preprocessing, the kind of device and Vitrail's version.
+    They depend on the weights without the head, the architecture, the preprocessing, the kind of device and the versions.
     """
     model = classifier.model
     architecture = dataclasses.replace(model.config, num_classes=0)
-    what = (FORMAT, vitrail.__version__, device.type, architecture, classifier.patch_size, classifier.preprocess)
+    libraries = (vitrail.__version__, torch.__version__, PIL.__version__)
+    what = (FORMAT, *libraries, device.type, architecture, classifier.patch_size, classifier.preprocess)
     weights = {name: values for name, values in model.state_dict().items() if not name.startswith("head.")}
     return KeptRows(kept_folder("features", source, what, weights), model.decoder.out_dim, np.float32)
 

@@ -88,7 +88,7 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
     with display, StopRequest() as stop:
         for step in range(start + 1, rhythm.total + 1):
             if step in (start + 1, rhythm.head + 1):
-                let_learn(all_learning, first if step <= rhythm.head else all_learning)
+                let_learn(state.model, all_learning, first if step <= rhythm.head else all_learning)
                 wrapped = objective  # ends an earlier wrapping, which counts on other gradients
                 wrapped = world.wrap(objective)
             batch = meter.next(batches)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -11,17 +13,20 @@ from vitrail.config import OptimConfig
 _NO_DECAY = ("cls_token", "reg_token", "pos_embed", "latent")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, random: Collection[str] = ()) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov & Hutter 2019) in which matrices decay, and biases, norms, tokens and positions do not.
 
     With `layer_decay` every layer has groups of its own, whose `scale` multiplies the rate.
+
+    Args:
+        random: parameters that start at random beside trained ones; they learn at the full rate.
     """
     top = num_layers(model)
     layers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = top if config.layer_decay == 1 else layer_of(name, top)
+        layer = top if config.layer_decay == 1 or name in random else layer_of(name, top)
         decayed, exempt = layers.setdefault(layer, ([], []))
         no_decay = parameter.ndim < 2 or name.split(".")[-1] in _NO_DECAY
         (exempt if no_decay else decayed).append(parameter)

@@ -126,6 +126,7 @@ def begin(
     config, choices = build_config(recipe, facts, {**given, "data.source": source}, source_header)
     check_runnable(config, facts.num_train, world)
     start = ready_start(config, checked.source.labels, opened)
+    del opened  # for hours of training, the whole model once more
     show(checked, choices, talk)
     learned = check_start(config, start, talk)
     data = ready_data(checked, config)
@@ -165,8 +166,10 @@ def go_on(
     if not same_source(source, config.data.source):
         raise ValueError(f"{folder}: is a run of {config.data.source}, not of {source}; resume it with its own data")
     for name, value in {**given, **({} if recipe is None else {"recipe": recipe})}.items():
-        if name == "variant" and config.pretrained:
-            name = "pretrained"  # a folder that has gone since the start reads like a variant's name
+        if (
+            name == "variant" and config.pretrained
+        ):  # a folder that has gone since the start reads like a variant's name
+            name, value = "pretrained", os.path.abspath(value)
         if name not in own:
             override(config, {name: value})
         again = name == "pretrained" and own[name].startswith(f"{value}@")  # the revision was looked up at the start

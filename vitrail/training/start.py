@@ -28,7 +28,9 @@ from vitrail.weights.words import open_weights
 def meaning(model: str) -> dict[str, str]:
     """Return the setting that a MODEL word means: a variant, or trained weights."""
     name = os.fspath(model)
-    return {"variant": name} if is_variant(name) and not Path(name).exists() else {"pretrained": name}
+    if Path(name).exists():
+        return {"pretrained": os.path.abspath(name)}  # the run's config.json may be read from elsewhere
+    return {"variant": name} if is_variant(name) else {"pretrained": name}
 
 
 def open_source_weights(base: RunConfig | None, given: Mapping[str, Any]) -> Imported | None:
@@ -116,7 +118,7 @@ def start_state(config: RunConfig, device: torch.device, *, fresh: bool, start: 
     """Return the state before the first step; unless `fresh`, its weights are about to be replaced by saved ones."""
     model = start_model(config, fresh=fresh, start=start).to(device)
     average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
-    return State(model, average, build_optimizer(model, config.optim), Progress())
+    return State(model, average, build_optimizer(model, config.optim, start.random), Progress())
 
 
 def start_model(config: RunConfig, *, fresh: bool, start: Start = Start()) -> ViT:  # noqa: B008 - frozen
@@ -170,10 +172,13 @@ def first_learning(model: nn.Module, config: RunConfig, start: Start) -> dict[st
     return found
 
 
-def let_learn(all_learning: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
-    """Let only some of the parameters that learn in a run do so now.
+def let_learn(model: nn.Module, all_learning: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
+    """Let only some of the parameters that learn in a run do so now; batch norms that do not keep their statistics.
 
     What comes before the first of them in the model is then computed without keeping anything for a backward pass.
     """
     for name, parameter in all_learning.items():
         parameter.requires_grad_(name in now)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in all_learning:
+            module.train(f"{name}.weight" in now)

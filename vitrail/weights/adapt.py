@@ -13,6 +13,7 @@ from torch import Tensor
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table, sincos2d
+from vitrail.weights.fit import plain_labels
 from vitrail.weights.imported import Imported, LoadReport
 from vitrail.weights.labels import match_labels
 
@@ -135,9 +136,11 @@ def new_head(
     instead = f"new, {len(labels)} classes instead of {len(old) or len(weight)}"
     if source.decoder != config.decoder:
         return head, f"{instead}: the decoder is another", True
+    if not imported.header.split and old in (plain_labels(len(old)), tuple(f"LABEL_{i}" for i in range(len(old)))):
+        return head, f"{instead}: the weights number their classes and do not name them", True
     rows = match_labels(old, labels) if len(old) == len(weight) else {}
     if not rows:
-        return head, instead, True
+        return head, f"{instead}: no name is the same", True
     for new, known in rows.items():
         head["head.weight"][new], head["head.bias"][new] = weight[known], bias[known]
     if len(rows) == len(labels):
@@ -151,7 +154,10 @@ Change = tuple[Tensor, str, bool]
 
 
 def _channels(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
-    """Colour ↔ grey in the first layer: a grey picture gets the vectors that it gets as three equal channels."""
+    """Colour ↔ grey in the first layer: a grey picture gets the vectors that it gets as three equal channels.
+
+    Exact where mean and std of the preprocessing are equal over the channels; the new one takes their means.
+    """
     if source.in_channels == target.in_channels or values.ndim != 4 or values.shape == fresh.shape:
         return values, "", False
     if target.in_channels == 1:
