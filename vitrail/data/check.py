@@ -21,7 +21,7 @@ from vitrail.data.names import label_problems, level_problem
 from vitrail.data.problems import Problem
 from vitrail.data.scan import Scan, broken, ordered_map, scan_source
 from vitrail.data.sources import Source, open_folder, open_source
-from vitrail.data.splits import check_trainable, make_splits
+from vitrail.data.splits import check_trainable, class_problems, make_splits
 
 Advance = Callable[[int, int], None]
 Bar = Callable[[str], contextlib.AbstractContextManager[Advance]]
@@ -91,7 +91,11 @@ def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) 
         splits = make_splits(source, config, scan.good, scan.groups)
         facts |= {"fingerprint": splits.fingerprint, "rule": splits.rule}
         facts["splits"] = {part: len(indices) for part, indices in splits.parts.items()}
-        problems += check_trainable(source, splits)
+        named = {Path(path).name for each in source.problems if each.kind == "missing-class" for path in each.paths}
+        problems += [
+            each for each in class_problems(source, splits) if each.kind != "missing-class" or set(each.paths) - named
+        ]
+        check_trainable(source, splits)
     except ValueError as error:  # what training would stop at
         problems.append(Problem("error", "missing-class", (), str(error)))
     facts["seconds"] = round(time.perf_counter() - started, 2)

@@ -29,7 +29,7 @@ _ELEMENTS = 2**25  # of one block of the comparison: 128 MiB
 _LARGEST_CUT = 0.2  # of a side
 _ROUNDS = 12
 _CHUNK = 512
-SMALLEST_SIDE = 64  # pixels; a slight crop of a smaller picture is too like its neighbours
+SMALLEST_SIDE = 48  # pixels; a slight crop of a smaller picture is too like its neighbours
 _FINE = 96  # side of the copies that decide, pixels
 # Least correlation of small copies that are worth a closer look, and of the fine ones that decide.
 _WORTH, _SAME = 0.88, 0.95
