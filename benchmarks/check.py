@@ -33,7 +33,9 @@ def main() -> None:
             found.append(count / (time.perf_counter() - started))
             findings = len(checked.problems) if form == "full" else findings
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{os.cpu_count()} cores, {count:,} pictures, {findings} findings, n = {args.rounds}, peak memory {peak:,.0f} MiB")
+    print(
+        f"{os.cpu_count()} cores, {count:,} pictures, {findings} findings, n = {args.rounds}, peak memory {peak:,.0f} MiB"
+    )
     for form, found in rates.items():
         print(f"{form}: {statistics.median(found):,.0f} pictures/s ({min(found):,.0f} to {max(found):,.0f})")
 
