@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 import vitrail
-from vitrail.config import RunConfig
+from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Talk, printable
 from vitrail.lookup import unknown
 from vitrail.models.config import ViTConfig
@@ -217,8 +217,12 @@ def train_options() -> type:
     )
 
 
-def settings_of(kind: type, *, skip: tuple[str, ...] = ()) -> list[Any]:
-    """Return a configuration class's fields, each optional, for `make_dataclass`."""
+def settings_of(kind: type, *, skip: tuple[str, ...] = (), otherwise: str = ", or the recipe's") -> list[Any]:
+    """Return a configuration class's fields, each optional, for `make_dataclass`.
+
+    Args:
+        otherwise: what `--help` says after the default.
+    """
     made: list[Any] = []
     kinds = field_types(kind)
     for field in dataclasses.fields(kind):
@@ -234,9 +238,7 @@ def settings_of(kind: type, *, skip: tuple[str, ...] = ()) -> list[Any]:
             default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             several = typing.get_origin(inner) is tuple
             name = (typing.get_args(inner)[0] if several else inner).__name__.upper() + "…" * several
-            hint = arg(
-                help=field.metadata["help"], help_behavior_hint=f"(default: {default}, or the recipe's)", metavar=name
-            )
+            hint = arg(help=field.metadata["help"], help_behavior_hint=f"(default: {default}{otherwise})", metavar=name)
             made.append((field.name, Annotated[inner | None, hint], None))
     return made
 
@@ -253,6 +255,52 @@ def given_settings(options: Any, where: str = "") -> dict[str, Any]:
         ):
             found[where + field.name] = value
     return found
+
+
+def check_options() -> type:
+    """Return the options of `vitrail check`: its own, and the settings of the data as `--data.field`."""
+    data = dataclasses.make_dataclass(
+        "data", settings_of(DataConfig, skip=("source", "memory_bytes"), otherwise=""), frozen=True
+    )
+    own = [
+        ("data_source", Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]),
+        ("out", Annotated[str | None, arg(help="write all findings as JSON", metavar="FILE")], None),
+        ("html", Annotated[str | None, arg(help="write a page with the pictures in question", metavar="FILE")], None),
+        ("quick", Annotated[bool, arg(help="read headers and compare bytes, but decode nothing")], False),
+        ("data", data, dataclasses.field(default_factory=data)),
+    ]
+    return dataclasses.make_dataclass("Check", own, frozen=True)
+
+
+def do_check(options: Any) -> int:
+    """Look for all that is known to spoil a training; print a summary, write all of it."""
+    from vitrail.data.check import check_source
+    from vitrail.files import write_text
+    from vitrail.report.check import summary, write_page
+
+    for name, path in (("--out", options.out), ("--html", options.html)):
+        if path is not None and not Path(path).parent.is_dir():
+            raise ValueError(f"{name} {path}: there is no folder {Path(path).parent}")
+    talk = Talk()
+    config = DataConfig(source=options.data_source, **given_settings(options.data))
+    checked = check_source(config, quick=options.quick, bar=talk.bar)
+    for line in summary(checked):
+        talk.say(line)
+    if options.out is not None:
+        write_text(Path(options.out), json.dumps(checked.to_dict(), indent=2) + "\n")
+        talk.say(f"all findings: {options.out}")
+    if options.html is not None:
+        write_page(checked, options.data_source, Path(options.html))
+        talk.say(f"page: {options.html}")
+    data = shlex.quote(options.data_source)
+    if not checked.ok:
+        number = sum(problem.severity == "error" for problem in checked.problems)
+        if options.html is None and checked.source is not None:
+            talk.say(f"next:    vitrail check {data} --html check.html   (a page with the pictures in question)")
+        return fail(f"{number:,} errors; mend them first" if number > 1 else "1 error; mend it first")
+    talk.good("no errors" + ("" if checked.problems else ", and nothing to warn of"))
+    talk.say(f"next:    vitrail train {data}")
+    return OK
 
 
 def do_train(options: Any) -> int:
@@ -321,7 +369,6 @@ def do_predict(options: Predict) -> int:
 
 def do_eval(options: Eval) -> int:
     """Judge, print the headline, write all of it."""
-    from vitrail.config import DataConfig
     from vitrail.evaluation.evaluate import evaluate
     from vitrail.files import write_text
     from vitrail.training.precision import pick_device
@@ -370,7 +417,6 @@ def do_export(options: Export) -> int:
 
 def do_probe(options: Probe) -> int:
     """Probe, print each accuracy with its seconds, write all of it."""
-    from vitrail.config import DataConfig
     from vitrail.evaluation.probe import probe
     from vitrail.files import write_text
     from vitrail.training.precision import pick_device
@@ -500,6 +546,9 @@ class Command:
 COMMANDS = {
     "train": Command(
         "Check the data, train, judge, and leave a run folder with weights and a report.", train_options, do_train
+    ),
+    "check": Command(
+        "Look for all that spoils a training: broken files, leaks, wrong labels, odd pictures.", check_options, do_check
     ),
     "eval": Command(
         "Judge a model on labelled pictures: accuracy, loss, calibration, confusion.", lambda: Eval, do_eval

@@ -56,8 +56,9 @@ class PictureInfo:
     """What a file turned out to be.
 
     `reason` is empty when the verdict is "ok". Width and height (px) are those of the turned picture, 0 when no
-    header could be read; `mode` is Pillow's name for what is stored; `orientation` is EXIF's 1 to 8, and 1 when
-    there is none or it is broken; `frames` counts the pages or the pictures of an animation.
+    header could be read; `mode` is Pillow's name for what is stored, `bits` how many a channel has there, `alpha`
+    whether any pixel may be transparent; `orientation` is EXIF's 1 to 8, and 1 when there is none or it is broken;
+    `frames` counts the pages or the pictures of an animation.
     """
 
     path: str
@@ -69,6 +70,8 @@ class PictureInfo:
     mode: str = ""
     orientation: int = 1
     frames: int = 1
+    bits: int = 8
+    alpha: bool = False
 
 
 class PictureError(ValueError):
@@ -136,6 +139,17 @@ def inspect_picture(
     Without `decode` only the header is read, and "ok" means no more than that the header is good.
     """
     return _read(source, None, limit_pixels, decode, count=True)[1]
+
+
+def read_described(
+    source: str | os.PathLike[str] | bytes, *, limit_pixels: int = 100_000_000
+) -> tuple[Image.Image | None, PictureInfo]:
+    """Decode one picture and tell what the file is, in one reading.
+
+    The picture is in mode L or RGB; it is None where nothing could be decoded, and incomplete where the verdict is
+    "damaged". A missing file or a failing disk raises OSError.
+    """
+    return _read(source, None, limit_pixels, decode=True, count=True)
 
 
 def _read(
@@ -242,7 +256,15 @@ def _describe(opened: ImageFile.ImageFile, info: PictureInfo) -> PictureInfo:
     turn, (width, height), known_as = _orientation(opened), opened.size, opened.format or ""
     if turn >= 5 and known_as != "TIFF":  # Pillow has swapped a TIFF's already
         width, height = height, width
-    return replace(info, format=known_as, width=width, height=height, mode=opened.mode, orientation=turn)
+    form = {"mode": opened.mode, "bits": _bits(opened), "alpha": opened.has_transparency_data}
+    return replace(info, format=known_as, width=width, height=height, orientation=turn, **form)
+
+
+def _bits(opened: ImageFile.ImageFile) -> int:
+    """Return how many bits a channel has in the file; Pillow opens 16-bit colour with 8."""
+    if opened.mode in ("I", "F"):
+        return 16 if opened.format in ("PNG", "PPM") else 32
+    return 16 if ";16" in opened.mode or any(";16" in str(tile) for tile in opened.tile) else 8
 
 
 def _check_size(info: PictureInfo, limit_pixels: int) -> None:

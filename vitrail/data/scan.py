@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import numpy as np
 import PIL.Image
 
-from vitrail.data.decode import PictureError
+from vitrail.data.crops import cropped_pairs
+from vitrail.data.decode import PictureError, PictureInfo, read_described
 from vitrail.data.duplicates import THUMBNAIL, duplicate_pairs, groups
 from vitrail.data.problems import Kind, Problem
 from vitrail.data.sources import Folder, Source
 
 if TYPE_CHECKING:
+    from vitrail.data.forms import Forms
     from vitrail.data.looks import KeptLooks
 
 # Pictures up to this side count as small: their decoded pixels are kept while they are all of one size.
@@ -43,6 +45,8 @@ class Scan:
         pixels: uint8 [N, C, H, W] where all pictures are small, of one size and fit in memory; else None.
         groups: [N] group number; equal and nearly equal pictures share one.
         problems: what was found.
+        exact: [P, 2] pairs of equal pictures: each with the first that equals it.
+        near: [Q, 2] pairs of nearly equal pictures, each the first of its equals.
     """
 
     good: np.ndarray
@@ -51,6 +55,8 @@ class Scan:
     pixels: np.ndarray | None
     groups: np.ndarray
     problems: tuple[Problem, ...]
+    exact: np.ndarray
+    near: np.ndarray
 
 
 class _Look(NamedTuple):
@@ -59,6 +65,7 @@ class _Look(NamedTuple):
     thumbnail: np.ndarray
     digest: int
     error: PictureError | OSError | None
+    info: PictureInfo | None = None
 
 
 def scan_source(
@@ -70,11 +77,13 @@ def scan_source(
     workers: int,
     channels: int = 0,
     kept: KeptLooks | None = None,
+    forms: Forms | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scan:
     """Decode every picture once, or only those of which nothing is kept from an earlier look.
 
     Args:
+        forms: what the files are is noted here; with it, near duplicates are looked for in slight crops too.
         kept: earlier looks, to which the new ones are added; where there are any, pixels do not stay in memory.
         channels: 3 or 1 fixes the pixel format; 0 takes grey when the first pictures all are.
         advance: called with the number done and the total, for a progress bar.
@@ -92,10 +101,15 @@ def scan_source(
         keep, rest = not good.any(), np.flatnonzero(~good)
     # A damaged file that is kept is named all the same.
     strict = replace(source, damaged="refuse") if isinstance(source, Folder) else source
-    looks = ordered_map(lambda i: look_at(source, strict, int(i), mode), rest, workers)
+    if forms is None:
+        looks = ordered_map(lambda i: look_at(source, strict, int(i), mode), rest, workers)
+    else:
+        looks = ordered_map(lambda i: describe(source, int(i), mode, forms.limit_pixels, damaged), rest, workers)
     for number, (index, look) in enumerate(zip(rest.tolist(), looks, strict=True)):
         if number % 256 == 0:
             advance(count - len(rest) + number, count)
+        if look.info is not None and forms is not None:
+            forms.note(index, look.info)
         if look.error is not None:
             errors.append((index, look.error))
         if look.size == (0, 0):
@@ -115,8 +129,11 @@ def scan_source(
     usable = np.flatnonzero(good)
     exact, near = duplicate_pairs(thumbnails[usable], digests[usable], near=near_duplicates)
     exact, near = usable[exact], usable[near]
+    if forms is not None and near_duplicates:
+        crops = cropped_pairs(source, np.setdiff1d(usable, exact[:, 1]), sizes, thumbnails, workers)
+        near = np.unique(np.concatenate([near, crops]), axis=0)
     problems = [broken(source, index, error, damaged) for index, error in errors] + duplicates(source, exact, near)
-    return Scan(good, sizes, mode == "RGB", pixels, groups(count, exact, near), tuple(problems))
+    return Scan(good, sizes, mode == "RGB", pixels, groups(count, exact, near), tuple(problems), exact, near)
 
 
 def look_at(source: Source, strict: Source, index: int, mode: Literal["RGB", "L"]) -> _Look:
@@ -133,6 +150,26 @@ def look_at(source: Source, strict: Source, index: int, mode: Literal["RGB", "L"
             picture = source.read(index, mode)
         except (PictureError, OSError):
             return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
+    return summed_up(picture, error)
+
+
+def describe(source: Source, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str) -> _Look:
+    """Look at one picture and tell what its file is; a picture without a file of its own is looked at alone."""
+    place = source.location(index)
+    if not os.path.isfile(place):
+        return look_at(source, source, index, mode)
+    try:
+        picture, info = read_described(place, limit_pixels=limit_pixels)
+    except OSError as error:
+        return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
+    error = None if info.verdict == "ok" else PictureError(info)
+    if picture is None or (error is not None and damaged != "keep"):
+        return _Look((0, 0), _NOTHING, _NOTHING, 0, error, info)
+    return summed_up(picture if picture.mode == mode else picture.convert(mode), error)._replace(info=info)
+
+
+def summed_up(picture: PIL.Image.Image, error: PictureError | OSError | None) -> _Look:
+    """Make of a picture what the scan keeps of it."""
     width, height = picture.size
     pixels = np.asarray(picture)
     content = f"{width}x{height}".encode() + pixels.tobytes()

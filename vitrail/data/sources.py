@@ -135,8 +135,14 @@ def open_source(source: str, *, limit_pixels: int = 100_000_000, keep_damaged: b
     raise ValueError(f"{source}: no such folder. {hint}".rstrip())
 
 
-def open_folder(root: Path, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> Folder:
-    """List a folder of class folders, with or without train/ val/ test/ above them."""
+def open_folder(
+    root: Path, *, limit_pixels: int, damaged: Literal["refuse", "keep"], all_classes: bool = False
+) -> Folder:
+    """List a folder of class folders, with or without train/ val/ test/ above them.
+
+    Args:
+        all_classes: take the classes of all parts together, where otherwise one that training lacks is an error.
+    """
     folders = subfolders(root)
     parts = split_folders(root, folders)
     problems: list[Problem] = []
@@ -153,6 +159,8 @@ def open_folder(root: Path, *, limit_pixels: int, damaged: Literal["refuse", "ke
             problems.append(
                 Problem("warning", "name", tuple(others), "folders beside train/, val/ and test/ are not read")
             )
+    if all_classes and parts is not None:
+        labels = sorted({label for _, folder in roots for label in subfolders(folder)})
     if not labels:
         raise ValueError(
             f"{root}: no class folders found; expected {root}/<class>/picture.jpg, or {root}/train/<class>/picture.jpg"

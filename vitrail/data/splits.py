@@ -126,6 +126,14 @@ def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> l
             f"{source.name}: no pictures for validation ({len(train)} for training); add val/ folders, more pictures "
             "(at least two a class), or raise --data.val_fraction"
         )
+    return class_problems(source, splits)
+
+
+def class_problems(source: Source, splits: Splits) -> list[Problem]:
+    """Describe classes that a part lacks, that have few pictures, or that are very uneven."""
+    counts = np.bincount(
+        source.targets[splits.parts.get("train", np.zeros(0, dtype=np.int64))], minlength=len(source.labels)
+    )
     problems = []
     for part in ("val", "test"):
         if part in splits.parts:
@@ -134,11 +142,11 @@ def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> l
             if gone:
                 text = f"{part} has no picture of {len(gone)} classes: {', '.join(gone[:10])}"
                 problems.append(Problem("warning", "missing-class", gone, text))
-    small = tuple(source.labels[i] for i in np.flatnonzero(counts < 10))
+    small = tuple(source.labels[i] for i in np.flatnonzero((counts > 0) & (counts < 10)))
     if small:
         text = f"{len(small)} classes have fewer than 10 training pictures: {', '.join(small[:10])}"
         problems.append(Problem("warning", "small-class", small, text))
-    if counts.max() >= 10 * counts.min():
+    if counts.max() >= 10 * max(counts.min(), 1):
         text = f"classes are uneven: {counts.min()} to {counts.max()} training pictures"
         problems.append(Problem("warning", "imbalance", (), text))
     return problems
