@@ -85,7 +85,7 @@ def train(
     """Train on a source of labelled pictures: `vitrail train` as a function.
 
     Args:
-        source: `digits`, or a folder of class folders.
+        source: `digits`, a folder of class folders, a table, `torchvision:NAME`, or `hf:…`.
         out: the run's folder; `runs/<data name>` unless given.
         model: a variant's name such as `ti16`, or trained weights to start from: a run, a model or weights file, `hf:…`,
             `timm:…`.
