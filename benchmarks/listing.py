@@ -29,7 +29,7 @@ start = time.perf_counter()
 source = open_source(sys.argv[1])
 seconds = time.perf_counter() - start
 gc.collect()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 print(json.dumps({"rows": len(source.paths), "seconds": round(seconds, 2), "MB": round((resident() - before) / 1e6),
                   "peak_MB": round((peak - before) / 1e6), "paths_MB": round(source.paths.num_bytes / 1e6)}))
 """

@@ -137,6 +137,7 @@ def parquet_rows(place: Path, wanted: tuple[str, ...]) -> Rows:
                 cells = [batch.column(name).to_pylist() if name in present else nothing for name in wanted]
                 yield from enumerate(zip(*cells, strict=True), start)
                 start += len(batch)
+        pyarrow.default_memory_pool().release_unused()
 
     return Rows(columns, values(), "row")
 

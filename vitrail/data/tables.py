@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+from array import array
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,15 +36,17 @@ class Table:
         lines: where each row stands in its file.
         names: for label and group, each text → its number in the order met.
         codes: for label, split and group, the number of every row's text; -1 where a row has none.
+        met: for each of the three, the texts as they are written → their numbers, so that each is checked once.
     """
 
     place: str
     root: str
     line_word: str
     paths: Paths = field(default_factory=Paths)
-    lines: list[int] = field(default_factory=list)
+    lines: array[int] = field(default_factory=lambda: array("q"))
     names: dict[str, dict[str, int]] = field(default_factory=lambda: {"label": {}, "group": {}})
-    codes: dict[str, list[int]] = field(default_factory=lambda: {"label": [], "split": [], "group": []})
+    codes: dict[str, array[int]] = field(default_factory=lambda: {each: array("i") for each in COLUMNS[1:]})
+    met: dict[str, dict[str, int]] = field(default_factory=lambda: {each: {} for each in COLUMNS[1:]})
 
     def fault(self, line: int, text: str) -> ValueError:
         """Return an error about a row."""
@@ -60,15 +63,27 @@ class Table:
             self.paths.append(self.clean_path(line, path))
         except UnicodeEncodeError:
             raise self.fault(line, f"the path {path!r} is no Unicode text") from None
-        label = self.text(line, "label", label)
-        if not label:
-            raise self.fault(line, f"no label for {path!r}; write one, or remove the row")
         self.lines.append(line)
-        self.codes["label"].append(self.names["label"].setdefault(label, len(self.names["label"])))
+        code = self.code(line, "label", label)
+        if code < 0:
+            raise self.fault(line, f"no label for {path!r}; write one, or remove the row")
+        self.codes["label"].append(code)
         if has_split:
-            self.codes["split"].append(self.part(line, self.text(line, "split", part)))
-        group = self.text(line, "group", group)
-        self.codes["group"].append(self.names["group"].setdefault(group, len(self.names["group"])) if group else -1)
+            self.codes["split"].append(self.code(line, "split", part))
+        self.codes["group"].append(-1 if group is None else self.code(line, "group", group))
+
+    def code(self, line: int, column: str, value: Any) -> int:
+        """Return the number of a label's, part's or group's text, -1 where there is none."""
+        if isinstance(value, str) and value in self.met[column]:
+            return self.met[column][value]
+        text = self.text(line, column, value)
+        if column == "split":
+            number = self.part(line, text)
+        else:
+            number = self.names[column].setdefault(text, len(self.names[column])) if text else -1
+        if isinstance(value, str):
+            self.met[column][value] = number
+        return number
 
     def clean_path(self, line: int, path: Any) -> str:
         """Return a path relative to the table's folder where it lies below it, else absolute."""
@@ -177,7 +192,11 @@ def check_paths(table: Table) -> None:
             table.lines[second],
             f"{table.paths[second]!r} is in {table.line_word} {table.lines[first]} already, {what}; remove one of them",
         )
-    gone = [index for index, path in enumerate(table.paths) if not os.path.isfile(os.path.join(table.root, path))]
+    gone = [
+        index
+        for index, path in enumerate(table.paths)
+        if not os.path.isfile(path if path[0] == "/" else table.root + path)
+    ]
     if gone:
         path = table.paths[gone[0]]
         others = f" ({len(gone):,} of {len(table.paths):,} files are missing)" if len(gone) > 1 else ""
