@@ -17,8 +17,10 @@ from torchvision.transforms import InterpolationMode, v2
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
 from vitrail.console import Talk
 from vitrail.data.loader import Batch, Pictures, TrainStream, judging_batches
+from vitrail.data.places import ArrayPictures
 from vitrail.data.preprocess import Preprocess
-from vitrail.data.sources import Digits, open_source
+from vitrail.data.sources import digits as all_digits
+from vitrail.data.sources import open_source
 from vitrail.models.config import ViTConfig
 from vitrail.training.prepare import TrainData, check_data, is_identity, ready_data
 
@@ -91,9 +93,9 @@ def joined(*batches: Batch) -> Batch:
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 3), st.sampled_from([1, 2, 3]))
 def test_each_picture_comes_exactly_once_an_epoch(count, share, seed, ranks):
     """Positions alone decide: over every border of epochs, batches are full and no picture is left out or repeated."""
-    digits, preprocess = Digits(), Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
+    digits, preprocess = all_digits(), Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
     part = np.arange(100, 100 + count)
-    pictures = Pictures(digits, digits.targets, preprocess, digits.pixels[:, None], is_ready=True, workers=1)
+    pictures = Pictures(digits, digits.targets, preprocess, digits.arrays[0][:, None], is_ready=True, workers=1)
     each = [
         TrainStream(
             pictures,
@@ -354,11 +356,11 @@ def test_preprocessing_that_cannot_work_is_refused(change, message):
 
 def test_digits_train_from_memory_in_grey():
     source = open_source("digits")
-    assert isinstance(source, Digits)
+    assert isinstance(source, ArrayPictures)
     preprocess = Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
-    pictures = Pictures(source, source.targets, preprocess, source.pixels[:, None], is_ready=True, workers=1)
+    pictures = Pictures(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
     part = np.arange(50)
     train = TrainStream(pictures, part, batch_size=10, seed=0, augment=AugmentConfig(), device=CPU)
     batch = next(train.batches(3, 4))
-    wanted = torch.from_numpy(source.pixels[batch.indices][:, None]).float() / 127.5 - 1
+    wanted = torch.from_numpy(source.arrays[0][batch.indices][:, None]).float() / 127.5 - 1
     torch.testing.assert_close(batch.images, wanted, rtol=0, atol=1e-6)

@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from vitrail.data.decode import PictureError
-from vitrail.data.sources import Digits, Folder, flip_reason, open_source
+from vitrail.data.places import ArrayPictures, FilePictures, flip_reason
+from vitrail.data.sources import open_source
 
 
 def put(path: Path, level: int = 100) -> None:
@@ -26,13 +27,13 @@ def make(root: Path, *names: str) -> Path:
     return root
 
 
-def opened(root: Path) -> Folder:
+def opened(root: Path) -> FilePictures:
     source = open_source(str(root))
-    assert isinstance(source, Folder)
+    assert isinstance(source, FilePictures)
     return source
 
 
-def kinds(source: Folder) -> list[tuple[str, str]]:
+def kinds(source: FilePictures) -> list[tuple[str, str]]:
     return [(problem.severity, problem.kind) for problem in source.problems]
 
 
@@ -265,7 +266,7 @@ def test_digits_are_scikit_learns():
 
     pixels, targets = load_digits(return_X_y=True)
     source = open_source("digits")
-    assert isinstance(source, Digits)
+    assert isinstance(source, ArrayPictures)
     assert source.labels == tuple("0123456789")
     assert source.targets.tolist() == targets.tolist()
     assert len(set(source.paths)) == len(source.paths) == 1797

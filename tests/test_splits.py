@@ -29,12 +29,20 @@ class Listing:
     name: str = "listing"
     problems: tuple[Problem, ...] = ()
     flip_reason: str = ""
+    groups: np.ndarray | None = None
+    divided_by: str = "the folders"
 
     def read(self, index: int, mode: str) -> PIL.Image.Image:
         raise AssertionError("dividing reads no picture")
 
     def location(self, index: int) -> str:
         return self.paths[index]
+
+    def identity(self, index: int) -> bytes | None:
+        raise AssertionError("dividing reads no picture")
+
+    def strict(self) -> Listing:
+        return self
 
 
 def listing(*counts: int, split: list[str] | None = None) -> Listing:

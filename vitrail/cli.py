@@ -93,6 +93,10 @@ _IMAGE_SIZE = "side of the square that pictures are brought to (the model's own)
 _PATCH_SIZE = "side of a patch, for models trained with several by --model.patch-sizes (the model's own)"
 _RESIZE = "crop, squash, or aspect: whole pictures in their own aspect ratio (the model's own)"
 _MODEL = "run folder, model or weights file, folder of transformers or timm, hf:NAME, timm:NAME, torchvision:NAME"
+_DATA = (
+    "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group]; torchvision:NAME; "
+    "hf:NAME-or-folder; or digits"
+)
 _START = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {_MODEL}"
 MODELS = ("micro4", "s16", "s16-local7")  # small pictures, photographs, large pictures with local attention
 
@@ -118,7 +122,7 @@ class Eval:
     """Options of `vitrail eval`."""
 
     model: Annotated[Positional[str], arg(help=_MODEL, metavar="MODEL")]
-    data: Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]
+    data: Annotated[Positional[str], arg(help=_DATA, metavar="DATA")]
     split: Annotated[str | None, arg(help="test, val, train or all; the first there is", metavar="NAME")] = None
     out: Annotated[str | None, arg(help="write all figures as JSON", metavar="FILE")] = None
     device: Annotated[str, arg(help="auto, cpu or cuda")] = "auto"
@@ -133,7 +137,7 @@ class Probe:
     """Options of `vitrail probe`."""
 
     model: Annotated[Positional[str], arg(help=f"{_MODEL}; or a variant for random weights", metavar="MODEL")]
-    data: Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]
+    data: Annotated[Positional[str], arg(help=_DATA, metavar="DATA")]
     out: Annotated[str | None, arg(help="write all figures as JSON", metavar="FILE")] = None
     save: Annotated[
         str | None,
@@ -196,7 +200,7 @@ def train_options() -> type:
     Every setting is None unless it is given, so that a recipe can tell what the user has fixed.
     """
     own = [
-        ("data_source", Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]),
+        ("data_source", Annotated[Positional[str], arg(help=_DATA, metavar="DATA")]),
         ("out", Annotated[str | None, arg(help="folder of the run (default: runs/NAME)", metavar="RUN")], None),
         (
             "model_name",

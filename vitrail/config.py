@@ -33,7 +33,9 @@ DEVICE_NAMES = ("auto", "cpu", "cuda")
 class DataConfig:
     """Which pictures, and how they are divided."""
 
-    source: str = setting("", "where the pictures are: digits, or a folder")
+    source: str = setting(
+        "", "where the pictures are: a folder, a table, torchvision:NAME, hf:NAME-or-folder, or digits"
+    )
     val_fraction: float = setting(0.2, "share of a data set without val/ that becomes the validation part")
     test_fraction: float = setting(0.0, "share of a flat folder that is kept apart and judged once, at the end")
     split_seed: int = setting(0, "seed of the split; the training seed does not move pictures between parts")

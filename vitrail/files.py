@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -60,6 +60,28 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.rename(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def filled_folder(path: Path, fill: Callable[[Path], None]) -> Path:
+    """Return a folder, made by `fill` in a temporary one unless it exists; several processes wait for the one that does.
+
+    A folder that was not filled to the end is not there, whatever ended the process.
+    """
+    from filelock import FileLock
+
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            draft = path.with_name(f".{path.name}.part")
+            if not path.exists():
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+                try:
+                    fill(draft)
+                    os.rename(draft, path)
+                finally:
+                    shutil.rmtree(draft, ignore_errors=True)
+    return path
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -23,6 +23,7 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """Say that `name` is no known `what`, with the nearest spelling and the known names."""
     names = [str(each) for each in known]
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    lower = {each.lower(): each for each in reversed(names)}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    hint = f"; did you mean {lower[near[0]]!r}?" if near else "."
     return f"unknown {what} {name!r}{hint} Known: {', '.join(names)}"

@@ -16,11 +16,12 @@ from vitrail.config import DataConfig
 from vitrail.data.crops import LIMIT
 from vitrail.data.decode import PictureError, inspect_picture
 from vitrail.data.duplicates import duplicate_pairs, groups
+from vitrail.data.folders import open_folder
 from vitrail.data.forms import Forms, form_problems
 from vitrail.data.names import label_problems, level_problem
 from vitrail.data.problems import Problem
 from vitrail.data.scan import Scan, broken, ordered_map, scan_source
-from vitrail.data.sources import Source, open_folder, open_source
+from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import check_trainable, class_problems, make_splits
 
 Advance = Callable[[int, int], None]

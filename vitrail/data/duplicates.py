@@ -87,6 +87,16 @@ def similar(unique: np.ndarray, thumbnails: np.ndarray, pairs: np.ndarray) -> np
     return pairs[(flat.mean(axis=1) <= _MEAN_LEVELS) & (np.percentile(flat, 99, axis=1) <= _PEAK_LEVELS)]
 
 
+def group_pairs(numbers: np.ndarray | None) -> np.ndarray:
+    """Return pairs [P, 2] that link the pictures of each group; -1 is no group."""
+    if numbers is None:
+        return np.empty((0, 2), dtype=np.int64)
+    order = np.argsort(numbers, kind="stable")
+    order = order[numbers[order] >= 0]
+    pairs = np.stack([order[:-1], order[1:]], axis=1)
+    return pairs[numbers[pairs[:, 0]] == numbers[pairs[:, 1]]]
+
+
 def groups(count: int, *pairs: np.ndarray) -> np.ndarray:
     """Return a group number [count] such that linked pictures share one (connected components)."""
     from scipy.sparse import coo_matrix

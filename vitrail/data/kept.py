@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import stat
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from vitrail.data.decode import PictureError
 from vitrail.data.scan import ordered_map
-from vitrail.data.sources import Digits, Source
+from vitrail.data.sources import Source
 from vitrail.files import cache_folder
 from vitrail.weights.store import load_tensors, save_tensors
 
@@ -132,35 +131,20 @@ def kept_folder(
 
 
 def picture_keys(source: Source, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
-    """Return what each picture is known by [N] V16: path and state of its file (`_file_state`), else its pixels."""
-    here = os.getcwd()
+    """Return what each picture is known by [N] V16: its path and its identity in the source, else its pixels."""
 
     def key(index: int) -> bytes:
-        place = os.path.join(here, source.location(index))  # a location that is absolute stays as it is
-        known = None if isinstance(source, Digits) else _file_state(place)
-        if known is None:
-            place, known = "", _content(source, index, mode)
-        text = f"{source.paths[index]}\0{place}\0".encode("utf-8", "surrogateescape")
+        known = source.identity(index) or _content(source, index, mode)
+        text = f"{source.paths[index]}\0".encode("utf-8", "surrogateescape")
         return hashlib.blake2b(text + known, digest_size=_KEY.itemsize).digest()
 
     return np.frombuffer(b"".join(ordered_map(key, map(int, indices), workers)), dtype=_KEY)
 
 
 def _content(source: Source, index: int, mode: Literal["RGB", "L"]) -> bytes:
-    """Return what a picture without a file of its own is known by: its pixels, or nothing known when it is broken."""
+    """Return what a picture without an identity is known by: its pixels, or nothing known when it is broken."""
     try:
         pixels = np.asarray(source.read(index, mode))
     except (PictureError, OSError):
         return os.urandom(_KEY.itemsize)
     return f"{pixels.shape}".encode() + pixels.tobytes()
-
-
-def _file_state(place: str) -> bytes | None:
-    """Return size, instants of writing and change, and number of a file, or None where there is none."""
-    try:
-        found = os.stat(place)
-    except OSError:
-        return None
-    # Copying can set back the time of writing, not that of the change, nor the file's number.
-    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
-    return " ".join(map(str, state)).encode() if stat.S_ISREG(found.st_mode) else None

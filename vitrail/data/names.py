@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitrail.data.decode import is_picture_name
+from vitrail.data.folders import subfolders
+from vitrail.data.places import PART_NAMES
 from vitrail.data.problems import Problem
-from vitrail.data.sources import SPLIT_FOLDERS, subfolders
 
 # Letters of Cyrillic and Greek that look like a Latin one, and the Latin ones in the same order.
 _LOOK_ALIKE = str.maketrans(
@@ -69,13 +70,13 @@ def level_problem(root: Path) -> Problem | None:
         return _level(
             f"{root} is itself a folder of pictures, one level too low: give the folder above it, {_above(root)}"
         )
-    if any(each.lower() in SPLIT_FOLDERS and subfolders(root / each) for each in folders):
+    if any(each.lower() in PART_NAMES and subfolders(root / each) for each in folders):
         return None
     inner = {each: subfolders(root / each) for each in folders}
-    parts = {name for each in inner.values() for name in each if name.lower() in SPLIT_FOLDERS}
+    parts = {name for each in inner.values() for name in each if name.lower() in PART_NAMES}
     if len(folders) == 1 and inner[folders[0]]:
         return _level(f"{root} holds nothing but {folders[0]}/, one level too high: give {root / folders[0]}")
-    if parts and all(each and {name.lower() for name in each} <= set(SPLIT_FOLDERS) for each in inner.values()):
+    if parts and all(each and {name.lower() for name in each} <= set(PART_NAMES) for each in inner.values()):
         text = (
             f"the parts {', '.join(sorted(parts))} lie inside the classes; turn the levels round: {root}/train/<class>/"
         )

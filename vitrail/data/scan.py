@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
@@ -18,9 +18,9 @@ import PIL.Image
 
 from vitrail.data.crops import cropped_pairs
 from vitrail.data.decode import PictureError, PictureInfo, read_described
-from vitrail.data.duplicates import THUMBNAIL, duplicate_pairs, groups
+from vitrail.data.duplicates import THUMBNAIL, duplicate_pairs, group_pairs, groups
 from vitrail.data.problems import Kind, Problem
-from vitrail.data.sources import Folder, Source
+from vitrail.data.sources import Source
 
 if TYPE_CHECKING:
     from vitrail.data.forms import Forms
@@ -43,7 +43,7 @@ class Scan:
         sizes: [N, 2] height and width, after EXIF rotation; 0 for broken ones.
         colour: whether any picture has colour.
         pixels: uint8 [N, C, H, W] where all pictures are small, of one size and fit in memory; else None.
-        groups: [N] group number; equal and nearly equal pictures share one.
+        groups: [N] group number; equal and nearly equal pictures share one, and so do those of one of the source's groups.
         problems: what was found.
         exact: [P, 2] pairs of equal pictures: each with the first that equals it.
         near: [Q, 2] pairs of nearly equal pictures, each the first of its equals.
@@ -100,7 +100,7 @@ def scan_source(
         good, sizes, thumbnails, digests = kept.read()
         keep, rest = not good.any(), np.flatnonzero(~good)
     # A damaged file that is kept is named all the same.
-    strict = replace(source, damaged="refuse") if isinstance(source, Folder) else source
+    strict = source.strict()
     if forms is None:
         looks = ordered_map(lambda i: look_at(source, strict, int(i), mode), rest, workers)
     else:
@@ -133,7 +133,8 @@ def scan_source(
         crops = cropped_pairs(source, np.setdiff1d(usable, exact[:, 1]), sizes, thumbnails, workers)
         near = np.unique(np.concatenate([near, crops]), axis=0)
     problems = [broken(source, index, error, damaged) for index, error in errors] + duplicates(source, exact, near)
-    return Scan(good, sizes, mode == "RGB", pixels, groups(count, exact, near), tuple(problems), exact, near)
+    linked = groups(count, exact, near, group_pairs(source.groups))
+    return Scan(good, sizes, mode == "RGB", pixels, linked, tuple(problems), exact, near)
 
 
 def look_at(source: Source, strict: Source, index: int, mode: Literal["RGB", "L"]) -> _Look:

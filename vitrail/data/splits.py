@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.config import DataConfig
+from vitrail.data.listing import places
+from vitrail.data.places import FOLDERS
 from vitrail.data.problems import Problem
 from vitrail.data.sources import Source
 from vitrail.files import write_text
@@ -31,19 +33,20 @@ class Splits:
 
 
 def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
-    """Divide a source: its own folders where it has them, else a stratified split.
+    """Divide a source: its own parts where it has them, else a stratified split.
 
-    Pictures of one group (duplicates) stay on one side. Pictures that are not `good` are in no part.
+    Pictures of one group (duplicates, or what the source calls a group) stay on one side. Pictures that are not `good` are in no part.
 
     Raises:
         ValueError: a part that training needs would be empty.
     """
     usable = np.flatnonzero(good)
+    mark = "/" if source.divided_by == FOLDERS else ""
     if source.split is None:
         pool, parts, rule = usable, {}, "a stratified split of all pictures"
     else:
         parts = {name: usable[source.split[usable] == name] for name in dict.fromkeys(source.split.tolist())}
-        pool, rule = parts.get("train", usable[:0]), "the folders " + ", ".join(f"{name}/" for name in parts)
+        pool, rule = parts.get("train", usable[:0]), f"{source.divided_by} " + ", ".join(name + mark for name in parts)
     wanted = {
         "test": 0.0 if "test" in parts else config.test_fraction,
         "val": 0.0 if "val" in parts else config.val_fraction,
@@ -54,8 +57,10 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
             taken = stratified(pool, source.targets, groups, fraction / left, config.split_seed)
             if len(taken):
                 parts[name], pool, left = taken, np.setdiff1d(pool, taken), left - fraction
-                rule += f"; {name}: a stratified {fraction:.0%} of train/" if source.split is not None else ""
+                rule += f"; {name}: a stratified {fraction:.0%} of train{mark}" if source.split is not None else ""
         parts["train"] = pool
+    if source.groups is not None and ("stratified" in rule):
+        rule += f"; {len(np.unique(source.groups[source.groups >= 0])):,} groups kept whole"
     parts = {name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])}
     return Splits(parts, fingerprint(source, parts), rule)
 
@@ -75,9 +80,20 @@ def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fracti
     quota = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
     taken: list[int] = []
     filled = np.zeros_like(quota)
+    rest: list[tuple[list[int], np.ndarray]] = []
     for group in members.values():
         counts = np.bincount(targets[group], minlength=len(quota))
         if (filled + counts <= quota).all():
+            filled += counts
+            taken += group
+        elif len(group) > 1:
+            rest.append((group, counts))
+    # Where large groups leave a gap that none fits into, one that overshoots may still bring the sizes nearer.
+    for group, counts in rest:
+        if (
+            distance(filled + counts, quota) < distance(filled, quota)
+            and (filled + counts < np.maximum(sizes, 1)).all()
+        ):
             filled += counts
             taken += group
     # A class whose groups are all larger than its share gives its smallest, if that leaves it a picture.
@@ -91,6 +107,11 @@ def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fracti
                 taken += group
                 break
     return np.sort(np.asarray(taken, dtype=np.int64))
+
+
+def distance(filled: np.ndarray, quota: np.ndarray) -> int:
+    """Return how far a part is from what it should have of each class, and in all."""
+    return int(np.abs(filled - quota).sum() + abs(filled.sum() - quota.sum()))
 
 
 def fingerprint(source: Source, parts: dict[str, np.ndarray]) -> str:
@@ -114,9 +135,7 @@ def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> l
     """
     train = splits.parts.get("train", np.zeros(0, dtype=np.int64))
     if len(source.labels) == 1:
-        raise ValueError(
-            f"{source.name}: only one class ({source.labels[0]!r}); a classifier needs at least two class folders"
-        )
+        raise ValueError(f"{source.name}: only one class ({source.labels[0]!r}); a classifier needs at least two")
     counts = np.bincount(source.targets[train], minlength=len(source.labels))
     if not len(train) or (counts == 0).any():
         empty = [source.labels[i] for i in np.flatnonzero(counts == 0)]
@@ -169,16 +188,15 @@ def load_splits(source: Source, path: Path, good: np.ndarray | None = None) -> S
         ValueError: a recorded picture is gone from the source, is broken, or has another label now.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
-    place = {name: index for index, name in enumerate(source.paths)}
     parts = {}
     for part, names in content["splits"].items():
-        gone = [name for name in names if name not in place]
-        if gone:
+        parts[part] = places(source.paths, names)
+        gone = np.flatnonzero(parts[part] < 0)
+        if len(gone):
             raise ValueError(
-                f"{source.name}: {len(gone)} pictures of the recorded {part} part are gone, for instance {gone[0]} "
-                f"(recorded in {path}); restore them, or train anew"
+                f"{source.name}: {len(gone)} pictures of the recorded {part} part are gone, for instance "
+                f"{names[gone[0]]} (recorded in {path}); restore them, or train anew"
             )
-        parts[part] = np.asarray([place[name] for name in names], dtype=np.int64)
         broken = parts[part][~good[parts[part]]] if good is not None else parts[part][:0]
         if len(broken):
             raise ValueError(

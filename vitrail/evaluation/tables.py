@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from vitrail.data.sources import list_pictures
+from vitrail.data.folders import list_pictures
 from vitrail.evaluation.classifier import Prediction
 from vitrail.files import replacing, write_text
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.config import RunConfig, load_config, save_config
+from vitrail.data.sources import run_name, same_source
 from vitrail.files import write_text
 from vitrail.machine import processor_name
 
@@ -122,7 +123,7 @@ def is_draft(path: Path) -> bool:
 
 def new_folder(source: str, root: Path = Path("runs")) -> Path:
     """Return the first free folder `runs/<data name>`, `runs/<data name>-2`, …"""
-    name = Path(source).resolve().name if source != "digits" else source
+    name = run_name(source)
     number = 1
     while (folder := root / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
@@ -140,11 +141,6 @@ def newest_folder(source: str, root: Path = Path("runs")) -> Path:
     if not found:
         raise ValueError(f"no run of {source} in {root}/ to resume; name it with --out RUN")
     return max(found, key=lambda each: (each / "run.json").stat().st_mtime)
-
-
-def same_source(one: str, other: str) -> bool:
-    """Whether two words name the same data."""
-    return one == other or ("digits" not in (one, other) and Path(one).resolve() == Path(other).resolve())
 
 
 def machine(device: str, precision: str) -> dict[str, Any]:

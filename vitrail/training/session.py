@@ -16,6 +16,7 @@ import torch
 
 from vitrail.config import RunConfig
 from vitrail.console import Talk, duration
+from vitrail.data.sources import same_source
 from vitrail.data.splits import save_splits
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.cost import num_parameters
@@ -29,7 +30,7 @@ from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
 from vitrail.training.precision import autocast, pick_device, supports_bf16
 from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data
-from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run, same_source
+from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
 from vitrail.training.start import (
@@ -84,7 +85,7 @@ def train(
     """Train on a source of labelled pictures: `vitrail train` as a function.
 
     Args:
-        source: `digits`, or a folder of class folders.
+        source: `digits`, a folder of class folders, a table, `torchvision:NAME`, or `hf:…`.
         out: the run's folder; `runs/<data name>` unless given.
         model: a variant's name such as `ti16`, or trained weights to start from: a run, a model or weights file, `hf:…`,
             `timm:…`.
@@ -228,11 +229,11 @@ def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, 
 
 
 def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> None:
-    """Raise a ValueError when a share was asked for that the source's own folders decide."""
+    """Raise a ValueError when a share was asked for that the source's own parts decide."""
     own = set() if checked.source.split is None else set(checked.source.split.tolist())
     for part in ("val", "test"):
         if part in own and f"data.{part}_fraction" in given:
-            raise ValueError(f"data.{part}_fraction has no effect: {checked.source.name} has its own {part} folder")
+            raise ValueError(f"data.{part}_fraction has no effect: {checked.source.name} has its own {part} part")
 
 
 def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.World, talk: Talk, start: Start) -> Result:

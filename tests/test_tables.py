@@ -1,0 +1,404 @@
+"""Tables of pictures: CSV, JSON lines and Parquet, checked row by row."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vitrail.cli import run
+from vitrail.config import DataConfig
+from vitrail.data.listing import Paths, places, repeated
+from vitrail.data.places import FilePictures
+from vitrail.data.scan import scan_source
+from vitrail.data.sources import open_source, run_name, same_source
+from vitrail.data.splits import load_splits, make_splits, save_splits
+
+
+def put(path: Path, level: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 3), (level, 20, 30)).save(path, "PNG")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with four pictures, of which one has a comma in its name."""
+    for level, name in enumerate(("a.png", "b.png", "deep/c.png", "deep/d, e.png")):
+        put(tmp_path / name, level)
+    return tmp_path
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def opened(path: Path) -> FilePictures:
+    source = open_source(str(path))
+    assert isinstance(source, FilePictures)
+    return source
+
+
+def rows_of(source: FilePictures) -> list[tuple[str, str, str | None]]:
+    parts = [None] * len(source.paths) if source.split is None else source.split.tolist()
+    labels = [source.labels[target] for target in source.targets]
+    return list(zip(source.paths, labels, parts, strict=True))
+
+
+WANTED = [
+    ("a.png", "cat", "train"),
+    ("b.png", "10", "train"),
+    ("deep/c.png", "cat", "val"),
+    ("deep/d, e.png", "10", "test"),
+]
+CSV = (
+    "path,label,split,group\r\n"
+    "a.png,cat,train,x\r\n"
+    "\r\n"
+    '"./b.png", 10 ,Training,\r\n'
+    "deep//c.png,cat,validation,y\r\n"
+    '"deep/d, e.png","10",test,7\r\n'
+)
+
+
+def as_csv(folder: Path) -> Path:
+    return write(folder / "t.csv", CSV, "utf-8-sig")
+
+
+def as_jsonl(folder: Path) -> Path:
+    rows = [
+        {"path": "a.png", "label": "cat", "split": "train", "group": "x"},
+        {"path": "b.png", "label": 10, "split": "train", "group": None},
+        {"group": "y", "path": str(folder / "deep" / "c.png"), "label": "cat", "split": "valid"},
+        {"path": "deep/d, e.png", "label": "10", "split": "test", "group": 7},
+    ]
+    return write(folder / "t.jsonl", "\ufeff" + "\n\n".join(json.dumps(row) for row in rows))
+
+
+def as_parquet(folder: Path) -> Path:
+    table = pyarrow.table(
+        {
+            "path": pyarrow.array([row[0] for row in WANTED]),
+            "label": pyarrow.array([row[1] for row in WANTED]).dictionary_encode(),
+            "split": [row[2] for row in WANTED],
+            "group": ["x", None, "y", "7"],
+        }
+    )
+    pyarrow.parquet.write_table(table, folder / "t.parquet", row_group_size=2)
+    return folder / "t.parquet"
+
+
+@pytest.mark.parametrize("form", [as_csv, as_jsonl, as_parquet])
+def test_all_three_forms_say_the_same(pictures, form):
+    source = opened(form(pictures))
+    assert rows_of(source) == WANTED
+    assert source.labels == ("10", "cat")  # sorted names, as folders have them
+    assert source.groups is not None
+    assert source.groups.tolist() == [0, -1, 1, 2]
+    assert source.name == form(pictures).name
+    assert [source.read(index, "RGB").getpixel((0, 0))[0] for index in range(4)] == [0, 1, 2, 3]
+    assert source.location(2) == str(pictures / "deep" / "c.png")
+    assert {problem.kind for problem in source.problems} == {"missing-class"}
+
+
+def test_whole_numbers_are_labels_as_text(pictures):
+    table = pyarrow.table({"path": ["a.png", "b.png"], "label": pyarrow.array([2, 10], pyarrow.int64())})
+    pyarrow.parquet.write_table(table, pictures / "n.parquet")
+    source = opened(pictures / "n.parquet")
+    assert source.labels == ("10", "2")
+    assert source.split is None
+    assert source.groups is None
+    assert source.problems == ()
+
+
+def test_labels_that_look_like_numbers_or_nothing_stay_as_they_are_written(pictures):
+    source = opened(write(pictures / "t.csv", "path,label\na.png,007\nb.png,NA\ndeep/c.png,2020-01-01\n"))
+    assert source.labels == ("007", "2020-01-01", "NA")
+
+
+def test_other_columns_are_named_in_one_line(pictures):
+    source = opened(write(pictures / "t.csv", "weight,path,label,notes\n1,a.png,x,\n2,b.png,y,\n"))
+    assert [(each.severity, each.kind, each.paths) for each in source.problems] == [
+        ("warning", "name", ("weight", "notes"))
+    ]
+    assert "columns weight, notes: not read" in source.problems[0].message
+
+
+def test_a_relative_table_is_read_from_anywhere(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    write(pictures / "deep" / "t.csv", f"path,label\nc.png,x\n{pictures / 'a.png'},y\n")
+    source = opened(Path("deep/t.csv"))
+    monkeypatch.chdir("/")
+    assert list(source.paths) == ["c.png", str(pictures / "a.png")]
+    assert source.read(1, "RGB").getpixel((0, 0))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"t\.csv: has no column 'path', but none"),
+        ("path,label\n", "has no rows"),
+        ("file,label\na.png,x\n", r"no column 'path', but 'file', 'label'; expected a first line such as path,label"),
+        ("path;label\na.png;x\n", r"'path;label'; its columns seem to be divided by another sign than ','"),
+        ("path,class\na.png,x\n", "no column 'label'"),
+        ("path,path,label\na.png,a.png,x\n", "column 'path' twice"),
+        ("path,label\na.png,x\nb.png,\n", r"line 3: no label for 'b\.png'"),
+        ("path,label\na.png,x\nb.png,  \n", "line 3: no label"),
+        ("path,label\n,x\n", "line 2: no path"),
+        ("path,label,split\na.png,x,tran\n", r"line 2: unknown split 'tran'; did you mean 'train'\?"),
+        (
+            "path,label,split\na.png,x,train\nb.png,x,\n",
+            r"line 3: no split; write one of train, val, test in every row",
+        ),
+        ("path,label\na.png,x\n\nb.png,x\n./a.png,x\n", r"line 5: 'a\.png' is in line 2 already, with the same label"),
+        ("path,label\na.png,x\na.png,y\n", r"line 3: .* line 2 already, with the label 'y', there 'x'; remove one"),
+        ("path,label\na.png,x\ngone.png,y\n", r"line 3: 'gone\.png': no such file; paths are relative to"),
+        ("path,label\ndeep\\c.png,x\n1.png,y\n", r"\(2 of 2 files are missing\).*folders are divided by /"),
+        ("path,label\ndeep,x\n", r"'deep': is no file"),
+        ("path,label\n../a.png,x\n", r"line 2: '\.\./a\.png' leads out of the table's folder .* absolute path"),
+        ("path,label\ndeep/../../a.png,x\n", "leads out of the table's folder"),
+        ("path,label\nhttps://x.org/a.png,x\n", "is an address"),
+        ("path,label\na.png,x\ndeep/d, e.png,x\n", r"line 3: has 3 values, but there are 2 columns .* in quotes"),
+        ('path,label\n"a.png,x\nb.png,y\n', r"line 3: unexpected end of data; a quoted value ends"),
+        ("path,label,split\na.png,x,train\nb.png,y,val\n", r"line 3: unknown class 'y'.*Part val has it, but no row"),
+    ],
+)
+def test_what_is_wrong_is_named_by_file_and_line(pictures, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_source(str(write(pictures / "t.csv", text)))
+    assert str(caught.value).startswith(str(pictures / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"path": "a.png", "label": "x"}\n{"path": "b.png"\n', "line 2: is no JSON"),
+        ('["a.png", "x"]\n', r"line 1: is no object; expected such as \{\"path\""),
+        ('{"path": "a.png", "label": 1.5}\n', "line 1: label 1.5 is neither text nor a whole number"),
+        ('{"path": 3, "label": "x"}\n', "line 1: path 3 is no text"),
+        ('{"path": "a.png", "label": null}\n', "line 1: no label"),
+        (
+            '{"path": "a.png", "label": "x"}\n\n{"path": "b.png", "label": "x", "split": "val"}\n',
+            "line 3: has split, which",
+        ),
+        ('{"path": "\\ud800.png", "label": "x"}\n', "line 1: the path .* is no Unicode text"),
+        ('{"file": "a.png", "label": "x"}\n', "has no column 'path', but 'file', 'label'; rename the column"),
+    ],
+)
+def test_what_is_wrong_in_json_lines(pictures, text, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(str(write(pictures / "t.jsonl", text)))
+
+
+def test_other_encodings_and_broken_parquet_are_refused(pictures):
+    with pytest.raises(ValueError, match=r"t\.csv: is not UTF-8 .*0xe9.*; save it as UTF-8"):
+        open_source(str(write(pictures / "t.csv", "path,label\na.png,café\n", "latin-1")))
+    with pytest.raises(ValueError, match="is no readable Parquet file"):
+        open_source(str(write(pictures / "t.parquet", "PAR1")))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"path": ["a.png", "b.png"], "label": [1.0, 2.0]}), pictures / "f.parquet"
+    )
+    with pytest.raises(ValueError, match=r"f\.parquet, row 1: label 1\.0 is neither text nor a whole number"):
+        open_source(str(pictures / "f.parquet"))
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"no such file; expected a table with the columns path and label"):
+        open_source(str(tmp_path / "no.csv"))
+
+
+def test_a_group_that_the_tables_own_parts_divide_is_named(pictures):
+    text = "path,label,split,group\na.png,x,train,p\nb.png,x,val,q\ndeep/c.png,x,val,p\n"
+    problems = opened(write(pictures / "t.csv", text)).problems
+    assert [(each.severity, each.kind, each.paths) for each in problems] == [("warning", "leak", ("p",))]
+    assert "1 groups are in more than one part, for instance 'p' in train and val" in problems[0].message
+
+
+def test_words_for_the_same_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_name("some/photos.csv") == "photos"
+    assert run_name("torchvision:CIFAR10") == "CIFAR10"
+    assert run_name("digits") == "digits"
+    assert same_source("photos.csv", str(tmp_path / "photos.csv"))
+    assert same_source("digits.csv", "./digits.csv")
+    assert not same_source("digits", "./digits")
+    assert same_source("hf:beans/", "hf:./beans")
+    assert same_source("torchvision:CIFAR10", "torchvision:cifar10")
+    assert not same_source("torchvision:CIFAR10", "CIFAR10")
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"), [("torchvison:CIFAR10", "torchvision:"), ("fh:beans", "hf:"), ("digit", "digits")]
+)
+def test_unknown_words_have_a_nearest_known(word, nearest):
+    with pytest.raises(ValueError, match=f"did you mean '{nearest}'"):
+        open_source(word)
+
+
+# --- groups
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_groups_are_never_divided_and_shares_come_near(tmp_path_factory, data):
+    """Patients with several pictures of several classes: whole on one side, sizes and classes near the wish."""
+    random = np.random.default_rng(data.draw(st.integers(0, 10_000)))
+    classes, patients = data.draw(st.integers(2, 4)), data.draw(st.integers(15, 40))
+    largest = data.draw(st.integers(1, 8))
+    groups = np.repeat(np.arange(patients), random.integers(1, largest + 1, patients))
+    groups = random.permutation(np.where(random.random(len(groups)) < 0.1, -1, groups))
+    targets = random.integers(0, classes, len(groups))
+    val, test = data.draw(st.sampled_from([(0.2, 0.0), (0.25, 0.25), (0.1, 0.0), (0.5, 0.0)]))
+    source = FilePictures(
+        name="t",
+        labels=tuple("abcd"[:classes]),
+        paths=Paths(f"{number}.png" for number in range(len(groups))),
+        targets=targets,
+        groups=groups,
+        divided_by="the column split:",
+        root=tmp_path_factory.getbasetemp(),
+        limit_pixels=1,
+        damaged="refuse",
+    )
+    from vitrail.data.duplicates import group_pairs
+    from vitrail.data.duplicates import groups as connected
+
+    linked = connected(len(groups), group_pairs(groups))
+    config = DataConfig(val_fraction=val, test_fraction=test, split_seed=data.draw(st.integers(0, 5)))
+    parts = make_splits(source, config, np.ones(len(groups), bool), linked).parts
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(groups)))
+    sides = [set(groups[part].tolist()) - {-1} for part in parts.values()]
+    assert sum(map(len, sides)) == len(set(groups.tolist()) - {-1})
+    for name, wish in (("val", val), ("test", test)):
+        size = len(parts.get(name, ()))
+        assert abs(size - wish * len(groups)) <= largest + classes
+        if wish and largest <= 3:
+            here = np.bincount(targets[parts[name]], minlength=classes)
+            assert (np.abs(here - wish * np.bincount(targets, minlength=classes)) <= largest + 1).all()
+
+
+def test_near_duplicates_join_groups_and_the_split_is_recorded(tmp_path):
+    random = np.random.default_rng(0)
+    lines = ["path,label,group"]
+    for number in range(40):
+        pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
+        lines.append(f"{number:02d}.png,{'ab'[number % 2]},g{number // 4}")
+    # The first picture once more, a level brighter, in another group: both groups must stay together.
+    twin = np.clip(np.asarray(Image.open(tmp_path / "00.png")).astype(int) + 1, 0, 255).astype(np.uint8)
+    Image.fromarray(twin).save(tmp_path / "twin.png")
+    lines.append("twin.png,b,g9")
+    source = opened(write(tmp_path / "t.csv", "\n".join(lines)))
+    scan = scan_source(source, damaged="stop", near_duplicates=True, memory_bytes=10**8, workers=1)
+    assert source.groups is not None
+    for seed in range(6):
+        splits = make_splits(source, DataConfig(split_seed=seed), scan.good, scan.groups)
+        sides = {name: set(source.groups[part].tolist()) for name, part in splits.parts.items()}
+        assert not sides["train"] & sides["val"]
+        assert any({0, 9} <= side for side in sides.values())
+        assert splits.rule == "a stratified split of all pictures; 10 groups kept whole"
+    save_splits(source, splits, tmp_path / "split.json")
+    written = json.loads((tmp_path / "split.json").read_text())
+    assert written["rule"].endswith("10 groups kept whole")
+    again = load_splits(source, tmp_path / "split.json", scan.good)
+    assert again.fingerprint == written["fingerprint"] == splits.fingerprint
+    assert {name: part.tolist() for name, part in again.parts.items()} == {
+        name: part.tolist() for name, part in splits.parts.items()
+    }
+
+
+# --- the compact listing
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=40), st.data())
+def test_paths_are_a_sequence_of_what_was_put_in(strings, data):
+    paths = Paths(strings)
+    assert list(paths) == strings == paths[:]
+    assert len(paths) == len(strings)
+    for index in range(-len(strings), len(strings)):
+        assert paths[np.int64(index)] == strings[index]
+    with pytest.raises(IndexError):
+        paths[len(strings)]
+    wanted = data.draw(st.lists(st.sampled_from([*strings, "not there at all"]), max_size=10))
+    found = places(paths, wanted)
+    assert [name in strings for name in wanted] == (found >= 0).tolist()
+    assert all(paths[place] == name for place, name in zip(found.tolist(), wanted, strict=True) if place >= 0)
+    twice = next((i for i, name in enumerate(strings) if name in strings[:i]), None)
+    assert repeated(paths) == (None if twice is None else (strings.index(strings[twice]), twice))
+
+
+def test_names_that_are_no_unicode_survive():
+    name = os.fsdecode(b"caf\xe9.png")
+    assert Paths([name])[0] == name == next(iter(Paths([name])))
+
+
+def test_long_listings_are_iterated_in_pieces():
+    names = [f"{number}" for number in range(150_000)]
+    paths = Paths(names)
+    assert list(paths) == names
+    assert paths.num_bytes < 15 * len(names)
+
+
+# --- the commands
+
+
+def table_of(folder: Path, target: Path, *, split: bool) -> Path:
+    """Write a table of a folder's pictures, three of a group."""
+    rows = ["path,label,group" + ",split" * split]
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        part = ("train", "train", "train", "val", "test")[number % 5]
+        rows.append(f"{path},{path.parent.name},g{number // 3}" + f",{part}" * split)
+    return write(target, "\n".join(rows) + "\n")
+
+
+def test_train_resume_eval_and_probe_on_a_table(make_folder, tmp_path, capsys, monkeypatch):
+    data = make_folder(tmp_path / "shapes", count=15)
+    table = table_of(data, tmp_path / "shapes.csv", split=False)
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--model", "nano8", "--model.depth", "2", "--model.embed-dim", "24", "--model.num-heads", "2"]
+    assert run(["train", str(table), *sizes, "--epochs", "2", "--batch-size", "16"]) == 0
+    said = capsys.readouterr().out
+    assert "shapes.csv: 3 classes; 36 train, 9 val (a stratified split of all pictures; 15 groups kept whole)" in said
+    out = tmp_path / "runs" / "shapes"
+    assert run(["train", "shapes.csv", "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert run(["eval", str(out), "shapes.csv", "--out", "e.json"]) == 0
+    judged, own = json.loads(Path("e.json").read_text()), json.loads((out / "evaluation.json").read_text())["val"]
+    assert judged["confusion"] == own["confusion"]
+    assert judged["split"] == "val"
+    split = json.loads((out / "split.json").read_text())
+    assert judged["fingerprint"] == split["fingerprint"]
+    # Without the run's split.json, the model file's rule makes the same division again.
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((out / "model.safetensors").read_bytes())
+    assert run(["eval", str(alone), "shapes.csv", "--out", "e2.json"]) == 0
+    assert json.loads(Path("e2.json").read_text())["fingerprint"] == split["fingerprint"]
+    assert run(["probe", str(out), "shapes.csv", "--out", "p.json"]) == 0
+    probed = json.loads(Path("p.json").read_text())
+    assert probed["fingerprint"] == split["fingerprint"]
+    assert probed["from_cache"] == 0
+    assert run(["probe", str(out), "shapes.csv", "--out", "p.json"]) == 0
+    assert json.loads(Path("p.json").read_text())["computed"] == 0
+
+
+def test_a_tables_own_parts_are_used_and_test_never_chooses(make_folder, tmp_path, capsys):
+    data = make_folder(tmp_path / "shapes", count=10)
+    table = table_of(data, tmp_path / "parts.csv", split=True)
+    sizes = ["--model", "nano8", "--model.depth", "2", "--model.embed-dim", "24", "--model.num-heads", "2"]
+    out = tmp_path / "out"
+    assert run(["train", str(table), "--out", str(out), *sizes, "--epochs", "1", "--batch-size", "16"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "18 train, 6 val, 6 test (the column split: train, val, test)" in said
+    judged = json.loads((out / "evaluation.json").read_text())
+    assert judged["test"]["num_images"] == judged["val"]["num_images"] == 6
+    assert run(["train", str(table), "--out", str(tmp_path / "no"), "--data.val-fraction", "0.5"]) == 1
+    assert "parts.csv has its own val part" in " ".join(capsys.readouterr().err.split())

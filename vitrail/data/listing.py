@@ -1,0 +1,98 @@
+"""A million paths as one buffer of bytes: a list of `str` would take twice the memory, and grow in every process."""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import overload
+
+import numpy as np
+
+_CHUNK = 65_536
+
+
+class Paths(Sequence[str]):
+    """Strings that are made when they are asked for; they can be added to, not changed.
+
+    A name that is no Unicode (a file system may hold one) comes back as it was, by surrogate escapes.
+    """
+
+    __slots__ = ("_buffer", "_starts")
+
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        self._buffer, self._starts = bytearray(), array("q", [0])
+        self.extend(strings)
+
+    def append(self, text: str) -> None:
+        """Add one string."""
+        self._buffer += text.encode("utf-8", "surrogateescape")
+        self._starts.append(len(self._buffer))
+
+    def extend(self, strings: Iterable[str]) -> None:
+        """Add strings in their order."""
+        for text in strings:
+            self.append(text)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the strings take."""
+        return len(self._buffer) + len(self._starts) * self._starts.itemsize
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        index = operator.index(index)
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"path {index} of {len(self)}")
+        raw = self._buffer[self._starts[place] : self._starts[place + 1]]
+        return raw.decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _CHUNK):
+            starts = self._starts[start : start + _CHUNK + 1]
+            whole = bytes(self._buffer[starts[0] : starts[-1]])
+            for left, right in pairwise(starts):
+                yield whole[left - starts[0] : right - starts[0]].decode("utf-8", "surrogateescape")
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} paths, {self.num_bytes:,} bytes>"
+
+
+def places(paths: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Return where each name stands among `paths` [len(names)], -1 where it does not; by hashes, without a dictionary."""
+    keys = _hashes(paths)
+    order = np.argsort(keys, kind="stable")
+    wanted = _hashes(names)
+    left = np.searchsorted(keys[order], wanted, side="left")
+    found = np.full(len(wanted), -1, dtype=np.int64)
+    for number, (place, name) in enumerate(zip(left.tolist(), names, strict=True)):
+        while place < len(order) and keys[order[place]] == wanted[number]:
+            if paths[int(order[place])] == name:
+                found[number] = order[place]
+                break
+            place += 1  # another string of the same hash
+    return found
+
+
+def repeated(paths: Sequence[str]) -> tuple[int, int] | None:
+    """Return the places of the first string that is there twice, or None."""
+    keys = _hashes(paths)
+    order = np.argsort(keys, kind="stable")
+    equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    pairs = sorted((int(order[each + 1]), int(order[each])) for each in equal)
+    return next(((first, second) for second, first in pairs if paths[first] == paths[second]), None)
+
+
+def _hashes(strings: Iterable[str]) -> np.ndarray:
+    """Return a 64-bit number of each string, good within this process."""
+    return np.fromiter(map(hash, strings), dtype=np.int64)
