@@ -253,8 +253,8 @@ def test_settings_on_the_pages_exist():
     known = own | {name for name, _ in flatten(RunConfig)}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])", page.read_text(encoding="utf-8")))
-        # `--out`, `--top`, `--split` and `--to` are of predict, eval and export.
-        assert {name.replace("-", "_") for name in named} <= known | {"out", "top", "split", "to"}
+        # `--out`, `--top`, `--split`, `--to` and `--html` are of predict, eval, export and check.
+        assert {name.replace("-", "_") for name in named} <= known | {"out", "top", "split", "to", "html"}
 
 
 def test_what_is_not_there_yet_is_not_there_yet():
