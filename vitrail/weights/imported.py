@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -42,8 +42,8 @@ class LoadReport:
         parts = {
             "resized": "; ".join(self.resized),
             "head": self.head,
-            "missing (start at random)": _some(self.missing),
-            "unexpected (left out)": _some(self.unexpected),
+            "missing (start at random)": some(self.missing),
+            "unexpected (left out)": some(self.unexpected),
         }
         lines = [f"{self.origin}: {self.loaded} weights loaded"]
         lines += [f"  {name}: {text}" for name, text in parts.items() if text]
@@ -65,6 +65,7 @@ class Imported:
     report: LoadReport = field(default_factory=lambda: LoadReport(""))
 
 
-def _some(names: tuple[str, ...], most: int = 8) -> str:
+def some(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
+    """Return the first of many names, and how many more there are."""
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

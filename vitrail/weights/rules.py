@@ -49,17 +49,21 @@ def to_ours(
     """Return weights under our names and in our layout, and the names that no rule knows.
 
     Raises:
-        ValueError: some parts of a joined weight are there and others are not.
+        ValueError: two names mean the same weight, or some parts of a joined weight are there and others are not.
     """
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     unknown = []
+    came_from: dict[str, str] = {}
     for name, tensor in tensors.items():
         match = translated(name, rules, "theirs")
         if match is None:
             unknown.append(name)
             continue
         rule, ours = match
+        if ours in came_from:
+            raise ValueError(f"{came_from[ours]} and {name} are both our {ours}; which of them counts is not known")
+        came_from[ours] = name
         base, _, part = ours.partition("/")
         values = rule.form.to_ours(tensor, config)
         if part:
