@@ -268,7 +268,7 @@ def test_whole_pictures_in_their_aspect_ratio_are_refused(tmp_path):
 
 def test_a_crop_that_transformers_rounds_otherwise_is_told(tmp_path):
     ours = saved(tmp_path, {"resize": "crop"})
-    assert any("may be seen one pixel beside" in note for note in export(ours, "hf").notes)
+    assert any("are seen one pixel beside" in note for note in export(ours, "hf").notes)
 
 
 def test_no_half_of_a_folder_is_left(tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vitrail.lookup import some
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import sincos2d
 from vitrail.weights.hf_config import swiglu_width
 from vitrail.weights.hf_pictures import to_processor
 from vitrail.weights.hf_tables import ACTIVATIONS, FAMILIES, Family
-from vitrail.weights.imported import some
 from vitrail.weights.rules import to_theirs
 from vitrail.weights.store import ModelHeader, save_tensors
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from vitrail.lookup import some
 from vitrail.weights.store import ModelHeader
 
 
@@ -63,9 +64,3 @@ class Imported:
     header: ModelHeader
     weights: Mapping[str, Tensor]
     report: LoadReport = field(default_factory=lambda: LoadReport(""))
-
-
-def some(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
-    """Return the first of many names, and how many more there are."""
-    rest = len(names) - most
-    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
