@@ -294,6 +294,8 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     ("word", "expected"),
     [
         ("timm:vit_bse_patch16_224", r"is no model of timm's; did you mean 'vit_base_patch16_224'"),
+        ("timm:patch14_dinov2", r"did you mean 'vit_base_patch14_dinov2'"),
+        ("timm:nosuch", r"is no model of timm's; expected such as 'vit_base_patch16_224'"),
         ("timm:vit_base_patch16_224.nowhere", r"no weights 'nowhere' of vit_base_patch16_224; it has .*augreg"),
         ("timm:swin_tiny_patch4_window7_224", r"SwinTransformer, which is not among"),
         ("timm:vit_base_patch16_clip_224.openai", r"cannot express it: .*before the first block"),

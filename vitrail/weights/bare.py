@@ -159,7 +159,7 @@ def open_bare(name: str, described: Mapping[str, Any] | None = None) -> Imported
     left_out = [key for key in tensors if any(re.fullmatch(pattern, key) for pattern in layout.left_out)]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out and tensor.numel()}
     # Coming in, these tables look at shapes alone.
-    weights, unexpected = to_ours(tensors, rules, ViTConfig())
+    weights, unexpected = to_ours(tensors, rules, ViTConfig(), name)
     weights = _completed(weights, layout)
     config, preprocess, labels, notes = architecture(name, weights, layout.conventions, said)
     notes = [f"names are those of {layout.name}", *bare.notes, *notes]

@@ -58,7 +58,7 @@ def open_google(name: str, tensors: Mapping[str, Tensor], said: Told) -> Importe
             f"it was trained with: vitrail export {name} --to vitrail --describe image_size=224"
         )
     config = ViTConfig(**fields)
-    weights, unexpected = to_ours(kept, VISION_TRANSFORMER if is_old else BIG_VISION, config)
+    weights, unexpected = to_ours(kept, VISION_TRANSFORMER if is_old else BIG_VISION, config, name)
     if "pos_embed" in weights and not is_old and config.class_token:
         weights["pos_embed"] = with_zero_rows(weights["pos_embed"], 0, 1)
     published, notes = _published(is_old, tree, config)

@@ -147,7 +147,7 @@ def _imported(
             f"takes {config.image_size} px"
         )
     labels, said = labels_of(cfg, config.num_classes)
-    weights, unexpected = to_ours(layouts.joined_heads(tensors), described.rules, config)
+    weights, unexpected = to_ours(layouts.joined_heads(tensors), described.rules, config, word)
     if not weights:
         raise ValueError(others_names(word, tensors, "timm's"))
     weights = _rows(weights, model, config)
@@ -218,7 +218,10 @@ def refuse_unknown(name: str, where: str) -> None:
     """Raise a ValueError unless timm has a model, and weights of the tag, by this name."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.4)
+        family = timm.list_models(f"{architecture.partition('_')[0]}_*")
+        near = timm.list_models(f"*{architecture}*")[:1] or difflib.get_close_matches(
+            architecture, family or timm.list_models(), n=1, cutoff=0.5
+        )
         hint = f"; did you mean {near[0]!r}?" if near else "; expected such as 'vit_base_patch16_224'"
         raise ValueError(f"{where} {name!r} is no model of timm's{hint}; timm.list_models() has them all")
     try:

@@ -53,7 +53,7 @@ def open_torchvision(rest: str, described: Mapping[str, Any] | None = None) -> I
         )
     else:
         tensors = _download(weights, word)
-    ours, unexpected = to_ours(tensors, TORCHVISION, config)
+    ours, unexpected = to_ours(tensors, TORCHVISION, config, word)
     if not ours:
         raise ValueError(others_names(word, tensors, "torchvision's"))
     labels = tuple(weights.meta.get("categories", ())) or plain_labels(config.num_classes)
