@@ -149,15 +149,26 @@ def test_with_pillows_the_default_processor_differs_by_single_levels_which_is_to
         assert (levels > 0.5).float().mean() < 0.2
 
 
-def test_grey_pictures(tmp_path, pictures):
-    ours = saved(tmp_path, in_channels=1)
-    folder = export(ours, "hf", out=tmp_path / "folder").path
-    classifier, model = vitrail.load(ours), opened(folder)
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_grey_pictures(resize, backend, tmp_path, pictures):
+    resampler = "pillow" if backend == "pil" else "torchvision"
+    ours = saved(tmp_path, {"resize": resize, "resampler": resampler, "crop_offset": "down"}, in_channels=1)
+    made = export(ours, "hf", out=tmp_path / "folder")
+    assert any("open them as mode L" in note for note in made.notes)
+    classifier, model = vitrail.load(ours), opened(made.path)
     picture = read_picture(pictures[2], mode="L")
-    pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=picture, return_tensors="pt")[
-        "pixel_values"
-    ]
+    processor = AutoImageProcessor.from_pretrained(made.path, backend=backend)
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
     assert_close(classifier.logits([classifier.preprocess.apply(picture)]), model(pixels).logits, atol=1e-4, rtol=0)
+
+
+def test_labels_that_stand_twice_are_told(tmp_path):
+    config = ViTConfig(**SHAPE)
+    header = ModelHeader(config, ("cat", "dog", "cat"), Preprocess(image_size=32))
+    save_model(tmp_path / "model.safetensors", ViT(config).state_dict(), header)
+    made = export(tmp_path / "model.safetensors", "hf", out=tmp_path / "folder")
+    assert any("labels that stand for several classes: cat; label2id" in note for note in made.notes)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +268,7 @@ def test_whole_pictures_in_their_aspect_ratio_are_refused(tmp_path):
 
 def test_a_crop_that_transformers_rounds_otherwise_is_told(tmp_path):
     ours = saved(tmp_path, {"resize": "crop"})
-    assert any("may be seen one pixel beside" in note for note in export(ours, "hf").notes)
+    assert any("are seen one pixel beside" in note for note in export(ours, "hf").notes)
 
 
 def test_no_half_of_a_folder_is_left(tmp_path, monkeypatch):

@@ -273,6 +273,16 @@ def _spoil(folder: Path, how: str) -> None:
         weights.rename(folder / "model-00001-of-00002.safetensors")
         index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how.startswith("a tensor in"):
+        tensors = load_file(weights)
+        weights.unlink()
+        one, two = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+        save_file(tensors, folder / one)
+        save_file({"vit.layernorm.bias": torch.ones(24)} if "two" in how else {"vit.more": torch.ones(2)}, folder / two)
+        index = {
+            "weight_map": {**dict.fromkeys(tensors, one), "vit.layernorm.bias" if "two" in how else "vit.extra": two}
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif how == "cut pickle":
         torch.save(load_file(weights), folder / "pytorch_model.bin")
         (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:500])
@@ -292,7 +302,9 @@ def _spoil(folder: Path, how: str) -> None:
         ("quantised", "quantised weights cannot be read"),
         ("shard outside", "expected weights beside it"),
         ("shard gone", "1 of 2 shards are missing: model-00002-of-00002.safetensors"),
-        ("cut pickle", "not a whole file of weights"),
+        ("cut pickle", "not a whole file of PyTorch weights"),
+        ("a tensor in two shards", "holds vit.layernorm.bias, which another shard holds as well"),
+        ("a tensor in no shard", "has no vit.extra, which model.safetensors.index.json says it holds"),
     ],
 )
 def test_a_broken_folder_is_one_clear_error(broken, capsys, pictures, how, message):
@@ -324,7 +336,9 @@ def test_code_in_a_pickle_is_not_executed(broken, tmp_path, zipped):
         torch.save(weights, folder / "pytorch_model.bin")
     else:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(weights))
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: holds more than weights, and was not opened"):
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin: holds Python objects or code besides tensors, which is never run"
+    ):
         open_weights(folder)
     assert not place.exists()
 
@@ -513,11 +527,27 @@ def test_a_hub_is_asked_once_for_what_is_needed_and_its_refusals_are_one_message
         ("hf:/no/where", "/no/where: no such folder"),
         ("hf:a b", "expected OWNER/NAME"),
         ("hf:owner/name@", "expected OWNER/NAME"),
+        ("hf:", "hf: needs a name or a folder"),
+        ("timm:", "timm: needs a name or a folder"),
+        ("hf:a/b/c", "hf:a/b/c: no such folder, and names on the hub are OWNER/NAME"),
+        ("timm:hf-hub:a b", "timm:hf-hub:a b: expected OWNER/NAME"),
     ],
 )
 def test_words_that_mean_nothing_are_told(word, message):
     with pytest.raises(ValueError, match=message):
         open_weights(word)
+
+
+def test_a_folder_may_be_at_home(vit_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(vit_folder.parent))
+    assert open_weights("hf:~/vit").header == open_weights(vit_folder).header
+
+
+def test_a_file_that_is_no_model_is_told(tmp_path):
+    for name in ("a.jpg", "config.json"):
+        (tmp_path / name).write_bytes(b"\x89" * 100)
+        with pytest.raises(ValueError, match=f"{name}: is no model; expected a run folder, a model file"):
+            open_weights(tmp_path / name)
 
 
 def test_descriptions_have_the_types_of_their_fields(tmp_path):

@@ -72,3 +72,10 @@ def test_the_rest_of_a_name_may_have_points_and_is_no_part():
     after, lost = to_theirs(ours, rules, CONFIG)
     assert not lost
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("part", ["", "/1"])
+def test_two_names_for_one_weight_are_an_error(part):
+    rules = [Rule("new.{p}", f"norm.{{p}}{part}"), Rule("old.{p}", f"norm.{{p}}{part}"), Rule("a.{p}", "norm.{p}/0")]
+    with pytest.raises(ValueError, match=f"^a.pth: old.weight and new.weight are both our norm.weight{part}"):
+        to_ours({"old.weight": torch.ones(2), "new.weight": torch.zeros(2)}, rules, CONFIG, "a.pth")

@@ -212,6 +212,33 @@ def test_a_file_under_the_name_of_its_model(tmp_path, photographs):
     assert_same_logits(imported, model, transform, photographs)
 
 
+def test_a_fine_tuned_file_has_classes_of_its_own(tmp_path, photographs):
+    model = redrawn(timm.create_model("test_vit", num_classes=7))
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    imported = open_weights(f"timm:test_vit={tmp_path / 'a.safetensors'}")
+    assert imported.header.labels == tuple("0123456")
+    assert "labels are numbers: timm names none" in imported.report.notes
+    transform = create_transform(**resolve_data_config(pretrained_cfg=model.pretrained_cfg))
+    assert_same_logits(imported, model, transform, photographs)
+
+
+def test_a_repository_that_timm_wrote_comes_from_the_hubs_cache(tmp_path, photographs, monkeypatch):
+    commit = "0" * 40
+    place = tmp_path / "models--someone--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    labels = ["ant", "bee", "cat", "dog", "elk"]
+    model = save(place / "snapshots" / commit, "vit_tiny_patch16_224", SIZE_32, {}, label_names=labels)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    imported = open_weights(f"timm:hf-hub:someone/tiny@{commit}")
+    assert imported.header.labels == tuple(labels)
+    assert imported.report.origin == f"timm:hf-hub:someone/tiny@{commit}"
+    assert_same_logits(imported, model, transform_of(place / "snapshots" / commit), photographs)
+    with pytest.raises(ValueError, match=f"is a model of timm.*load it as timm:hf-hub:someone/tiny@{commit}"):
+        open_weights(f"hf:someone/tiny@{commit}")
+
+
 def test_another_grid_and_patch_in_the_file_are_resized_as_timm_does(tmp_path, photographs):
     trained = redrawn(timm.create_model("test_vit", img_size=96, patch_size=8))
     save_file(trained.state_dict(), tmp_path / "a.safetensors")
@@ -267,6 +294,8 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     ("word", "expected"),
     [
         ("timm:vit_bse_patch16_224", r"is no model of timm's; did you mean 'vit_base_patch16_224'"),
+        ("timm:patch14_dinov2", r"did you mean 'vit_base_patch14_dinov2'"),
+        ("timm:nosuch", r"is no model of timm's; expected such as 'vit_base_patch16_224'"),
         ("timm:vit_base_patch16_224.nowhere", r"no weights 'nowhere' of vit_base_patch16_224; it has .*augreg"),
         ("timm:swin_tiny_patch4_window7_224", r"SwinTransformer, which is not among"),
         ("timm:vit_base_patch16_clip_224.openai", r"cannot express it: .*before the first block"),

@@ -7,6 +7,7 @@ import hashlib
 from functools import partial
 
 import pytest
+import timm
 import torch
 import torchvision.models._api as api
 from photographs import assert_same_logits, redrawn, write_photographs
@@ -116,6 +117,17 @@ def test_a_file_of_another_model(tiny, tmp_path):
     torch.save(VisionTransformer(image_size=32, num_classes=9, **SHAPE).state_dict(), tmp_path / "b.pth")
     with pytest.raises(ValueError, match="its head has 9 classes, those weights 5"):
         open_weights(f"torchvision:vit_tiny={tmp_path / 'b.pth'}")
+
+
+@pytest.mark.parametrize("word", ["torchvision:vit_tiny", "timm:test_vit"])
+def test_a_file_of_another_library_says_whose_names_it_has(tiny, tmp_path, word):
+    timms = timm.create_model("test_vit").state_dict()
+    tensors = timms if word.startswith("torchvision") else tiny.state_dict()
+    torch.save({"model": tensors}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"their names are those of (timm|torchvision)'s VisionTransf") as caught:
+        open_weights(f"{word}={tmp_path / 'a.pth'}")
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    assert "(0,)" not in str(caught.value)
 
 
 def test_a_tanh_layer_before_the_head_is_refused(tmp_path):

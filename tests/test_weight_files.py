@@ -1,10 +1,13 @@
 """Bare weights files: the layout is recognised, the architecture read from shapes, and what is assumed is said."""
 
 import argparse
+import io
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from photographs import assert_same_logits, redrawn, write_photographs
@@ -20,6 +23,7 @@ from vit_pytorch.simple_vit import SimpleViT
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.weights import layouts
+from vitrail.weights.files import read_pickle
 from vitrail.weights.rules import to_ours, to_theirs
 from vitrail.weights.words import open_weights
 
@@ -295,3 +299,94 @@ def test_averaged_weights_come_before_the_last_ones(tmp_path):
     imported = open_weights(tmp_path / "a.pth", {"num_heads": 3})
     assert torch.equal(imported.weights["head.weight"], averaged["head.weight"])
     assert "weights are those of 'model_ema'; the file also holds model" in imported.report.notes
+    notes = open_weights(tmp_path / "a.pth", {"num_heads": 3}).report.notes
+    assert not any("left out" in note for note in notes)
+
+
+@pytest.mark.parametrize("beside", [{"step": torch.tensor(3)}, {"teacher": {}, "step": torch.tensor(3)}])
+def test_a_tensor_beside_a_container_does_not_hide_it(tmp_path, beside):
+    tensors = state(VisionTransformer(**SHAPE))
+    torch.save({**beside, "model": tensors}, tmp_path / "a.pth")
+    imported = open_weights(tmp_path / "a.pth", {"num_heads": 3})
+    assert torch.equal(imported.weights["head.weight"], tensors["head.weight"])
+    assert "weights are those of 'model'; tensors beside it are left out: step" in imported.report.notes
+
+
+def test_tensors_in_an_unknown_container_are_told(tmp_path):
+    torch.save({**state(VisionTransformer(**SHAPE)), "ema": {"a": torch.ones(2)}}, tmp_path / "a.pth")
+    imported = open_weights(tmp_path / "a.pth", {"num_heads": 3, "mean": 0.5, "std": 0.5})
+    assert "left out beside the weights: ema" in imported.report.notes
+
+
+def test_a_container_in_itself_is_no_endless_search(tmp_path):
+    content: dict = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="no state dict found in it, only model"):
+        open_weights(tmp_path / "a.pth")
+
+
+def test_without_a_table_positions_must_be_described(tmp_path, photographs):
+    model = redrawn(VisionTransformer(**SHAPE, pos_embed="none"))
+    save_file(state(model), tmp_path / "a.safetensors")
+    said = {"num_heads": 3, "mean": 0.5, "std": 0.5, "resize": "squash", "interpolation": "bilinear", "image_size": 32}
+    with pytest.raises(ValueError, match=r"do not tell positions \(there is no table.*sincos2d or rope2d\); .*=KIND"):
+        open_weights(tmp_path / "a.safetensors", said)
+    assert_same_logits(
+        open_weights(tmp_path / "a.safetensors", {**said, "positions": "none"}), model, HALF, photographs
+    )
+    save_file(state(SimpleViT(**LUCID, heads=2)), tmp_path / "b.safetensors")
+    notes = open_weights(tmp_path / "b.safetensors", {"mean": 0.5, "std": 0.5, "image_size": 32}).report.notes
+    assert "positions sincos2d assumed, as this layout's own code has it" in notes
+
+
+def test_chunks_of_blocks_with_the_same_number_are_an_error(tmp_path):
+    tensors = state(VisionTransformer(**SHAPE))
+    tensors |= {f"blocks.7.{name[7:]}": tensor + 1 for name, tensor in tensors.items() if name.startswith("blocks.")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"blocks\.0\.\S+ and blocks\.7\.0\.\S+ are both blocks\.0\.\S+; which of"):
+        open_weights(tmp_path / "a.safetensors", {"num_heads": 3, "mean": 0.5, "std": 0.5})
+
+
+@pytest.mark.parametrize("number", [3, 999_999_999])
+def test_blocks_must_count_from_0(tmp_path, number):
+    tensors = {**state(VisionTransformer(**SHAPE)), f"blocks.{number}.norm1.weight": torch.ones(48)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"has a block {number}, but no block 2; its blocks must count from 0"):
+        open_weights(tmp_path / "a.safetensors", {"num_heads": 3, "mean": 0.5, "std": 0.5})
+
+
+def test_many_names_that_do_not_fit_are_a_short_error(tmp_path):
+    extra = {f"blocks.{i}.norm1.weight": torch.ones(48) for i in range(3000)}
+    save_file({**extra, **state(VisionTransformer(**SHAPE))}, tmp_path / "a.safetensors")
+    said = {"num_heads": 3, "mean": 0.5, "std": 0.5}
+    with pytest.raises(ValueError, match=r"missing: blocks\.10\..* and \d+ more") as caught:
+        open_weights(tmp_path / "a.safetensors", said)
+    assert len(str(caught.value)) < 2000
+
+
+def test_an_array_larger_than_any_memory_is_one_error(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**13,)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("embedding/kernel.npy", header.getvalue())
+    with pytest.raises(ValueError, match=r"not a whole \.npz file"):
+        open_weights(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_changed_or_cut_pickle_is_always_a_short_error(tmp_path, zipped):
+    tensors = {"vit.layernorm.weight": torch.ones(24), "vit.layernorm.bias": torch.ones(24)}
+    torch.save(tensors, tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
+    whole, random, told = (tmp_path / "a.bin").read_bytes(), np.random.default_rng(0), []
+    for number in range(100):
+        changed = bytearray(whole)
+        for place in random.integers(0, len(whole), 5):
+            changed[place] = random.integers(256)
+        (tmp_path / "b.bin").write_bytes(bytes(changed) if number % 2 else whole[: random.integers(len(whole))])
+        try:
+            read_pickle(tmp_path / "b.bin")  # changed values of tensors are no error
+        except ValueError as error:
+            told.append(str(error).replace(str(tmp_path), ""))
+    assert len(told) > 50
+    assert max(map(len, told)) < 400

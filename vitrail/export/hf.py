@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vitrail.lookup import some
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import sincos2d
 from vitrail.weights.hf_config import swiglu_width
@@ -68,6 +69,11 @@ def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     save_tensors(folder / "model.safetensors", tensors, {})
     notes = [f"written as {settings['architectures'][0]} ({made.model_type})", *made.notes, *picture_notes]
+    twice = sorted({label for label in header.labels if header.labels.count(label) > 1})
+    if twice:
+        notes.append(
+            f"labels that stand for several classes: {some(twice)}; label2id in config.json has the last class of each"
+        )
     if header.temperature != 1.0:
         notes.append(
             f"the temperature {header.temperature:.4g} stands in config.json, but transformers does not apply it: divide the "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitrail.data.preprocess import crop_fraction_of
+from vitrail.lookup import some
 from vitrail.models.config import ViTConfig
 from vitrail.weights import layouts
 from vitrail.weights.described import sort_described
@@ -51,6 +52,11 @@ class Layout:
 def _timm_names(names: Collection[str]) -> bool:
     shared = has(names, "blocks.{i}.attn.qkv.weight", "patch_embed.proj.weight")
     return shared and not has(names, "blocks.{i}.gamma_1")
+
+
+def _vit_pytorch_names(names: Collection[str]) -> bool:
+    embeds = any("to_patch_embedding.1." in name for name in names)
+    return embeds and has(names, "transformer.layers.{i}.0.norm.weight")
 
 
 # The first that fits counts.
@@ -98,11 +104,14 @@ LAYOUTS = (
     # timm's own files say neither mean nor deviation, and its models have two kinds.
     Layout("timm's VisionTransformer", lambda names, _: _timm_names(names), layouts.TIMM, Conventions()),
     Layout(
+        "vit-pytorch's SimpleViT",
+        lambda names, _: _vit_pytorch_names(names) and "linear_head.weight" in names,
+        layouts.vit_pytorch,
+        Conventions(layer_norm_eps=1e-5, positions="sincos2d", preprocess=WHOLE),
+    ),
+    Layout(
         "vit-pytorch",
-        lambda names, _: (
-            any("to_patch_embedding.1." in name for name in names)
-            and has(names, "transformer.layers.{i}.0.norm.weight")
-        ),
+        lambda names, _: _vit_pytorch_names(names),
         layouts.vit_pytorch,
         Conventions(layer_norm_eps=1e-5, preprocess=WHOLE),
     ),
@@ -143,21 +152,36 @@ def open_bare(name: str, described: Mapping[str, Any] | None = None) -> Imported
         from vitrail.weights.google import open_google
 
         return open_google(name, bare.tensors, said)
-    # A training in chunks numbers blocks twice.
-    one_by_one = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): each for key, each in bare.tensors.items()}
-    bare = bare._replace(tensors=one_by_one)
+    bare = bare._replace(tensors=_one_by_one(name, bare.tensors))
     layout = recognise(name, bare)
     tensors = layouts.joined_heads(bare.tensors)
     rules = layout.rules if isinstance(layout.rules, tuple) else layout.rules(tensors)
     left_out = [key for key in tensors if any(re.fullmatch(pattern, key) for pattern in layout.left_out)]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out and tensor.numel()}
     # Coming in, these tables look at shapes alone.
-    weights, unexpected = to_ours(tensors, rules, ViTConfig())
+    weights, unexpected = to_ours(tensors, rules, ViTConfig(), name)
     weights = _completed(weights, layout)
     config, preprocess, labels, notes = architecture(name, weights, layout.conventions, said)
     notes = [f"names are those of {layout.name}", *bare.notes, *notes]
     found = Found(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
     return fit(found, config, preprocess, labels)
+
+
+def _one_by_one(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of a training in chunks, which numbers blocks twice, with each block's number alone.
+
+    Raises:
+        ValueError: two blocks get the same number.
+    """
+    came_from: dict[str, str] = {}
+    for key in tensors:
+        plain = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
+        if plain in came_from:
+            raise ValueError(
+                f"{name}: {came_from[plain]} and {key} are both {plain}; which of them counts is not known"
+            )
+        came_from[plain] = key
+    return {plain: tensors[key] for plain, key in came_from.items()}
 
 
 def recognise(name: str, bare: Bare) -> Layout:
@@ -173,12 +197,21 @@ def recognise(name: str, bare: Bare) -> Layout:
     for layout in LAYOUTS:
         if layout.is_it(names, bare.containers):
             return layout
-    some = ", ".join(sorted(names)[:5])
+    first = ", ".join(sorted(names)[:5])
     raise ValueError(
-        f"{name}: its {len(names)} weights ({some}, …) are named like no layout known here: "
+        f"{name}: its {len(names)} weights ({first}, …) are named like no layout known here: "
         + ", ".join([*(layout.name for layout in LAYOUTS), "Google's .npz"])
         + "; of a model that timm has, give it as timm:NAME=FILE"
     )
+
+
+def others_names(word: str, tensors: Mapping[str, Tensor], expected: str) -> str:
+    """Return the error for a file given under a library's name, whose weights are not named as that library's."""
+    try:
+        whose = f"are those of {recognise(word, Bare(dict(tensors))).name}; give the file alone, without a name"
+    except ValueError:
+        whose = f"({some(sorted(tensors), most=3)}) are of no layout known here"
+    return f"{word}: its weights are not named as {expected}: their names {whose}"
 
 
 def _completed(weights: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -191,7 +224,7 @@ def _completed(weights: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         elif _is_square(table.shape[1]) and not _is_square(table.shape[1] - prefix - registers):
             weights["pos_embed"] = with_zero_rows(table, 0, prefix + registers)
     for key, kernel in list(weights.items()):
-        if key.endswith("attn.proj.weight") and layout.name == "vit-pytorch":
+        if key.endswith("attn.proj.weight") and layout.rules is layouts.vit_pytorch:
             weights.setdefault(key.replace("weight", "bias"), torch.zeros(len(kernel)))
     return weights
 

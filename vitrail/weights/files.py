@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitrail.lookup import some
 from vitrail.weights.store import load_tensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")
 
 # Where a training keeps the weights of its model, best first: averaged weights are the ones that were published.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "net", "params")
+_NESTED = 8  # containers in one another; a pickle may hold itself
 # What wrapping a model in another puts before all of its names.
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
@@ -50,14 +54,14 @@ def read_bare(path: Path) -> Bare:
         return _stripped(load_tensors(path)[0], (), ())
     if path.suffix == ".npz":
         return Bare(_read_numpy(path))
-    return _unwrapped(_read_pickle(path), path)
+    return _unwrapped(read_pickle(path), path)
 
 
 def _read_numpy(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             return {name: _tensor(file[name]) for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(f"{path}: not a whole .npz file of plain arrays ({_first_line(error)})") from None
 
 
@@ -68,45 +72,64 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
 
 
-def _read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
+    """Read what `torch.save` wrote: tensors, plain values and containers of them; code in it is never run.
+
+    Raises:
+        ValueError: it is broken, or holds other objects.
+    """
     with path.open("rb") as handle:
         start = handle.read(2)
     if not start.startswith((b"PK", b"\x80")):  # a zip, or a pickle before PyTorch 1.6
         raise ValueError(f"{path}: not a whole file of PyTorch weights (it begins with {start!r})")
     try:
         # The settings of a training, which DeiT's, MAE's and DINO's files keep beside the weights; plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols; what cannot be read is an error below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+    except Exception as error:  # of any class, depending on where the file is cut or changed
+        refused = _refused(error)
+        if isinstance(error, pickle.UnpicklingError) and re.search("GLOBAL|Unsupported|unrecognized|Can only", refused):
             raise ValueError(
-                f"{path}: holds Python objects or code besides tensors, which is never run ({refused_by(error)}); save its "
-                "state dict alone, best as .safetensors"
+                f"{path}: holds Python objects or code besides tensors, which is never run ({refused}); save its state dict "
+                "alone, best as .safetensors"
             ) from None
-        raise ValueError(f"{path}: not a whole file of PyTorch weights ({_first_line(error)})") from None
-    except Exception as error:  # zip, OS, end-of-file and runtime errors, depending on where the file is cut
-        raise ValueError(f"{path}: not a whole file of PyTorch weights ({_first_line(error)})") from None
+        raise ValueError(f"{path}: not a whole file of PyTorch weights ({refused})") from None
 
 
 def _unwrapped(content: Any, path: Path) -> Bare:
     """Open the containers around a state dict."""
     containers: list[str] = []
     notes: list[str] = []
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        inside = [name for name in CONTAINERS if isinstance(content.get(name), Mapping)]
+    while isinstance(content, Mapping) and len(containers) < _NESTED:
+        beside = [str(name) for name, value in content.items() if isinstance(value, Tensor)]
+        # Beside tensors only what holds some itself: a step count may lie next to a state dict.
+        inside = [
+            name
+            for name in CONTAINERS
+            if isinstance(content.get(name), Mapping) and (not beside or _holds_tensors(content[name]))
+        ]
         if not inside:
             break
         if len(inside) > 1:
             notes.append(f"weights are those of {inside[0]!r}; the file also holds {', '.join(inside[1:])}")
+        if beside:
+            notes.append(f"weights are those of {inside[0]!r}; tensors beside it are left out: {some(beside)}")
         containers.append(inside[0])
         content = content[inside[0]]
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+    if not _holds_tensors(content):
         keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(
             f"{path}: no state dict found in it, only {keys}; expected tensors by name, or one of {', '.join(CONTAINERS)}"
         )
+    if nested := [str(name) for name, value in content.items() if _holds_tensors(value)]:
+        notes.append(f"left out beside the weights: {some(nested)}")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return _stripped(tensors, tuple(containers), tuple(notes))
+
+
+def _holds_tensors(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values())
 
 
 def _stripped(tensors: dict[str, Tensor], containers: tuple[str, ...], notes: tuple[str, ...]) -> Bare:
@@ -121,9 +144,8 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def refused_by(error: BaseException) -> str:
-    """Return the line of PyTorch's long advice that says what it refused."""
-    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    return (
-        lines[0].removeprefix("WeightsUnpickler error:").strip().split(" was not")[0] if lines else _first_line(error)
-    )
+def _refused(error: BaseException) -> str:
+    """Return the line of PyTorch's long advice that says what it refused, or the first of a short error."""
+    lines = [line.strip() for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines() if line.strip()]
+    told = next((line for line in lines if "GLOBAL" in line), lines[0] if lines else type(error).__name__)
+    return told.split(" was not")[0][:200]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +56,8 @@ def fit(found: Found, config: ViTConfig, preprocess: Preprocess, labels: tuple[s
             matrix = kernel_resize(side, config.patch_size)
             weights["patch_embed.proj.weight"] = resize_kernel(kernel, matrix)
             resized.append(f"patch_embed.proj.weight: patches of {side} → {config.patch_size} px")
-    # Names that no rule knows are in it as well: one error lists all that does not fit.
-    strict = {**weights, **{name: torch.empty(0) for name in found.unexpected}}
-    build_model(config, strict, found.word)
+    # Names that no rule knows are given as well: one error lists all that does not fit.
+    build_model(config, weights, found.word, unknown=found.unexpected)
     header = ModelHeader(config, labels, preprocess)
     report = LoadReport(found.word, len(weights), tuple(resized), unexpected=found.left_out, notes=found.notes)
     # Cloned: a file's tensors may be parts of one another, which no model file can hold, or lie unaligned.
@@ -91,6 +91,18 @@ def mlp_ratio(hidden: int, embed_dim: int) -> float:
     while int(embed_dim * ratio) < hidden:
         ratio = math.nextafter(ratio, math.inf)
     return ratio
+
+
+def depth_of(names: Iterable[str], pattern: str, where: str) -> int:
+    """Return how many blocks names are of; a pattern's group is the number of a block, from its name's start.
+
+    Raises:
+        ValueError: a number is left out.
+    """
+    numbers = {int(found[1]) for name in names if (found := re.match(pattern, name))}
+    if gaps := [number for number in range(len(numbers)) if number not in numbers]:
+        raise ValueError(f"{where}: has a block {max(numbers)}, but no block {gaps[0]}; its blocks must count from 0")
+    return len(numbers)
 
 
 def plain_labels(count: int) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrail.data.preprocess import crop_fraction_of
 from vitrail.models.config import ViTConfig
 from vitrail.weights.described import Told
-from vitrail.weights.fit import Found, fit, mlp_ratio, plain_labels, table_grid, with_zero_rows
+from vitrail.weights.fit import Found, depth_of, fit, mlp_ratio, plain_labels, table_grid, with_zero_rows
 from vitrail.weights.google_tables import BIG_VISION, VISION_TRANSFORMER
 from vitrail.weights.imported import Imported
 from vitrail.weights.infer import to_preprocess
@@ -58,7 +58,7 @@ def open_google(name: str, tensors: Mapping[str, Tensor], said: Told) -> Importe
             f"it was trained with: vitrail export {name} --to vitrail --describe image_size=224"
         )
     config = ViTConfig(**fields)
-    weights, unexpected = to_ours(kept, VISION_TRANSFORMER if is_old else BIG_VISION, config)
+    weights, unexpected = to_ours(kept, VISION_TRANSFORMER if is_old else BIG_VISION, config, name)
     if "pos_embed" in weights and not is_old and config.class_token:
         weights["pos_embed"] = with_zero_rows(weights["pos_embed"], 0, 1)
     published, notes = _published(is_old, tree, config)
@@ -142,7 +142,7 @@ def google_facts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the fields of `ViTConfig` that the arrays tell.
 
     Raises:
-        ValueError: what every ViT has is missing.
+        ValueError: what every ViT has is missing, or blocks are.
     """
     queries = [key for key in tensors if re.fullmatch(r"Transformer/encoderblock_0/.*/query/kernel", key)]
     hidden = [key for key in tensors if re.fullmatch(r"Transformer/encoderblock_0/.*/Dense_0/kernel", key)]
@@ -153,7 +153,7 @@ def google_facts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "embed_dim": width,
         "num_heads": heads,
-        "depth": 1 + max(int(found[1]) for key in tensors if (found := re.match(r".*encoderblock_(\d+)/", key))),
+        "depth": depth_of(tensors, r".*encoderblock_(\d+)/", name),
         "mlp_ratio": mlp_ratio(tensors[hidden[0]].shape[1], width),
         "class_token": "cls" in tensors,
         "num_classes": tensors["head/kernel"].shape[1] if "head/kernel" in tensors else 0,

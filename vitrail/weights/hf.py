@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections import ChainMap
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vitrail.data.preprocess import Preprocess
-from vitrail.lookup import pick
+from vitrail.lookup import pick, some
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.weights.described import described_preprocess, split_described
@@ -38,8 +39,11 @@ def open_hf(word: str, described: Mapping[str, Any]) -> Imported:
     """
     from vitrail.weights.hub import looks_like_a_path, snapshot
 
-    if Path(word).is_dir() or looks_like_a_path(word):
-        return read_hf_folder(Path(word), described)
+    folder = Path(os.path.expanduser(word))
+    if not folder.is_dir() and word.count("/") > 1 and not word.startswith((".", "/", "~")):
+        raise ValueError(f"hf:{word}: no such folder, and names on the hub are OWNER/NAME")
+    if folder.is_dir() or looks_like_a_path(word):
+        return read_hf_folder(folder, described)
     found = snapshot(word)
     imported = read_hf_folder(found.folder, described, origin=f"hf:{found.name}@{found.commit}")
     report = dataclasses.replace(imported.report, notes=(*found.notes, *imported.report.notes))
@@ -68,7 +72,8 @@ def read_hf_folder(folder: Path, described: Mapping[str, Any], origin: str = "")
 def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[str, Any], origin: str) -> Imported:
     raw = read_json(folder / "config.json")
     if "model_type" not in raw and "pretrained_cfg" in raw:
-        raise ValueError(f"{folder}: is a model of timm, not of transformers; load it as timm:hf-hub:NAME")
+        name = f"hf-hub:{origin.removeprefix('hf:')}" if origin.startswith("hf:") else folder
+        raise ValueError(f"{folder}: is a model of timm, not of transformers; load it as timm:{name}")
     if any(str(key).startswith("AutoModel") for key in raw.get("auto_map") or ()):
         raise ValueError(
             "auto_map in config.json names code of its own, which is not run; only transformers' own models are read"
@@ -127,10 +132,9 @@ def matched(
     ]
     if missing or unknown or shapes:
         lines = ["its weights do not fit its config.json"]
-        lines += [f"  missing: {', '.join(missing)}"] * bool(missing) + [f"  unknown: {', '.join(unknown)}"] * bool(
-            unknown
-        )
-        raise ValueError("\n".join(lines + [f"  shape: {line}" for line in shapes]))
+        parts = (("missing", missing, ", "), ("unknown", unknown, ", "), ("shape", shapes, "; "))
+        lines += [f"  {what}: {some(names, between=between)}" for what, names, between in parts if names]
+        raise ValueError("\n".join(lines))
     weights, _ = to_ours(kept, rules, config)
     for name in set(wanted) - set(weights):  # biases that the configuration switches off
         weights[name] = torch.zeros(wanted[name].shape)

@@ -8,6 +8,7 @@ from typing import Any
 
 from vitrail.lookup import pick
 from vitrail.models.config import ViTConfig
+from vitrail.weights.fit import mlp_ratio
 from vitrail.weights.hf_tables import ACTIVATIONS
 
 _SIDE_LIMIT = 8192  # pixels; beyond, a table of positions would fill the memory before anything else fails
@@ -52,17 +53,11 @@ def architecture(model_type: str, settings: Mapping[str, Any], num_classes: int,
         num_heads=heads,
         head_dim=0 if width * heads == dim else width,
         mlp=_activation(settings, swiglu, model_type),
-        mlp_ratio=ratio_of(hidden, dim),
+        mlp_ratio=mlp_ratio(hidden, dim),
         decoder="token_pair" if pair else "token_mean" if mean else "token",
         layer_norm_eps=_number(settings, "layer_norm_eps"),
         **fields,
     )
-
-
-def ratio_of(hidden: int, dim: int) -> float:
-    """Return the ratio `r` with `int(dim * r) == hidden` exactly."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def swiglu_width(dim: int, mlp_ratio: int) -> int:

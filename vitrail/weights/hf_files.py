@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vitrail.weights.files import refused_by
+from vitrail.lookup import some
+from vitrail.weights.files import read_pickle
 from vitrail.weights.store import load_tensors
 
 # In the order of preference; an index names the shards.
@@ -51,13 +49,21 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Read all weights of a folder as float32, and say what they were.
 
     Raises:
-        ValueError: a file is missing, cut off, holds code, or holds something else than weights.
+        ValueError: a file is missing, cut off, holds code or something else than weights, or shards are not as their index says.
     """
     name = weights_file({path.name for path in folder.iterdir()})
-    parts = [folder / name] if not name.endswith(".index.json") else shards(folder / name)
+    place = shards(folder / name) if name.endswith(".index.json") else {}
+    parts = sorted(set(place.values())) or [folder / name]
     tensors: dict[str, Tensor] = {}
     for path in parts:
-        tensors |= load_tensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+        found = load_tensors(path)[0] if path.suffix == ".safetensors" else _pickled(path)
+        if twice := sorted(set(tensors) & set(found)):
+            raise ValueError(
+                f"{path}: holds {some(twice)}, which another shard holds as well; which counts is not known"
+            )
+        if gone := [each for each, shard in place.items() if shard == path and each not in found]:
+            raise ValueError(f"{path}: has no {some(gone)}, which {name} says it holds")
+        tensors |= found
     odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if odd:
         raise ValueError(f"{folder / name}: {odd[0]} is {tensors[odd[0]].dtype}; quantised weights cannot be read")
@@ -66,8 +72,8 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     return {name: tensor.float() for name, tensor in tensors.items()}, notes
 
 
-def shards(index: Path) -> list[Path]:
-    """Return the files that an index names.
+def shards(index: Path) -> dict[str, Path]:
+    """Return which file holds each weight, as an index says.
 
     Raises:
         ValueError: it names none, one that is missing, or one outside its folder.
@@ -80,26 +86,18 @@ def shards(index: Path) -> list[Path]:
         raise ValueError(f"{index}: names {outside[0]!r}; expected weights beside it")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise ValueError(f"{index}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
-    return [index.parent / name for name in names]
+    return {weight: index.parent / name for weight, name in named.items()}
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read a state dict that `torch.save` wrote; code in it is never executed.
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """Read a state dict that `torch.save` wrote.
 
     Raises:
-        ValueError: it is cut off, or holds anything but tensors.
+        ValueError: it is broken, or holds anything but tensors.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of protocols; what cannot be read is an error below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds more than weights, and was not opened, since that could run code ({refused_by(error)}); ask its "
-            "author for model.safetensors"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a whole file of weights ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    content = read_pickle(path)
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise ValueError(f"{path}: expected names and tensors, as `torch.save(model.state_dict(), …)` writes them")
     return content

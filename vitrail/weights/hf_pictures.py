@@ -117,9 +117,13 @@ def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
         "do_normalize": True,
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
-        **({"do_convert_rgb": True} if preprocess.channels == 3 else {}),
+        "do_convert_rgb": preprocess.channels == 3,  # BitImageProcessor makes grey pictures colour where this is unsaid
     }
     notes = []
+    if preprocess.channels == 1:
+        notes.append(
+            'its pictures are grey, and image processors of transformers make none so: open them as mode L, image.convert("L")'
+        )
     if preprocess.resampler == "pillow":
         notes.append(
             "transformers 5 resizes with torchvision unless told otherwise, which moves up to an eighth of the pixel values by one "

@@ -32,21 +32,24 @@ def looks_like_a_path(word: str) -> bool:
     return word.startswith((".", "/", "~")) or "\\" in word or word.count("/") > 1
 
 
-def snapshot(word: str) -> Snapshot:
+def snapshot(word: str, hub: str = "hf:") -> Snapshot:
     """Fetch the files of `NAME` or `NAME@revision` that a model needs, or find them in the cache.
 
     A pinned commit that is in the cache needs no network; a branch or tag is looked up, and where that fails the copy in
     the cache is used, and told.
+
+    Args:
+        hub: what stands before the word, for messages.
 
     Raises:
         ValueError: there is no such model or revision, it is not open to this user, or there is neither network nor copy.
     """
     name, _, revision = word.partition("@")
     if not _NAME.fullmatch(name) or word.endswith("@"):
-        raise ValueError(f"hf:{word}: expected OWNER/NAME, OWNER/NAME@revision, or a folder")
+        raise ValueError(f"{hub}{word}: expected OWNER/NAME, OWNER/NAME@revision, or a folder")
     if re.fullmatch(r"[0-9a-f]{40}", revision) and (folder := cached(name, revision)):
         return Snapshot(folder, name, revision)
-    return _fetch(name, revision or None)
+    return _fetch(name, revision or None, hub)
 
 
 def cached(name: str, revision: str | None) -> Path | None:
@@ -64,11 +67,11 @@ def cached(name: str, revision: str | None) -> Path | None:
     return None
 
 
-def _fetch(name: str, revision: str | None) -> Snapshot:
+def _fetch(name: str, revision: str | None, hub: str) -> Snapshot:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    shown = f"hf:{name}" + (f"@{revision}" if revision else "")
+    shown = f"{hub}{name}" + (f"@{revision}" if revision else "")
     try:
         info = HfApi().model_info(name, revision=revision, timeout=20)
         there = {file.rfilename for file in info.siblings or ()}
@@ -109,7 +112,7 @@ def _without_network(name: str, revision: str | None, shown: str, error: Excepti
     why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"the hub is not reached ({_reason(error)})"
     raise ValueError(
         f"{shown}: {why}, and the cache at {HF_HUB_CACHE} has no such model; it has "
-        f"{', '.join(others[:10]) or 'none'}. Load it once with a network, or name a folder: hf:FOLDER"
+        f"{', '.join(others[:10]) or 'none'}. Load it once with a network, or name a folder: {shown.partition(':')[0]}:FOLDER"
     ) from None
 
 

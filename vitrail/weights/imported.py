@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from vitrail.lookup import some
 from vitrail.weights.store import ModelHeader
 
 
@@ -42,8 +43,8 @@ class LoadReport:
         parts = {
             "resized": "; ".join(self.resized),
             "head": self.head,
-            "missing (start at random)": _some(self.missing),
-            "unexpected (left out)": _some(self.unexpected),
+            "missing (start at random)": some(self.missing),
+            "unexpected (left out)": some(self.unexpected),
         }
         lines = [f"{self.origin}: {self.loaded} weights loaded"]
         lines += [f"  {name}: {text}" for name, text in parts.items() if text]
@@ -63,8 +64,3 @@ class Imported:
     header: ModelHeader
     weights: Mapping[str, Tensor]
     report: LoadReport = field(default_factory=lambda: LoadReport(""))
-
-
-def _some(names: tuple[str, ...], most: int = 8) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from vitrail.data.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.weights.described import Told
-from vitrail.weights.fit import mlp_ratio, plain_labels, table_grid
+from vitrail.weights.fit import depth_of, mlp_ratio, plain_labels, table_grid
 from vitrail.weights.layouts import pixels_of
 
 HEADS_OF_64 = "heads of 64"  # and 16 of 80 in ViT-H: what every published size has (Dosovitskiy et al. 2021, table 1)
@@ -29,6 +28,7 @@ class Conventions:
     layer_norm_eps: float | None = 1e-6
     mlp: str | None = "gelu"
     num_heads: str | None = HEADS_OF_64
+    positions: str | None = None  # where the file has no table of them
     decoder: str = "token"
     preprocess: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ def architecture(
     lacking += [key for key in ASKED if key not in preprocess]
     if lacking:
         raise ValueError(
-            f"{where}: weights alone do not tell {', '.join(lacking)}; make a model file that does, for every command: "
+            f"{where}: weights alone do not tell {', '.join(_SPELT.get(key, key) for key in lacking)}; make a model file that does, for every command: "
             f"vitrail export {where} --to vitrail --describe " + " ".join(f"{key}={EXAMPLES[key]}" for key in lacking)
         )
     fields |= said.model
@@ -73,15 +73,17 @@ def architecture(
 
 
 EXAMPLES = {
-    "num_heads": "N", "layer_norm_eps": "1e-6", "mlp": "gelu", "image_size": "224", "mean": "0.5", "std": "0.5",
+    "num_heads": "N", "layer_norm_eps": "1e-6", "mlp": "gelu", "positions": "KIND", "image_size": "224",
+    "mean": "0.5", "std": "0.5",
 }  # fmt: skip
+_SPELT = {"positions": "positions (there is no table of them: none, sincos2d or rope2d)"}
 
 
 def shape_facts(weights: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """Return the fields of `ViTConfig` that the shapes of weights under our names tell, and `inner`, K·d.
 
     Raises:
-        ValueError: what every ViT has is missing.
+        ValueError: what every ViT has is missing, or blocks are.
     """
     needed = (
         "patch_embed.proj.weight",
@@ -99,7 +101,7 @@ def shape_facts(weights: Mapping[str, Tensor], where: str) -> dict[str, Any]:
         "patch_size": side,
         "patch_norm": "patch_embed.norm_in.weight" in weights,
         "embed_dim": kernel.shape[0],
-        "depth": 1 + max(int(found[1]) for name in weights if (found := re.match(r"blocks\.(\d+)\.", name))),
+        "depth": depth_of(weights, r"blocks\.(\d+)\.", where),
         "inner": qkv.shape[0] // 3,
         "mlp_ratio": mlp_ratio(second.shape[1], kernel.shape[0]),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
@@ -120,8 +122,6 @@ def shape_facts(weights: Mapping[str, Tensor], where: str) -> dict[str, Any]:
             "positions": "learned",
             "image_size": table_grid(weights["pos_embed"], prefix, f"{where}: positions")[0] * side,
         }
-    else:
-        facts["positions"] = "sincos2d"
     return facts
 
 
@@ -148,7 +148,7 @@ def _assume(fields: dict[str, Any], conventions: Conventions, said: Told, notes:
             notes.append(f"num_heads {heads} assumed: heads of {fields['inner'] // heads}")
         else:
             lacking.append("num_heads")
-    for key in ("layer_norm_eps", "mlp"):
+    for key in ("layer_norm_eps", "mlp", "positions"):
         if key in fields or key in said.model:
             continue
         if (value := getattr(conventions, key)) is None:

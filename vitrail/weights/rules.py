@@ -44,22 +44,32 @@ class Rule(NamedTuple):
 
 
 def to_ours(
-    tensors: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig
+    tensors: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig, where: str = ""
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return weights under our names and in our layout, and the names that no rule knows.
 
+    Args:
+        where: their file, for messages.
+
     Raises:
-        ValueError: some parts of a joined weight are there and others are not.
+        ValueError: two names mean the same weight, or some parts of a joined weight are there and others are not.
     """
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     unknown = []
+    came_from: dict[str, str] = {}
+    prefix = f"{where}: " if where else ""
     for name, tensor in tensors.items():
         match = translated(name, rules, "theirs")
         if match is None:
             unknown.append(name)
             continue
         rule, ours = match
+        if ours in came_from:
+            raise ValueError(
+                f"{prefix}{came_from[ours]} and {name} are both our {ours}; which of them counts is not known"
+            )
+        came_from[ours] = name
         base, _, part = ours.partition("/")
         values = rule.form.to_ours(tensor, config)
         if part:
@@ -67,7 +77,7 @@ def to_ours(
         else:
             found[base] = values
     for base, present in parts.items():
-        found[base] = _joined(base, present, rules)
+        found[base] = _joined(base, present, rules, prefix)
     return found, unknown
 
 
@@ -117,7 +127,7 @@ def _num_parts(ours: str, rules: Sequence[Rule]) -> int:
     return count
 
 
-def _joined(ours: str, present: Mapping[int, Tensor], rules: Sequence[Rule]) -> Tensor:
+def _joined(ours: str, present: Mapping[int, Tensor], rules: Sequence[Rule], prefix: str) -> Tensor:
     """Join the parts of a weight; those that they never have are zeros."""
     some = next(iter(present.values()))
     parts = []
@@ -127,7 +137,7 @@ def _joined(ours: str, present: Mapping[int, Tensor], rules: Sequence[Rule]) -> 
         if number in present:
             parts.append(present[number])
         elif match[1]:
-            raise ValueError(f"{match[1]}: is missing, and {ours} is made of it and others that are there")
+            raise ValueError(f"{prefix}{match[1]}: is missing, and {ours} is made of it and others that are there")
         else:
             parts.append(torch.zeros_like(some))
     return torch.cat(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 import vitrail
 from vitrail.data.preprocess import Preprocess
 from vitrail.files import replacing
+from vitrail.lookup import some
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.settings import from_dict, to_dict
@@ -91,6 +92,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"{path}: is no model; expected a run folder, a model file (.safetensors), weights (.pth, .pt, .bin, .ckpt, "
+                ".npz), a folder of transformers or timm, hf:NAME, timm:NAME or torchvision:NAME"
+            ) from None
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
@@ -133,8 +139,11 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], ModelHeader]:
     return tensors, header
 
 
-def build_model(architecture: ViTConfig, weights: Mapping[str, Tensor], where: str) -> ViT:
+def build_model(architecture: ViTConfig, weights: Mapping[str, Tensor], where: str, unknown: Sequence[str] = ()) -> ViT:
     """Return the model of an architecture with its weights, all of them and no others, in evaluation mode on the CPU.
+
+    Args:
+        unknown: names of a file that mean no weight of a ViT, in its own words: an error, and listed with the others.
 
     Raises:
         ValueError: names or shapes differ; both differences are listed.
@@ -142,11 +151,11 @@ def build_model(architecture: ViTConfig, weights: Mapping[str, Tensor], where: s
     # Without storage, for speed; but a CNN of timm may hold constants that stand in no file.
     with torch.device("cpu" if architecture.is_cnn else "meta"):
         model = ViT(architecture)
-    load_strictly(model, weights, where)
+    load_strictly(model, weights, where, unknown)
     return model.eval()
 
 
-def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str, unknown: Sequence[str] = ()) -> None:
     """Give a model its weights, all of them and no others.
 
     Raises:
@@ -154,7 +163,7 @@ def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str) -> None
     """
     wanted = model.state_dict()
     missing = sorted(set(wanted) - set(tensors))
-    unexpected = sorted(set(tensors) - set(wanted))
+    unexpected = sorted({*(set(tensors) - set(wanted)), *unknown})
     shapes = [
         f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(wanted[name].shape)}"
         for name in sorted(set(wanted) & set(tensors))
@@ -162,10 +171,9 @@ def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str) -> None
     ]
     if missing or unexpected or shapes:
         lines = [f"{where}: its weights do not fit its architecture"]
-        lines += [f"  missing: {', '.join(missing)}"] * bool(missing) + [
-            f"  unexpected: {', '.join(unexpected)}"
-        ] * bool(unexpected)
-        raise ValueError("\n".join(lines + [f"  shape: {line}" for line in shapes]))
+        parts = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("shape", shapes, "; "))
+        lines += [f"  {what}: {some(names, between=between)}" for what, names, between in parts if names]
+        raise ValueError("\n".join(lines))
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     assert not any(values.is_meta for values in (*model.parameters(), *model.buffers()))
 

@@ -22,8 +22,10 @@ from torch import Tensor
 from vitrail.data.preprocess import INTERPOLATIONS, Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.weights import layouts
+from vitrail.weights.bare import others_names
 from vitrail.weights.files import read_bare
 from vitrail.weights.fit import Found, fit, plain_labels, with_zero_rows
+from vitrail.weights.hub import snapshot
 from vitrail.weights.imported import Imported
 from vitrail.weights.rules import to_ours
 from vitrail.weights.timm_modules import describe
@@ -33,7 +35,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def open_timm(rest: str, described: Mapping[str, Any] | None = None) -> Imported:
-    """Read what stands behind `timm:`: a name of published weights, a folder, or NAME=FILE.
+    """Read what stands behind `timm:`: a name of published weights, a folder, NAME=FILE, or hf-hub:OWNER/NAME.
 
     Raises:
         ValueError: timm has no such model, its weights cannot be had or do not fit, or Vitrail cannot express it.
@@ -42,12 +44,18 @@ def open_timm(rest: str, described: Mapping[str, Any] | None = None) -> Imported
         raise ValueError(f"timm:{rest}: timm says all of its models; {', '.join(described)} cannot be given with it")
     if Path(rest).is_dir():
         return open_folder(rest)
+    if rest.startswith("hf-hub:"):
+        return _from_repository(rest)
     name, equals, file = rest.partition("=")
     return _from_file(name, Path(file)) if equals else _from_hub(name)
 
 
-def open_folder(name: str) -> Imported:
+def open_folder(name: str, word: str = "", notes: tuple[str, ...] = ()) -> Imported:
     """Read a folder with timm's `config.json` and its weights.
+
+    Args:
+        word: how the report calls it, if not by its name.
+        notes: what should be told of it besides.
 
     Raises:
         ValueError: it has no such files, or they do not fit each other or Vitrail.
@@ -61,17 +69,24 @@ def open_folder(name: str) -> Imported:
     content = json.loads((folder / "config.json").read_text("utf-8"))
     refuse_unknown(content["architecture"], f"{name}/config.json: architecture")
     model = _built(f"local-dir:{folder}", name)
-    return _imported(name, model, read_bare(file).tensors, exact_size=True)
+    return _imported(word or name, model, read_bare(file).tensors, exact_size=True, notes=notes)
+
+
+def _from_repository(rest: str) -> Imported:
+    """Read a repository of the hub that timm wrote, from huggingface_hub's cache or through the network."""
+    found = snapshot(rest.removeprefix("hf-hub:"), "timm:hf-hub:")
+    return open_folder(str(found.folder), f"timm:hf-hub:{found.name}@{found.commit}", found.notes)
 
 
 def _from_file(name: str, file: Path) -> Imported:
     refuse_unknown(name, "timm:")
     word = f"timm:{name}={file}"
-    model = _built(name, word)
     bare = read_bare(file)
     if any("/" in key for key in bare.tensors):
         raise ValueError(f"{word}: the file has Google's layout; give it alone, without a name of timm's")
-    return _imported(word, model, bare.tensors, notes=bare.notes)
+    head = bare.tensors.get("head.weight")
+    classes = {"num_classes": len(head)} if head is not None and head.ndim == 2 else {}  # it may be fine-tuned
+    return _imported(word, _built(name, word, **classes), bare.tensors, notes=bare.notes)
 
 
 def _from_hub(name: str) -> Imported:
@@ -101,7 +116,7 @@ def _ask_hub(repository: str) -> None:
         huggingface_hub.HfApi().model_info(repository.partition("@")[0], timeout=10)
 
 
-def _built(name: str, word: str) -> Any:
+def _built(name: str, word: str, **arguments: Any) -> Any:
     """Return timm's model without storage.
 
     Raises:
@@ -109,7 +124,7 @@ def _built(name: str, word: str) -> Any:
     """
     try:
         with torch.device("meta"):
-            return timm.create_model(name)
+            return timm.create_model(name, **arguments)
     except Exception as error:  # wrong arguments in a folder's config.json raise what they meet
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{word}: timm cannot build it ({reason})") from None
@@ -132,7 +147,9 @@ def _imported(
             f"takes {config.image_size} px"
         )
     labels, said = labels_of(cfg, config.num_classes)
-    weights, unexpected = to_ours(layouts.joined_heads(tensors), described.rules, config)
+    weights, unexpected = to_ours(layouts.joined_heads(tensors), described.rules, config, word)
+    if not weights:
+        raise ValueError(others_names(word, tensors, "timm's"))
     weights = _rows(weights, model, config)
     found = Found(word, weights, (), tuple(unexpected), (*notes, *described.notes, *about, *said))
     return fit(found, config, preprocess, labels)
@@ -201,8 +218,11 @@ def refuse_unknown(name: str, where: str) -> None:
     """Raise a ValueError unless timm has a model, and weights of the tag, by this name."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        family = timm.list_models(f"{architecture.partition('_')[0]}_*")
+        near = timm.list_models(f"*{architecture}*")[:1] or difflib.get_close_matches(
+            architecture, family or timm.list_models(), n=1, cutoff=0.5
+        )
+        hint = f"; did you mean {near[0]!r}?" if near else "; expected such as 'vit_base_patch16_224'"
         raise ValueError(f"{where} {name!r} is no model of timm's{hint}; timm.list_models() has them all")
     try:
         timm.models.get_pretrained_cfg(name)

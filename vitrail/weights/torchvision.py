@@ -16,6 +16,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from vitrail.data.preprocess import Preprocess, crop_fraction_of
 from vitrail.models.config import ViTConfig
+from vitrail.weights.bare import others_names
 from vitrail.weights.files import read_bare
 from vitrail.weights.fit import Found, fit, mlp_ratio, plain_labels
 from vitrail.weights.imported import Imported
@@ -52,7 +53,9 @@ def open_torchvision(rest: str, described: Mapping[str, Any] | None = None) -> I
         )
     else:
         tensors = _download(weights, word)
-    ours, unexpected = to_ours(tensors, TORCHVISION, config)
+    ours, unexpected = to_ours(tensors, TORCHVISION, config, word)
+    if not ours:
+        raise ValueError(others_names(word, tensors, "torchvision's"))
     labels = tuple(weights.meta.get("categories", ())) or plain_labels(config.num_classes)
     head = ours.get("head.weight")
     if equals and head is not None and len(head) != len(labels):

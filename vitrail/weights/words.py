@@ -50,6 +50,8 @@ def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | No
     name = os.fspath(word)
     hub, colon, rest = name.partition(":")
     if colon and hub in HUBS and not Path(name).exists():
+        if not rest:
+            raise ValueError(f"{name} needs a name{' or a folder' if hub != 'torchvision' else ''} behind it")
         return HUBS[hub](rest, described or {})
     if not Path(name).exists():
         raise ValueError(f"{name}: no such run folder or model file")
