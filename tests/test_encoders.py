@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -185,9 +186,9 @@ def test_a_misspelt_part_leaves_no_run_behind(make_folder, tmp_path, settings):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow  # the hub is asked several times before it counts as out of reach
+@pytest.mark.slow
 def test_weights_that_cannot_be_had_are_refused(make_folder, tmp_path, settings, cnn_file, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # its variable is read at import only
     data = make_folder(tmp_path / "data", count=4)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(cnn_file.read_bytes()[:5000])
