@@ -24,6 +24,7 @@ CROP_OFFSET_NAMES = ("nearest", "down")
 RESAMPLER_NAMES = ("pillow", "torchvision", "fractions")
 PRECISION_NAMES = ("fp32", "bf16")
 DAMAGED_NAMES = ("stop", "drop", "keep")
+DECODE_NAMES = ("exact", "fast")
 FILL_NAMES = ("black", "edge", "mirror")
 LORA_NAMES = ("qkv", "proj", "fc1", "fc2")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
@@ -44,6 +45,17 @@ class DataConfig:
     near_duplicates: bool = setting(True, "look for near duplicates and keep them on one side of the split")
     memory_bytes: int = setting(2_000_000_000, "small pictures of one size are kept decoded when they fit in this much")
     workers: int = setting(0, "threads that decode files; 0: one per core")
+    decode: str = setting(
+        "exact",
+        "training crops from files: exact, or fast: large JPEGs are decoded smaller and crops are resized by vector code, "
+        "which changes pixels a little; judging is always exact",
+    )
+    cache_side: int = setting(
+        0, "keep training pictures on disk, decoded, with this short side in pixels, and crop from that form; 0: off"
+    )
+    cache_bytes: int = setting(
+        50_000_000_000, "the cache takes at most this much disk; other pictures are decoded again"
+    )
 
     def __post_init__(self) -> None:
         for field in ("val_fraction", "test_fraction"):
@@ -56,6 +68,9 @@ class DataConfig:
                 f"data.val_fraction {self.val_fraction} + data.test_fraction {self.test_fraction} leave nothing to train on"
             )
         choice("data.damaged", self.damaged, DAMAGED_NAMES)
+        choice("data.decode", self.decode, DECODE_NAMES)
+        for field in ("cache_side", "cache_bytes"):
+            at_least(f"data.{field}", getattr(self, field), 0)
         seed_range("data.split_seed", self.split_seed)
         at_least("data.limit_pixels", self.limit_pixels, 1)
         at_least("data.memory_bytes", self.memory_bytes, 0)
@@ -279,6 +294,16 @@ class RunConfig:
             raise ValueError(
                 "preprocess.resize 'aspect' judges pictures in their own aspect ratio, but training needs squares: set "
                 "augment.crop_scale below 1 for random crops"
+            )
+        if self.data.cache_side and self.augment.crop_scale == 1:
+            raise ValueError(
+                f"data.cache_side {self.data.cache_side} keeps pictures for random crops, but augment.crop_scale is 1; set it "
+                "below 1, or leave the cache out"
+            )
+        if 0 < self.data.cache_side < self.model.image_size:
+            raise ValueError(
+                f"data.cache_side is {self.data.cache_side}, less than model.image_size {self.model.image_size}, so that crops "
+                f"would be enlarged; try {round(self.model.image_size * 8 / 7)}"
             )
         self._check_pretrained()
         if self.encoder_weights and self.model.encoder in ENCODER_NAMES:

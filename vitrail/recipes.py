@@ -176,6 +176,7 @@ IDLE: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "schedule.final_fraction": ("schedule.decay", lambda config: config.schedule.decay in ("cosine", "linear")),
     "lora.alpha": ("lora.rank", lambda config: config.lora.rank > 0),
     "lora.targets": ("lora.rank", lambda config: config.lora.rank > 0),
+    "data.cache_bytes": ("data.cache_side", lambda config: config.data.cache_side > 0),
     "preprocess.crop_fraction": ("preprocess.resize", lambda config: "crop" in config.preprocess.resize),
     "preprocess.crop_offset": ("preprocess.resize", lambda config: "crop" in config.preprocess.resize),
     "augment.crop_ratio": ("augment.crop_scale", lambda config: config.augment.crop_scale < 1),

@@ -11,10 +11,11 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from vitrail.config import AugmentConfig
+from vitrail.data.preprocess import unit_scale
 
 _PADDING = {"black": "zeros", "edge": "border", "mirror": "reflection"}
 # What each column of a picture's random numbers decides.
@@ -107,33 +108,41 @@ def geometry(
 
 
 def augment_batch(
-    pictures: Float[Tensor, "B C H W"],
+    pictures: Float[Tensor, "B C H W"] | UInt8[Tensor, "B C H W"],
     config: AugmentConfig,
     draws: dict[str, np.ndarray],
     boxes: np.ndarray | None,
     out_size: int,
 ) -> Float[Tensor, "B C S S"]:
-    """Change pictures of values 0..1 at random, as drawn.
+    """Change pictures at random, as drawn; the result has values 0..1.
 
     Args:
+        pictures: of values 0..1, or uint8.
         boxes: crops to take, in pixels; None when the pictures are cropped and of `out_size` already.
     """
     size = (pictures.shape[2], pictures.shape[3])
     if boxes is not None or config.rotation or config.shift:
-        maps = torch.from_numpy(geometry(config, draws, boxes, size)).to(pictures)
+        maps = torch.from_numpy(geometry(config, draws, boxes, size)).to(pictures.device, torch.float32)
         grid = F.affine_grid(maps, [len(pictures), pictures.shape[1], out_size, out_size], align_corners=False)
-        pictures = F.grid_sample(pictures, grid, padding_mode=_PADDING[config.fill], align_corners=False)
+        pictures = F.grid_sample(unit_scale(pictures), grid, padding_mode=_PADDING[config.fill], align_corners=False)
     else:
         pictures = mirror(mirror(pictures, draws["flip"] < config.flip, 3), draws["vertical"] < config.vertical_flip, 2)
-    return colour(pictures, config, draws)
+    return colour(unit_scale(pictures), config, draws)
 
 
-def mirror(pictures: Float[Tensor, "B C H W"], chosen: np.ndarray, dim: int) -> Float[Tensor, "B C H W"]:
+def is_plain(config: AugmentConfig) -> bool:
+    """Whether crops and mirrors are all there is: then no value is changed, only moved."""
+    return not (config.rotation or config.shift or config.brightness or config.contrast or config.saturation)
+
+
+def mirror(pictures: Shaped[Tensor, "B C H W"], chosen: np.ndarray, dim: int) -> Shaped[Tensor, "B C H W"]:
     """Mirror the chosen pictures along one side."""
     if not chosen.any():
         return pictures
-    where = torch.from_numpy(chosen).to(pictures.device)[:, None, None, None]
-    return torch.where(where, pictures.flip(dim), pictures)
+    where = torch.from_numpy(np.flatnonzero(chosen)).to(pictures.device)
+    pictures = pictures.clone()
+    pictures[where] = pictures[where].flip(dim)
+    return pictures
 
 
 def colour(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -18,12 +18,17 @@ import torch
 from torch import Tensor
 
 from vitrail.config import AugmentConfig
-from vitrail.data.augment import augment_batch, crop_boxes, draw
+from vitrail.data.augment import augment_batch, crop_boxes, draw, is_plain
+from vitrail.data.cache import PictureCache
 from vitrail.data.decode import PictureError
-from vitrail.data.preprocess import INTERPOLATIONS, Preprocess, to_array, unit_scale
+from vitrail.data.preprocess import Preprocess
+from vitrail.data.regions import Box, Choose, Cut
 from vitrail.data.sources import Source
 
 T = TypeVar("T")
+Outcome = np.ndarray | PictureError | OSError  # of reading one picture
+
+_CACHE_BYTES = 5 * 2**19  # of float pictures that are worked on at once; from 4 MB on it is three times slower
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ class Pictures:
         targets: [N] class index of every picture, as the model numbers its classes.
         stored: decoded pictures uint8 [N, C, H, W], or None to read files.
         is_ready: whether the stored pictures are the model's input as they are.
+        sizes: [N, 2] height and width of every picture; needed for training from files.
+        fast: whether training may decode and resize faster, and a little differently; see `Cut`.
+        cache: decoded training pictures on disk.
         dropped: paths of files that failed after the scan, with the reason.
         told: those of them that the user was told of.
     """
@@ -76,33 +84,61 @@ class Pictures:
     stored: np.ndarray | None
     is_ready: bool = False
     workers: int = 0
+    sizes: np.ndarray | None = None
+    fast: bool = False
+    cache: PictureCache | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.pool = ThreadPoolExecutor(self.workers or os.cpu_count() or 1, thread_name_prefix="decode")
+        self.num_threads = self.workers or os.cpu_count() or 1
+        self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode")
 
-    def submit(self, read: Callable[[int, int], np.ndarray], indices: np.ndarray) -> list[Future[np.ndarray]]:
-        """Start reading the pictures `indices` as `read(place in batch, index)` on the threads."""
-        return [self.pool.submit(read, place, int(index)) for place, index in enumerate(indices)]
+    def submit(self, read: Callable[[int, int], np.ndarray], indices: np.ndarray) -> list[Future[list[Outcome]]]:
+        """Start reading the pictures `indices` as `read(place in batch, index)` on the threads, some in a task.
 
-    def gather(self, futures: list[Future[np.ndarray]], indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pictures that were read [B, C, S, S] and their places; one that fails is dropped and noted."""
-        pixels, places = self.collect(futures, indices)
-        side = self.preprocess.image_size
-        nothing = np.empty((0, self.preprocess.channels, side, side), dtype=np.uint8)
-        return np.stack(pixels) if pixels else nothing, places
+        A task a picture would cost a tenth of an ImageNet picture's decoding, and more than a small one's.
+        """
 
-    def collect(self, futures: list[Future[np.ndarray]], indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """Return the pictures that were read, each of its own size, and their places."""
-        pixels, places = [], []
-        for place, future in enumerate(futures):
+        def attempt(place: int) -> Outcome:
             try:
-                pixels.append(future.result())
-                places.append(place)
+                return read(place, int(indices[place]))
             except (PictureError, OSError) as error:
-                self.dropped[self.source.location(int(indices[place]))] = str(error)
+                return error
+
+        run = max(1, min(8, len(indices) // (2 * self.num_threads)))
+        starts = range(0, len(indices), run)
+        return [
+            self.pool.submit(
+                lambda first: [attempt(each) for each in range(first, min(first + run, len(indices)))], start
+            )
+            for start in starts
+        ]
+
+    def collect(self, futures: list[Future[list[Outcome]]], indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the pictures that were read, each of its own size, and their places; one that failed is noted."""
+        pixels, places = [], []
+        for place, found in enumerate(each for future in futures for each in future.result()):
+            if isinstance(found, np.ndarray):
+                pixels.append(found)
+                places.append(place)
+            else:
+                self.dropped[self.source.location(int(indices[place]))] = str(found)
         return pixels, np.asarray(places, dtype=np.int64)
+
+    @property
+    def cut(self) -> Cut:
+        """How training takes crops out of files."""
+        preprocess = self.preprocess
+        return Cut(preprocess.image_size, preprocess.interpolation, preprocess.mode, self.fast)
+
+    def for_training(self, index: int, choose: Choose) -> np.ndarray:
+        """Return a crop of one picture, uint8 [C, S, S]."""
+        cut = self.cut
+        if self.cache is None:
+            return cut.read(self.source, index, choose)
+        pixels = self.cache.read(index)
+        return cut.resize(pixels, choose(pixels.shape[1], pixels.shape[0]), (cut.side, cut.side))
 
     def check_some_left(self, read: int, wanted: int) -> None:
         """Raise a ValueError when all of some files have failed."""
@@ -117,6 +153,15 @@ class Pictures:
         if self.is_ready:
             return pixels
         return self.preprocess.apply(PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
+
+
+class _Reading(NamedTuple):
+    """A batch that is being read; `images` is what the threads fill where they do all that there is to do."""
+
+    indices: np.ndarray
+    draws: dict[str, np.ndarray]
+    futures: list[Future[list[Outcome]]]
+    images: np.ndarray | None = None
 
 
 class TrainStream:
@@ -173,7 +218,7 @@ class TrainStream:
             if step < stop:
                 waiting.append(self.start_reading(step))
             if step >= start + 2 and waiting:
-                yield self.at(step - 2, self.from_files(*waiting.popleft()))
+                yield self.at(step - 2, self.from_files(waiting.popleft()))
 
     def at(self, step: int, batch: Batch) -> Batch:
         """Return the batch with its step's patch size: the same on all processes, each as likely (FlexiViT, section 3)."""
@@ -194,40 +239,74 @@ class TrainStream:
         boxes = crop_boxes(self.augment, draws, np.tile(size, (len(indices), 1))) if cropped else None
         return self.finish(stored, indices, draws, boxes)
 
-    def start_reading(self, step: int):
-        """Start the threads on a batch: decode, random resized crop."""
+    def start_reading(self, step: int) -> _Reading:
+        """Start the threads on a batch: decode, random resized crop; on a CPU also mirror and normalise if that is all."""
         epochs, places = self.positions(step)
         indices = self.part[places]
         draws = draw(self.seed, epochs, places)
+        preprocess, sizes = self.pictures.preprocess, self.pictures.sizes
+        boxes = None
+        if self.augment.crop_scale < 1:
+            assert sizes is not None
+            boxes = crop_boxes(self.augment, draws, sizes[indices])
 
         def read(place: int, index: int) -> np.ndarray:
-            preprocess = self.pictures.preprocess
-            picture = self.pictures.source.read(index, preprocess.mode)
-            if self.augment.crop_scale == 1.0:
-                return preprocess.apply(picture)
-            one = {name: values[place : place + 1] for name, values in draws.items()}
-            left, top, width, height = crop_boxes(self.augment, one, np.asarray([[picture.height, picture.width]]))[0]
-            box = (left, top, min(left + width, picture.width), min(top + height, picture.height))
-            side = preprocess.image_size
-            return to_array(picture.resize((side, side), INTERPOLATIONS[preprocess.interpolation], box=box))
+            if boxes is None:
+                return self.pictures.for_judging(index)
+            assert sizes is not None
+            high, wide = sizes[index].tolist()
+            box = Box(*boxes[place].tolist())
+            # The size differs from the listed one in the cache, or when the file was replaced.
+            return self.pictures.for_training(index, lambda width, height: box.scaled(width / wide, height / high))
 
-        return indices, draws, self.pictures.submit(read, indices)
+        if self.device.type != "cpu" or not is_plain(self.augment):
+            return _Reading(indices, draws, self.pictures.submit(read, indices))
+        flip, vertical = draws["flip"] < self.augment.flip, draws["vertical"] < self.augment.vertical_flip
+        images = np.empty((len(indices), preprocess.channels, preprocess.image_size, preprocess.image_size), np.float32)
 
-    def from_files(self, indices: np.ndarray, draws: dict[str, np.ndarray], futures: list[Future[np.ndarray]]) -> Batch:
+        def read_and_finish(place: int, index: int) -> np.ndarray:
+            pixels = read(place, index)[:, :: -1 if vertical[place] else 1, :: -1 if flip[place] else 1]
+            preprocess.normalise_into(images[place], pixels)
+            return images[place]
+
+        return _Reading(indices, draws, self.pictures.submit(read_and_finish, indices), images)
+
+    def from_files(self, reading: _Reading) -> Batch:
         """Wait for a batch's files and do the rest of its augmentation."""
-        pixels, places = self.pictures.gather(futures, indices)
+        indices, draws, images = reading.indices, reading.draws, reading.images
+        pixels, places = self.pictures.collect(reading.futures, indices)
         self.pictures.check_some_left(len(places), len(indices))
-        return self.finish(pixels, indices[places], {name: values[places] for name, values in draws.items()}, None)
+        left = indices[places]
+        if images is None:
+            return self.finish(np.stack(pixels), left, {name: values[places] for name, values in draws.items()}, None)
+        if len(left) < len(indices):
+            images = images[places]
+        return Batch(torch.from_numpy(images), self.targets[torch.from_numpy(left)], left)
 
     def finish(
         self, pixels: np.ndarray, indices: np.ndarray, draws: dict[str, np.ndarray], boxes: np.ndarray | None
     ) -> Batch:
         """Move to the device, augment there, normalise."""
-        preprocess = self.pictures.preprocess
-        values = unit_scale(torch.from_numpy(pixels).to(self.device, non_blocking=True))
-        images = augment_batch(values, self.augment, draws, boxes, preprocess.image_size)
+        side = self.pictures.preprocess.image_size
+        values = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        images = empty_batch((len(values), values.shape[1], side, side), self.device)
+        chunk = len(images)
+        if self.device.type == "cpu":  # what the caches hold: each step of the work then finds what the last one wrote
+            chunk = max(1, _CACHE_BYTES // (4 * images[0].numel()))
+        for start in range(0, len(images), chunk):
+            part = slice(start, start + chunk)
+            some = {name: each[part] for name, each in draws.items()}
+            changed = augment_batch(values[part], self.augment, some, boxes[part] if boxes is not None else None, side)
+            self.pictures.preprocess.normalise(changed, out=images[part])
         targets = self.targets[torch.from_numpy(indices)].to(self.device, non_blocking=True)
-        return Batch(preprocess.normalise(images), targets, indices)
+        return Batch(images, targets, indices)
+
+
+def empty_batch(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return memory for float pictures; on a CPU from NumPy, which asks for huge pages: fresh memory costs a fourth."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, dtype=np.float32))
+    return torch.empty(shape, device=device)
 
 
 def judging_batches(

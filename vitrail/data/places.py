@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 
-from vitrail.data.decode import read_picture
+from vitrail.data.decode import WHOLE_BYTES, read_picture
 from vitrail.data.problems import Problem
 
 FOLDERS = "the folders"  # what divides a source that has train/ val/ test/
@@ -39,6 +39,7 @@ class Listed:
     divided_by: str = FOLDERS
     problems: tuple[Problem, ...] = ()
     flip_reason: str = ""
+    limit_pixels: int = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,16 @@ class FilePictures(Listed):
     """
 
     root: Path
-    limit_pixels: int
     damaged: Literal["refuse", "keep"]
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
         return read_picture(
             self.root / self.paths[index], mode=mode, limit_pixels=self.limit_pixels, damaged=self.damaged
         )
+
+    def encoded(self, index: int) -> bytes:
+        with open(self.root / self.paths[index], "rb") as file:
+            return file.read() if os.fstat(file.fileno()).st_size <= WHOLE_BYTES else b""
 
     def location(self, index: int) -> str:
         return str(self.root / self.paths[index])
@@ -85,6 +89,9 @@ class ArrayPictures(Listed):
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
         return PIL.Image.fromarray(self.pixels(index)).convert(mode)
 
+    def encoded(self, index: int) -> bytes:
+        return b""
+
     def location(self, index: int) -> str:
         return self.paths[index]
 
@@ -107,11 +114,9 @@ class PackedPictures(Listed):
 
     packed: np.ndarray
     starts: np.ndarray
-    limit_pixels: int
     damaged: Literal["refuse", "keep"]
 
     def encoded(self, index: int) -> bytes:
-        """Return one picture as it is stored."""
         return self.packed[self.starts[index] : self.starts[index + 1]].tobytes()
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:

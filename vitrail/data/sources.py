@@ -33,6 +33,7 @@ class Source(Protocol):
         divided_by: what the parts are, for people, such as "the folders".
         problems: what was found wrong while listing.
         flip_reason: why pictures of this source must not be mirrored, or an empty string.
+        limit_pixels: a picture of more pixels is refused.
     """
 
     @property
@@ -53,9 +54,15 @@ class Source(Protocol):
     def problems(self) -> tuple[Problem, ...]: ...
     @property
     def flip_reason(self) -> str: ...
+    @property
+    def limit_pixels(self) -> int: ...
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
         """Return one picture; raises `PictureError` when it is broken."""
+        ...
+
+    def encoded(self, index: int) -> bytes:
+        """Return one picture's file; nothing where it has none, or is too large to hold in memory."""
         ...
 
     def location(self, index: int) -> str:

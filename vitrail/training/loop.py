@@ -135,7 +135,13 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
 
 
 def report_dropped(data: TrainData, run: Run, talk: Talk) -> None:
-    """Say at once which files failed after the first look; they are left out from then on."""
+    """Say at once which files failed after the first look, to be left out from then on, and that the cache's disk is full."""
+    cache = data.pictures.cache
+    if cache is not None and cache.full and cache.full not in data.pictures.told:
+        data.pictures.told.add(cache.full)
+        talk.warn(
+            f"no more pictures are kept decoded ({cache.full}); training goes on and decodes the others each time"
+        )
     dropped, told = data.pictures.dropped, data.pictures.told
     new = [path for path in dropped if path not in told]
     if not new:

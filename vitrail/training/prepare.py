@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from vitrail.config import DataConfig, RunConfig
-from vitrail.console import Talk
+from vitrail.console import Talk, byte_size
+from vitrail.data.cache import PictureCache
 from vitrail.data.loader import Pictures, TrainStream
 from vitrail.data.preprocess import Preprocess, preprocess_of
 from vitrail.data.problems import Problem, stop_on_errors
@@ -108,7 +109,15 @@ def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
     if stored is not None and (stored.shape[1] != preprocess.channels or max(stored.shape[2:]) > side):
         # Larger than the model's input: a crop must be shrunk with antialiasing, which only the path from files does.
         stored = None
-    pictures = Pictures(checked.source, checked.source.targets, preprocess, stored, workers=config.data.workers)
+    pictures = Pictures(
+        checked.source,
+        checked.source.targets,
+        preprocess,
+        stored,
+        workers=config.data.workers,
+        sizes=checked.scan.sizes,
+        fast=config.data.decode == "fast",
+    )
     if stored is not None:
         pictures.is_ready = is_identity(preprocess, (stored.shape[2], stored.shape[3]))
         fits = len(stored) * preprocess.channels * side**2 <= config.data.memory_bytes
@@ -116,7 +125,31 @@ def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
             # Without crops, training sees the very pictures that are judged: prepare them once.
             done = np.stack([pictures.for_judging(index) for index in range(len(stored))]) if fits else None
             pictures.stored, pictures.is_ready = done, done is not None
+    elif config.data.cache_side:
+        pictures.cache = PictureCache(
+            checked.source,
+            checked.splits.parts["train"],
+            checked.scan.sizes,
+            pictures.cut,
+            side=config.data.cache_side,
+            limit_bytes=config.data.cache_bytes,
+            workers=config.data.workers,
+        )
     return TrainData(checked.source, checked.splits, pictures)
+
+
+def tell_of_cache(data: TrainData, config: DataConfig, talk: Talk) -> None:
+    """Say where training pictures are kept decoded, or why they are not."""
+    cache, total = data.pictures.cache, len(data.splits.parts["train"])
+    if cache is not None:
+        rest = (
+            "" if cache.num_kept == total else f"; the other {total - cache.num_kept:,} do not fit in data.cache_bytes"
+        )
+        talk.say(
+            f"{cache.num_kept:,} training pictures are kept decoded in {cache.folder}, {byte_size(cache.num_bytes)}{rest}"
+        )
+    elif config.cache_side:
+        talk.say("data.cache_side has nothing to do: the pictures are in memory, decoded")
 
 
 def is_identity(preprocess: Preprocess, size: tuple[int, int]) -> bool:

@@ -29,7 +29,7 @@ from vitrail.training.finish import finish
 from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
 from vitrail.training.precision import autocast, pick_device, supports_bf16
-from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data
+from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data, tell_of_cache
 from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
@@ -131,6 +131,7 @@ def begin(
     show(checked, choices, talk)
     learned = check_start(config, start, talk)
     data = ready_data(checked, config)
+    tell_of_cache(data, config.data, talk)
     if world.is_main:
         create_run(
             folder,
@@ -192,6 +193,7 @@ def go_on(
     check_runnable(config, 1, world, schedule=False)
     checked = check_data(config.data, talk, channels=config.model.in_channels, recorded=folder / "split.json")
     data = ready_data(checked, config)
+    tell_of_cache(data, config.data, talk)
     if info.get("in_memory") != (data.pictures.stored is not None):
         raise ValueError(
             f"{folder}: pictures of other sizes have come or gone since the run began, so that it would go on by another "

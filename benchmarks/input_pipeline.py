@@ -1,0 +1,205 @@
+"""From files to ready batches: images/s of Vitrail's loader and of torchvision's ImageFolder + DataLoader + v2 on PIL.
+
+    python benchmarks/input_pipeline.py DATA [--side 224] [--rounds 5] [--forms exact fast cached memory] [--workers 2]
+
+DATA is a folder of class folders (without train/ and val/), which both read. Both give shuffled batches of float tensors, cropped (random resized crop,
+area 8 to 100 %), mirrored at random and normalised; interpolation is the same. Ours decodes on as many threads as the
+peer has worker processes. Both run in this process's cores, alternating, a whole pass a round after one to warm up; the
+peer's worker start is not counted (persistent workers). "cached" is what the second epoch and later ones read;
+"memory" are small pictures of one size, which Vitrail keeps decoded.
+
+    python benchmarks/input_pipeline.py DATA --memory
+
+measures the peak memory of the input path alone: the process and its workers, as the sum of proportional set sizes
+(shared pages counted once), above what importing takes; the peer with 8 workers, as NUMBERS are quoted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+BATCH = 64
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def ours(data: str, side: int, interpolation: str, form: str, workers: int) -> Callable[[int], int]:
+    """Return a function that reads one pass, by its number, and returns how many pictures it got."""
+    from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
+    from vitrail.console import Talk
+    from vitrail.models.config import ViTConfig
+    from vitrail.training.parallel import World
+    from vitrail.training.prepare import check_data, ready_data
+
+    config = RunConfig(
+        data=DataConfig(
+            source=data,
+            val_fraction=0.02,
+            workers=workers,
+            near_duplicates=False,
+            memory_bytes=2 * 10**9 if form == "memory" else 0,
+            decode="exact" if form == "exact" else "fast",
+            cache_side=round(side * 8 / 7) if form == "cached" else 0,
+        ),
+        model=ViTConfig(image_size=side, patch_size=side // 8, embed_dim=8, depth=1, num_heads=1, num_classes=2),
+        preprocess=PreprocessConfig(mean=MEAN, std=STD, interpolation=interpolation),
+        augment=AugmentConfig(crop_scale=0.08, flip=0.5),
+        batch_size=BATCH,
+    )
+    found = ready_data(check_data(config.data, Talk(quiet=True), channels=3), config)
+    assert (found.pictures.stored is not None) == (form == "memory")
+    stream = found.stream(config, torch.device("cpu"), World())
+    steps = -(-len(found.splits.parts["train"]) // BATCH)
+
+    def one_pass(number: int) -> int:
+        return sum(len(batch.images) for batch in stream.batches(number * steps, (number + 1) * steps))
+
+    return one_pass
+
+
+def theirs(data: str, side: int, interpolation: str, workers: int) -> Callable[[int], int]:
+    """Return the same of torchvision, as its references train."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import InterpolationMode, v2
+
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(side, interpolation=InterpolationMode[interpolation.upper()], antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float, scale=True),
+            v2.Normalize(mean=MEAN, std=STD),
+        ]
+    )
+    loader = DataLoader(
+        ImageFolder(data, transform),
+        BATCH,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+    def one_pass(number: int) -> int:
+        return sum(len(images) for images, _ in loader)
+
+    return one_pass
+
+
+def compare(data: str, side: int, interpolation: str, form: str, workers: int, rounds: int) -> None:
+    """Print images/s of both, round by round alternating, and the ratio."""
+    passes = {"vitrail": ours(data, side, interpolation, form, workers)}
+    passes["torchvision"] = theirs(data, side, interpolation, workers)
+    speed: dict[str, list[float]] = {name: [] for name in passes}
+    for number in range(rounds + 1):
+        for name, one_pass in passes.items():
+            start = time.perf_counter()
+            # Small sets: several passes, so that a round is longer than a scheduler's mood.
+            count, turn = 0, 0
+            while time.perf_counter() - start < 2.0:
+                count += one_pass(100 * number + turn)
+                turn += 1
+            if number:
+                speed[name].append(count / (time.perf_counter() - start))
+    ratios = np.asarray(speed["vitrail"]) / np.asarray(speed["torchvision"])
+    figures = {name: [round(float(x)) for x in np.percentile(each, [0, 50, 100])] for name, each in speed.items()}
+    low, middle, high = np.percentile(ratios, [0, 50, 100])
+    print(f"{form:7s} {interpolation:9s} ratio {middle:.2f} ({low:.2f} to {high:.2f}, n = {rounds}) ", end="")
+    print(
+        f"images/s min/median/max {figures}; per core {figures['vitrail'][1] / (os.cpu_count() or 1):.0f}", flush=True
+    )
+
+
+def peak(what: Callable[[], object]) -> int:
+    """Return the peak of the proportional set sizes of this process and its children while `what` runs, in bytes."""
+    most, stop = 0, threading.Event()
+
+    def total() -> int:
+        pids, children = (
+            [os.getpid()],
+            subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True),
+        )
+        pids += [int(pid) for pid in children.stdout.split()]
+        found = 0
+        for pid in pids:
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                found += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return found
+
+    def watch() -> None:
+        nonlocal most
+        while not stop.is_set():
+            most = max(most, total())
+            time.sleep(0.02)
+
+    before = total()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    what()
+    stop.set()
+    thread.join()
+    return most - before
+
+
+def memory(data: str, side: int, interpolation: str, who: str) -> None:
+    """Print the peak memory of two passes (run in a process of its own)."""
+    import torchvision.transforms.v2  # noqa: F401 - importing is not the input path
+
+    import vitrail.training.prepare  # noqa: F401
+
+    one_pass = theirs(data, side, interpolation, 8) if who == "torchvision" else ours(data, side, interpolation, who, 0)
+    print(json.dumps({"who": who, "MB": round(peak(lambda: [one_pass(0), one_pass(1)]) / 1e6)}), flush=True)
+
+
+def lines() -> Iterator[str]:
+    """Say what machine this is."""
+    import PIL
+    import simplejpeg
+    import torchvision
+
+    yield f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    yield f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("data")
+    options.add_argument("--side", type=int, default=224)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--forms", nargs="+", default=["exact", "fast", "cached"])
+    options.add_argument("--interpolations", nargs="+", default=["bilinear", "bicubic"])
+    options.add_argument("--workers", type=int, default=os.cpu_count())
+    options.add_argument("--memory", action="store_true")
+    options.add_argument("--who", help=argparse.SUPPRESS)
+    chosen = options.parse_args()
+    if chosen.who:
+        memory(chosen.data, chosen.side, chosen.interpolations[0], chosen.who)
+        return
+    print("\n".join(lines()))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["VITRAIL_CACHE"] = cache
+        if chosen.memory:
+            for who in ("torchvision", *chosen.forms):
+                subprocess.run([sys.executable, *sys.argv, "--who", who], check=True)
+            return
+        for interpolation in chosen.interpolations:
+            for form in chosen.forms:
+                compare(chosen.data, chosen.side, interpolation, form, chosen.workers, chosen.rounds)
+
+
+if __name__ == "__main__":
+    main()

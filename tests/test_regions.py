@@ -1,0 +1,304 @@
+"""Crops out of files: the same pixels whoever decodes, smaller decoding only where it is asked for, and the cache."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
+from vitrail.console import Talk
+from vitrail.data.cache import PictureCache, kept_sizes
+from vitrail.data.decode import PictureError
+from vitrail.data.jpeg import FACTORS, decode_jpeg, jpeg_header
+from vitrail.data.preprocess import INTERPOLATIONS
+from vitrail.data.regions import Box, Cut, by_pillow, by_torch, shrunk
+from vitrail.data.sources import open_source
+from vitrail.models.config import ViTConfig
+from vitrail.training.loop import report_dropped
+from vitrail.training.prepare import CheckedData, check_data, ready_data
+
+
+def photo(seed: int, width: int, height: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(picture: Image.Image, orientation: int = 0, **options) -> bytes:
+    buffer = io.BytesIO()
+    tags = Image.Exif()
+    if orientation:
+        tags[274] = orientation
+    picture.save(buffer, "JPEG", exif=tags.tobytes(), **{"quality": 90, **options})
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of several sizes and orientations, grey ones, and PNGs, in two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(16):
+        place = root / "ab"[number % 2]
+        place.mkdir(exist_ok=True)
+        picture = photo(number, 90 + 7 * number, 160 - 5 * number)
+        if number == 3:
+            picture.save(place / f"{number:02d}.png")
+        else:
+            picture = picture.convert("L") if number == 5 else picture
+            (place / f"{number:02d}.jpg").write_bytes(jpeg(picture, number % 9))
+    return root
+
+
+def middle(width: int, height: int) -> Box:
+    return Box(0.1 * width, 0.2 * height, 0.7 * width, 0.6 * height)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+def test_exact_crops_have_the_bits_of_pillows_decoding(folder, mode, interpolation):
+    source, cut = open_source(str(folder)), Cut(24, interpolation, mode)
+    for index in range(len(source.paths)):
+        picture = source.read(index, mode)
+        with Image.open(source.location(index)) as opened:  # another decoder than the one under test
+            own = ImageOps.exif_transpose(opened).convert("RGB").convert(mode)
+        expected = by_pillow(np.asarray(own), middle(*picture.size), (24, 24), interpolation)
+        np.testing.assert_array_equal(cut.read(source, index, middle), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.tuples(st.integers(2, 300), st.integers(2, 300)),
+    st.integers(1, 64),
+    st.sampled_from(sorted(INTERPOLATIONS)),
+)
+def test_a_part_gives_pillow_all_that_its_filter_reaches(seed, size, side, interpolation):
+    """Against Pillow's resizing of the whole picture, up to the rounding between its two passes."""
+    random = np.random.default_rng(seed)
+    picture = photo(seed, *size)
+    width, height = (max(1.0, extent * share) for extent, share in zip(size, random.random(2), strict=True))
+    left, top = random.random() * (size[0] - width), random.random() * (size[1] - height)
+    got = by_pillow(np.asarray(picture), Box(left, top, width, height), (side, side), interpolation)
+    corners = (left, top, min(left + width, size[0]), min(top + height, size[1]))
+    whole = np.asarray(picture.resize((side, side), INTERPOLATIONS[interpolation], box=corners)).transpose(2, 0, 1)
+    difference = np.abs(got.astype(int) - whole)
+    # Smooth pictures: a filter that missed a pixel would be off everywhere; overshoot is cut off between the passes.
+    assert difference.max() <= (3 if interpolation in ("bicubic", "lanczos") else 1)
+
+
+def test_fast_crops_differ_little_and_come_from_smaller_decoding():
+    random = np.random.default_rng(0)
+    picture = photo(1, 640, 480)
+    data = jpeg(picture)
+    header = jpeg_header(data)
+    assert header is not None
+    exact, fast = Cut(48, "bilinear", "RGB"), Cut(48, "bilinear", "RGB", fast=True)
+    for share, factor in ((1.0, 8), (0.6, 4), (0.25, 2), (0.15, 1)):
+        box = Box(30.0, 20.0, 640 * share - 60, 480 * share - 20) if share < 1 else Box(0, 0, 640, 480)
+        assert fast.factor(box) == factor
+        assert exact.factor(box) == 1
+    for number in range(20):
+        side = 60 + 380 * random.random()
+        box = Box(random.random() * (640 - side), random.random() * (480 - side), side, side)
+        pixels = []
+        for cut in (exact, fast):
+            decoded = decode_jpeg(data, header, "RGB", cut.factor(box))
+            assert decoded is not None
+            place = shrunk(box, cut.factor(box), header, decoded.shape)
+            pixels.append(cut.resize(decoded, place, (48, 48)).astype(int))
+        assert np.abs(pixels[0] - pixels[1]).mean() < 4, number  # of 255; another box gives about 40
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_smaller_decoding_is_turned_too(factor, orientation):
+    data = jpeg(photo(2, 161, 90), orientation)
+    header = jpeg_header(data)
+    assert header is not None
+    assert header.turn == orientation
+    whole = decode_jpeg(data, header, "RGB")
+    assert whole is not None
+    whole = np.array(whole).astype(int)
+    small = decode_jpeg(data, header, "RGB", factor)
+    assert small is not None
+    assert whole.shape[1::-1] == header.turned_size
+    assert small.shape[:2] == tuple(-(-side // factor) for side in whole.shape[:2])
+    box = shrunk(Box(0.0, 0.0, *header.turned_size), factor, header, small.shape)
+    for row, column in ((1, 1), (1, small.shape[1] - 2), (small.shape[0] - 2, 1)):  # a pixel is a block's mean
+        top, left = round((row - box.top) * factor), round((column - box.left) * factor)
+        block = whole[top : top + factor, left : left + factor]
+        assert np.abs(block.mean(axis=(0, 1)) - small[row, column]).max() < 6
+
+
+def test_two_levels_at_most_lie_between_the_two_resizers():
+    pixels = np.asarray(photo(5, 300, 200))
+    for box in (Box(10, 20, 200, 150), Box(0, 0, 300, 200), Box(3, 5, 40, 30)):
+        one, other = (by(pixels, box, (64, 64), "bilinear").astype(int) for by in (by_pillow, by_torch))
+        assert np.abs(one - other).max() <= 2
+
+
+def test_a_damaged_file_is_an_error_by_name_in_every_form(folder, tmp_path):
+    place = tmp_path / "copy"
+    for name in ("a", "b"):
+        (place / name).mkdir(parents=True)
+        for number in range(2):
+            (place / name / f"{number}.jpg").write_bytes(jpeg(photo(number, 200, 150)))
+    source = open_source(str(place))
+    broken = place / "a" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:-900])
+    for fast in (False, True):
+        with pytest.raises(PictureError, match=r"a/0\.jpg: damaged"):
+            Cut(16, "bilinear", "RGB", fast).read(source, 0, middle)
+
+
+def test_header_of_what_is_no_plain_jpeg_is_none():
+    assert jpeg_header(b"") is None
+    assert jpeg_header(b"\xff\xd8\xff") is None
+    assert jpeg_header(b"\x89PNG\r\n\x1a\n") is None
+    assert jpeg_header(jpeg(photo(0, 20, 20).convert("CMYK"))) is None
+    assert jpeg_header(jpeg(photo(0, 20, 20))[:30]) is None
+
+
+def loaded(folder: Path, **data) -> tuple[RunConfig, CheckedData]:
+    settings_ = DataConfig(source=str(folder), memory_bytes=0, near_duplicates=False, workers=2, **data)
+    config = RunConfig(
+        data=settings_,
+        model=ViTConfig(image_size=24, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=2),
+        preprocess=PreprocessConfig(interpolation="bilinear"),
+        augment=AugmentConfig(crop_scale=0.3, flip=0.5),
+        batch_size=4,
+    )
+    return config, check_data(settings_, Talk(quiet=True), channels=3)
+
+
+def batches(config: RunConfig, checked: CheckedData, start: int = 0, stop: int = 9):
+    import torch
+
+    from vitrail.training.parallel import World
+
+    data = ready_data(checked, config)
+    return data, list(data.stream(config, torch.device("cpu"), World()).batches(start, stop))
+
+
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, tmp_path):
+    """An empty cache, a half full one and a full one, threads or not, and one without a place for most pictures."""
+    import torch
+
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "one"))
+    config, checked = loaded(folder, decode=decode, cache_side=32)
+    data, first = batches(config, checked)
+    cache = data.pictures.cache
+    assert cache is not None
+    assert cache.num_kept == len(data.splits.parts["train"])
+    monkeypatch.setattr(PictureCache, "_decode", None)  # all is there: nothing may be decoded any more
+    again, second = batches(config, checked)
+    assert again.pictures.cache is not None
+    assert again.pictures.cache.folder == cache.folder
+    monkeypatch.undo()
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "two"))
+    _, late = batches(config, checked, 3, 9)
+    few, rest = batches(replace(config, data=replace(config.data, cache_bytes=8000)), checked)
+    assert few.pictures.cache is not None
+    assert 0 < few.pictures.cache.num_kept < cache.num_kept
+    for other in (second, late, rest):
+        for one, two in zip(first[-len(other) :], other, strict=True):
+            assert torch.equal(one.images, two.images)
+            assert one.indices.tolist() == two.indices.tolist()
+
+
+def test_what_was_kept_badly_is_decoded_again(folder, monkeypatch, tmp_path):
+    """A process that was killed, or a disk that lies: a place whose checksum does not hold is no picture."""
+    import torch
+
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
+    config, checked = loaded(folder, cache_side=32)
+    data, first = batches(config, checked)
+    assert data.pictures.cache is not None
+    place = data.pictures.cache.folder / "pixels"
+    content = bytearray(place.read_bytes())
+    for at in range(100, len(content), 5000):
+        content[at] ^= 255
+    place.write_bytes(content)
+    _, second = batches(config, checked)
+    assert all(torch.equal(one.images, two.images) for one, two in zip(first, second, strict=True))
+    assert place.read_bytes() != bytes(content)
+
+
+def test_a_changed_file_has_another_cache(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
+    copy = tmp_path / "copy"
+    for path in folder.rglob("*.*"):
+        (copy / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (copy / path.parent.name / path.name).write_bytes(path.read_bytes())
+    config, checked = loaded(copy, cache_side=32)
+    data, _ = batches(config, checked)
+    changed = Path(data.source.location(int(data.splits.parts["train"][0])))
+    changed.write_bytes(jpeg(photo(99, 120, 100)))
+    again, found = batches(*loaded(copy, cache_side=32))
+    assert data.pictures.cache is not None
+    assert again.pictures.cache is not None
+    assert data.pictures.cache.folder != again.pictures.cache.folder
+    assert all(np.isfinite(batch.images.numpy()).all() for batch in found)
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_training(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
+    config, checked = loaded(folder, cache_side=32)
+    data = ready_data(checked, config)
+    cache = data.pictures.cache
+    assert cache is not None
+    cache._file = os.open("/dev/full", os.O_RDWR)  # every write there says that the disk is full
+    part = data.splits.parts["train"]
+    before = cache.read(int(part[0]))
+    assert "No space left" in cache.full
+    np.testing.assert_array_equal(cache.read(int(part[0])), before)
+    report_dropped(data, None, Talk())  # type: ignore[arg-type]
+    report_dropped(data, None, Talk())  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count("no more pictures are kept decoded") == 1
+
+
+def test_threads_share_a_cache(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
+    config, checked = loaded(folder, cache_side=32)
+    caches = [ready_data(checked, config).pictures.cache for _ in range(2)]  # as two processes would have
+    part = checked.splits.parts["train"].tolist()
+    wanted = {index: np.array(caches[0]._decode(index)[0]) for index in part}  # type: ignore[union-attr]
+    wrong: list[int] = []
+
+    def read(cache: PictureCache) -> None:
+        for index in part * 3:
+            if not np.array_equal(cache.read(index), wanted[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=read, args=(cache,)) for cache in caches for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_kept_sizes():
+    sizes = np.asarray([[100, 200], [200, 100], [20, 30], [33, 1000]])
+    assert kept_sizes(sizes, 32).tolist() == [[32, 64], [64, 32], [20, 30], [32, 970]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": DataConfig(cache_side=16)}, "less than model.image_size 224.*try 256"),
+        ({"data": DataConfig(cache_side=256), "augment": AugmentConfig()}, "crop_scale is 1"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**{"augment": AugmentConfig(crop_scale=0.5), **changes})
