@@ -130,7 +130,7 @@ def by_torch(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation:
 
     left, top = round(box.left), round(box.top)
     right, bottom = max(left + 1, round(box.left + box.width)), max(top + 1, round(box.top + box.height))
-    part = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).permute(2, 0, 1)[None]
+    part = torch.from_numpy(np.array(pixels[top:bottom, left:right], order="C")).permute(2, 0, 1)[None]
     if (part.shape[3], part.shape[2]) == size:
         return part[0].contiguous().numpy()
     return F.interpolate(part, size[::-1], mode=interpolation, antialias=True)[0].numpy()
