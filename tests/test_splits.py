@@ -30,6 +30,7 @@ class Listing:
     problems: tuple[Problem, ...] = ()
     flip_reason: str = ""
     groups: np.ndarray | None = None
+    weights: np.ndarray | None = None
     divided_by: str = "the folders"
 
     def read(self, index: int, mode: str) -> PIL.Image.Image:

@@ -94,7 +94,7 @@ _PATCH_SIZE = "side of a patch, for models trained with several by --model.patch
 _RESIZE = "crop, squash, or aspect: whole pictures in their own aspect ratio (the model's own)"
 _MODEL = "run folder, model or weights file, folder of transformers or timm, hf:NAME, timm:NAME, torchvision:NAME"
 _DATA = (
-    "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group]; torchvision:NAME; "
+    "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group][,weight]; torchvision:NAME; "
     "hf:NAME-or-folder; or digits"
 )
 _START = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {_MODEL}"

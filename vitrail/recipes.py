@@ -36,6 +36,7 @@ class Facts:
         flip_reason: why pictures must not be mirrored; empty when they may.
         device: cpu or cuda.
         bf16: whether the device computes bfloat16 on its own instructions.
+        class_sizes: pictures in the smallest and in the largest class of the training part.
     """
 
     num_train: int
@@ -46,6 +47,7 @@ class Facts:
     flip_reason: str
     device: str
     bf16: bool
+    class_sizes: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ IDLE: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "schedule.step_every": ("schedule.decay", lambda config: config.schedule.decay == "step"),
     "schedule.step_gamma": ("schedule.decay", lambda config: config.schedule.decay == "step"),
     "schedule.final_fraction": ("schedule.decay", lambda config: config.schedule.decay in ("cosine", "linear")),
+    "optim.effective_beta": ("optim.class_weights", lambda config: config.optim.class_weights == "effective"),
+    "data.val_fraction": ("data.folds", lambda config: config.data.folds == 0),
     "lora.alpha": ("lora.rank", lambda config: config.lora.rank > 0),
     "lora.targets": ("lora.rank", lambda config: config.lora.rank > 0),
     "preprocess.crop_fraction": ("preprocess.resize", lambda config: "crop" in config.preprocess.resize),

@@ -43,6 +43,7 @@ from vitrail.training.start import (
     pinned,
     ready_start,
 )
+from vitrail.training.weighting import loss_weights, mean_weights
 from vitrail.weights.adapt import Start, refuse_misfit
 from vitrail.weights.store import ModelHeader, versions
 
@@ -144,6 +145,7 @@ def begin(
             versions=versions(),
             machine=machine(str(pick_device(config.device)), config.precision),
             num_parameters=num_parameters(config.model),
+            **weights_note(data, config),
             **learned,
             **({"start": note_of(start)} if config.pretrained else {}),
             processes=world.size,
@@ -228,6 +230,13 @@ def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, 
         Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
 
 
+def weights_note(data: TrainData, config: RunConfig) -> dict[str, Any]:
+    """Return what `run.json` keeps of weights in the loss, where there are any."""
+    part = data.splits.parts["train"]
+    weights = loss_weights(data.source, part, config.optim)
+    return {} if weights is None else {"loss_weights": mean_weights(data.source, part, weights)}
+
+
 def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> None:
     """Raise a ValueError when a share was asked for that the source's own parts decide."""
     own = set() if checked.source.split is None else set(checked.source.split.tolist())
@@ -298,6 +307,7 @@ def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | No
 def facts_of(checked: CheckedData, device: str) -> Facts:
     """Return what recipes may look at."""
     train_part = checked.splits.parts["train"]
+    counts = np.bincount(checked.source.targets[train_part], minlength=len(checked.source.labels))
     sizes = checked.scan.sizes[checked.scan.good]
     chosen = pick_device(device)
     return Facts(
@@ -309,6 +319,7 @@ def facts_of(checked: CheckedData, device: str) -> Facts:
         flip_reason=checked.source.flip_reason,
         device=chosen.type,
         bf16=supports_bf16(chosen),
+        class_sizes=(int(counts.min()), int(counts.max())),
     )
 
 
@@ -316,6 +327,8 @@ def show(checked: CheckedData, choices: list[Choice], talk: Talk) -> None:
     """Print what was found and what was chosen, a line each."""
     parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.parts.items())
     talk.say(f"{checked.source.name}: {len(checked.source.labels)} classes; {parts} ({checked.splits.rule})")
+    if (weights := checked.source.weights) is not None:
+        talk.say(f"  the column weight says what a picture counts in the loss: {weights.min():g} to {weights.max():g}")
     for choice in choices:
         is_model = choice.setting in ("variant", "pretrained")
         if choice.value or not is_model:
