@@ -129,7 +129,7 @@ def test_other_columns_are_named_in_one_line(pictures):
     assert [(each.severity, each.kind, each.paths) for each in source.problems] == [
         ("warning", "name", ("mass", "notes"))
     ]
-    assert "columns weight, notes: not read" in source.problems[0].message
+    assert "columns mass, notes: not read" in source.problems[0].message
 
 
 def test_a_relative_table_is_read_from_anywhere(pictures, monkeypatch):

@@ -264,7 +264,9 @@ def given_settings(options: Any, where: str = "") -> dict[str, Any]:
 def check_options() -> type:
     """Return the options of `vitrail check`: its own, and the settings of the data as `--data.field`."""
     data = dataclasses.make_dataclass(
-        "data", settings_of(DataConfig, skip=("source", "memory_bytes"), otherwise=""), frozen=True
+        "data",
+        settings_of(DataConfig, skip=("source", "memory_bytes", "sampling", "folds", "fold"), otherwise=""),
+        frozen=True,
     )
     own = [
         ("data_source", Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]),
@@ -333,9 +335,13 @@ def do_train(options: Any) -> int:
         name = {"val": "validation", "test": "test"}[part]
         right = round(judged["top1"] * judged["num_images"])
         talk.good(f"{name} accuracy {judged['top1']:.2%} ({right:,} of {judged['num_images']:,})")
-    talk.say(f"report:  {result.folder / 'report.html'}")
-    talk.say(f"model:   {result.folder / 'model.safetensors'}")
-    talk.say(f"next:    vitrail predict {shlex.quote(str(result.folder))} PICTURE…")
+    run_folder = result.folder
+    if result.folds:
+        talk.say(f"folds:   {result.folder / 'folds.json'}")
+        run_folder = result.folder / "fold-0"
+    talk.say(f"report:  {run_folder / 'report.html'}")
+    talk.say(f"model:   {run_folder / 'model.safetensors'}")
+    talk.say(f"next:    vitrail predict {shlex.quote(str(run_folder))} PICTURE…")
     return OK
 
 

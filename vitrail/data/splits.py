@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.config import DataConfig
+from vitrail.data.folds import fold_numbers, fold_problems
 from vitrail.data.listing import places
 from vitrail.data.places import FOLDERS
 from vitrail.data.problems import Problem
@@ -25,11 +26,13 @@ class Splits:
         parts: part name → indices of its pictures, ascending. `test` never chooses a model.
         fingerprint: hash of which file, with which label, is in which part.
         rule: how the division came about, for people.
+        problems: what was found wrong while dividing.
     """
 
     parts: dict[str, np.ndarray]
     fingerprint: str
     rule: str
+    problems: tuple[Problem, ...] = ()
 
 
 def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
@@ -37,8 +40,10 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
 
     Pictures of one group (duplicates, or what the source calls a group) stay on one side. Pictures that are not `good` are in no part.
 
+    With `data.folds`, one fold of what is not the test part becomes the validation part.
+
     Raises:
-        ValueError: a part that training needs would be empty.
+        ValueError: there are to be folds, but the source has a validation part of its own.
     """
     usable = np.flatnonzero(good)
     mark = "/" if source.divided_by == FOLDERS else ""
@@ -47,10 +52,16 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
     else:
         parts = {name: usable[source.split[usable] == name] for name in dict.fromkeys(source.split.tolist())}
         pool, rule = parts.get("train", usable[:0]), f"{source.divided_by} " + ", ".join(name + mark for name in parts)
+    if config.folds and "val" in parts:
+        raise ValueError(
+            f"{source.name}: data.folds {config.folds} makes validation parts of the training pictures, but {source.divided_by} "
+            f"name one already (val{mark}); move its pictures into train{mark}, or leave data.folds out"
+        )
     wanted = {
         "test": 0.0 if "test" in parts else config.test_fraction,
-        "val": 0.0 if "val" in parts else config.val_fraction,
+        "val": 0.0 if "val" in parts or config.folds else config.val_fraction,
     }
+    problems: list[Problem] = []
     if source.split is None or "train" in parts:
         left = 1.0
         for name, fraction in wanted.items():
@@ -58,11 +69,16 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
             if len(taken):
                 parts[name], pool, left = taken, np.setdiff1d(pool, taken), left - fraction
                 rule += f"; {name}: a stratified {fraction:.0%} of train{mark}" if source.split is not None else ""
+        if config.folds:
+            numbers = fold_numbers(pool, source.targets, groups, config.folds, config.split_seed)
+            problems = fold_problems(source.labels, source.targets[pool], numbers, config.folds)
+            parts["val"], pool = pool[numbers == config.fold], pool[numbers != config.fold]
+            rule += f"; val: fold {config.fold} of {config.folds} (from 0), stratified"
         parts["train"] = pool
     if source.groups is not None and ("stratified" in rule):
         rule += f"; {len(np.unique(source.groups[source.groups >= 0])):,} groups kept whole"
     parts = {name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])}
-    return Splits(parts, fingerprint(source, parts), rule)
+    return Splits(parts, fingerprint(source, parts), rule, tuple(problems))
 
 
 def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -145,7 +161,7 @@ def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> l
             f"{source.name}: no pictures for validation ({len(train)} for training); add val/ folders, more pictures "
             "(at least two a class), or raise --data.val_fraction"
         )
-    return class_problems(source, splits)
+    return [*splits.problems, *class_problems(source, splits)]
 
 
 def class_problems(source: Source, splits: Splits) -> list[Problem]:

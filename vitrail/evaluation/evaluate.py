@@ -194,7 +194,8 @@ def trained_parts(
 def split_rule(classifier: Classifier) -> dict[str, Any]:
     """Return the settings of `DataConfig` that divided the data the model was trained on."""
     trained = classifier.header.split
-    return {name: trained[name] for name in ("val_fraction", "test_fraction", "split_seed") if name in trained}
+    rule = ("val_fraction", "test_fraction", "split_seed", "folds", "fold")
+    return {name: trained[name] for name in rule if name in trained}
 
 
 def choose_part(split: str | None, parts: Splits, source: str) -> str:

@@ -63,6 +63,8 @@ class TrainData:
             "val_fraction": config.val_fraction,
             "test_fraction": config.test_fraction,
             "split_seed": config.split_seed,
+            "folds": config.folds,
+            "fold": config.fold,
             "near_duplicates": config.near_duplicates,
         }
 
