@@ -231,3 +231,16 @@ def test_two_processes_train_all_folds(crossed, tmp_path):
     assert found["parts"]["val"]["mean"]["loss"] == pytest.approx(
         result.folds["parts"]["val"]["mean"]["loss"], abs=0.02
     )
+
+
+def test_folds_stay_what_they_are():
+    # A model file makes its division again by (folds, fold, seed).
+    source = listing(60, 25, 12, 3)
+    groups = np.random.Generator(np.random.Philox(key=7)).integers(0, 80, 100)
+    prints = [divided(source, groups, folds=4, fold=fold, split_seed=7).fingerprint for fold in range(4)]
+    assert prints == [
+        "8527fdde4fc0c2690f9a10ba30655306",
+        "f8c0a48a25706f4bef93279ab609d1d0",
+        "1f2e3687a87eacb3445c4db4a5aa131f",
+        "9faf9bbfe39a8cd01764dc91d5831c8b",
+    ]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vitrail.cli import run as vitrail
 from vitrail.config import OptimConfig, RunConfig
 from vitrail.console import Talk
 from vitrail.data.loader import Batch
@@ -142,3 +143,19 @@ def test_a_run_trains_with_them_and_records_them(make_folder, tmp_path: Path, ti
             assert noted == {n: round(w, 6) for n, w in zip(("flat", "slant", "steep"), wanted.tolist(), strict=True)}
     first = [next(line["train/loss"] for line in each if "train/loss" in line) for each in lines.values()]
     assert first[0] != first[1]
+
+
+def test_uneven_classes_are_told_of_at_the_start_and_in_every_judgement(make_folder, tmp_path: Path, capsys):
+    data = make_folder(tmp_path / "data", count=60)
+    for label, kept in (("steep", 4), ("slant", 30)):
+        for path in sorted((data / label).iterdir())[kept:]:
+            path.unlink()
+    words = ["--model", "nano8", "--model.depth", "1", "--model.embed-dim", "24", "--epochs", "1"]
+    words += ["--model.num-heads", "2"]
+    assert vitrail(["train", str(data), "--out", str(tmp_path / "run"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "--data.sampling sqrt: classes have 3 to 48 pictures" in said
+    assert "mean recall of the classes" in said
+    assert vitrail(["eval", str(tmp_path / "run"), str(data), "--out", str(tmp_path / "eval.json")]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert f"mean recall of the classes {found['balanced_accuracy']:.2%}" in capsys.readouterr().out

@@ -29,6 +29,7 @@ LORA_NAMES = ("qkv", "proj", "fc1", "fc2")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 SAMPLING_NAMES = ("natural", "balanced", "sqrt")
 CLASS_WEIGHT_NAMES = ("none", "inverse", "effective")
+UNEVEN = 10  # classes count as uneven where the largest has so many times the pictures of the smallest
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from vitrail.config import RunConfig, at_least, load_config
+from vitrail.config import UNEVEN, RunConfig, at_least, load_config
 from vitrail.lookup import pick
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.variants import SIZES, suffix_fields, variant_config
@@ -204,8 +204,27 @@ def auto(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
     depth_of = {choice.setting: choice.value for choice in choices} | dict(given)
     choices += duration(facts, depth_of)
     choices += augmentation(facts)
+    choices += sampling(facts, given)
     choices += speed(facts)
     return choices
+
+
+def sampling(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
+    """Show rare classes more often where classes are uneven, unless the user corrects that in the loss."""
+    if not is_uneven(facts) or given.get("optim.class_weights", "none") != "none":
+        return []
+    smallest, largest = facts.class_sizes
+    reason = (
+        f"classes have {smallest:,} to {largest:,} pictures: rare ones come more often, which found more of them and cost "
+        "no accuracy where it was measured"
+    )
+    return [Choice("data.sampling", "sqrt", reason)]
+
+
+def is_uneven(facts: Facts) -> bool:
+    """Whether the classes of the training part differ so much in size that something has to be said."""
+    smallest, largest = facts.class_sizes
+    return largest >= UNEVEN * smallest
 
 
 def speed(facts: Facts) -> list[Choice]:

@@ -37,8 +37,9 @@ def fold_numbers(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fold
     for label, count in enumerate(np.bincount(classes[singles], minlength=len(sizes))):
         here, singles = singles[:count], singles[count:]
         if count and sizes[label] > 1:
-            numbers[here] = np.repeat(np.arange(folds), levelled(filled, label, int(count)))
-            np.add.at(filled, (numbers[here], label), 1)
+            more = levelled(filled, label, int(count))
+            numbers[here] = np.repeat(np.arange(folds), more)
+            filled[:, label] += more
     # Groups of several classes may have brought all of a small class into one fold.
     for label in np.flatnonzero((sizes > 1) & ((filled > 0).sum(axis=0) == 1)):
         fold = int(filled[:, label].argmax())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from vitrail.config import DataConfig
-from vitrail.data.folds import fold_numbers, fold_problems
+from vitrail.config import UNEVEN, DataConfig
+from vitrail.data.folds import arranged, fold_numbers, fold_problems
 from vitrail.data.listing import places
 from vitrail.data.places import FOLDERS
 from vitrail.data.problems import Problem
@@ -89,40 +90,54 @@ def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fracti
     random = np.random.Generator(np.random.Philox(key=seed))
     order = random.permutation(pool)
     # A group that spans classes (the same picture under two labels) is taken or left with the class it is met in first.
-    members: dict[int, list[int]] = {}
-    for index in order:
-        members.setdefault(int(groups[index]), []).append(int(index))
+    members, starts = arranged(order, groups)
     sizes = np.bincount(targets[pool])
     quota = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
-    taken: list[int] = []
-    filled = np.zeros_like(quota)
-    rest: list[tuple[list[int], np.ndarray]] = []
-    for group in members.values():
-        counts = np.bincount(targets[group], minlength=len(quota))
-        if (filled + counts <= quota).all():
-            filled += counts
-            taken += group
-        elif len(group) > 1:
-            rest.append((group, counts))
+    taken = np.zeros(len(starts) - 1, dtype=bool)
+    filled, limits = [0] * len(quota), quota.tolist()  # Python's own numbers: a million steps, most of one picture
+    classes, bounds = targets[members].tolist(), starts.tolist()
+    for group, (start, stop) in enumerate(pairwise(bounds)):
+        own = classes[start:stop]
+        if all(filled[label] + own.count(label) <= limits[label] for label in own):
+            taken[group] = True
+            for label in own:
+                filled[label] += 1
+    add_large_groups(taken, np.asarray(filled), quota, sizes, targets[members], starts)
+    return np.sort(members[np.repeat(taken, np.diff(starts))])
+
+
+def add_large_groups(
+    taken: np.ndarray, filled: np.ndarray, quota: np.ndarray, sizes: np.ndarray, classes: np.ndarray, starts: np.ndarray
+) -> None:
+    """Take groups of several pictures that do not fit into what their classes should give, where that is better.
+
+    Args:
+        taken: which groups are taken; changed in place.
+        filled, quota, sizes: of each class, how many pictures are taken, should be, and there are.
+        classes: the class of every picture, group after group.
+        starts: where each group begins, and the end.
+    """
+    several = np.flatnonzero(np.diff(starts) > 1)
+    counts = {group: classes[starts[group] : starts[group + 1]] for group in several.tolist()}
+
+    def take(group: int, *, if_nearer: bool) -> bool:
+        more = filled + np.bincount(counts[group], minlength=len(quota))
+        fits = (more < np.maximum(sizes, 1)).all()
+        if not fits or (if_nearer and distance(more, quota) >= distance(filled, quota)):
+            return False
+        taken[group], filled[:] = True, more
+        return True
+
     # Where large groups leave a gap that none fits into, one that overshoots may still bring the sizes nearer.
-    for group, counts in rest:
-        if (
-            distance(filled + counts, quota) < distance(filled, quota)
-            and (filled + counts < np.maximum(sizes, 1)).all()
-        ):
-            filled += counts
-            taken += group
+    for group in several[~taken[several]].tolist():
+        take(group, if_nearer=True)
     # A class whose groups are all larger than its share gives its smallest, if that leaves it a picture.
-    for label in np.flatnonzero(quota > 0):
-        if filled[label]:
-            continue
-        for group in sorted((each for each in members.values() if label in targets[each]), key=len):
-            counts = np.bincount(targets[group], minlength=len(quota))
-            if (filled + counts < np.maximum(sizes, 1)).all():
-                filled += counts
-                taken += group
-                break
-    return np.sort(np.asarray(taken, dtype=np.int64))
+    for label in np.flatnonzero((quota > 0) & (filled == 0)):
+        if not filled[label]:
+            own = [group for group, each in counts.items() if label in each]
+            for group in sorted(own, key=lambda each: len(counts[each])):
+                if take(group, if_nearer=False):
+                    break
 
 
 def distance(filled: np.ndarray, quota: np.ndarray) -> int:
@@ -181,7 +196,7 @@ def class_problems(source: Source, splits: Splits) -> list[Problem]:
     if small:
         text = f"{len(small)} classes have fewer than 10 training pictures: {', '.join(small[:10])}"
         problems.append(Problem("warning", "small-class", small, text))
-    if counts.max() >= 10 * max(counts.min(), 1):
+    if counts.max() >= UNEVEN * max(counts.min(), 1):
         text = f"classes are uneven: {counts.min()} to {counts.max()} training pictures"
         problems.append(Problem("warning", "imbalance", (), text))
     return problems

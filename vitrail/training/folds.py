@@ -61,7 +61,7 @@ def train_folds(
             same = {"data.fold": number}
             result = begin(place, source, str(first / "config.json"), same, world, talk, told=True)
         evaluations.append(result.evaluation)
-    found = together(evaluations) | {"source": source}
+    found = {"source": source, **together(evaluations)}
     for part, figures in found["parts"].items():
         lines = [f"{name} {percent(name, figures['mean'][name], figures['deviation'][name])}" for name in FIGURES]
         talk.say(f"{part} over {count} folds, mean ± standard deviation: {', '.join(lines)}")

@@ -108,7 +108,7 @@ def train(
     folder = Path(out) if out is not None else None
     folder = world.from_main(folder or (newest_folder(source) if resume else new_folder(source)))
     data = (recipe_file(recipe or "auto") or RunConfig()).data
-    folds, fold = given.get("data.folds", data.folds), given.get("data.fold", data.fold)
+    folds, fold = int(given.get("data.folds", data.folds)), int(given.get("data.fold", data.fold))
     if world.from_main(has_folds(folder)) if resume else folds > 0 and fold == -1:
         from vitrail.training.folds import train_folds
 
