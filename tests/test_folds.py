@@ -212,6 +212,14 @@ def test_what_cannot_be_resumed_or_begun_is_refused(crossed, tiny):
     assert not (result.folder.parent / "new").exists()
 
 
+def test_a_folds_model_judges_other_data_by_its_own_parts(crossed, make_folder, tmp_path):
+    for part in ("train", "val"):
+        make_folder(tmp_path / "other" / part, count=4)
+    model = str(crossed[0].folder / "fold-1")
+    found = evaluate(model, str(tmp_path / "other"), device=torch.device("cpu"), talk=QUIET)
+    assert (found["split"], found["num_images"]) == ("val", 12)
+
+
 def test_a_word_for_all_folds_names_one(crossed, capsys):
     result, data = crossed
     assert vitrail(["eval", str(result.folder), str(data)]) == 1

@@ -215,8 +215,8 @@ def sampling(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
         return []
     smallest, largest = facts.class_sizes
     reason = (
-        f"classes have {smallest:,} to {largest:,} pictures: rare ones come more often, which found more of them and cost "
-        "no accuracy where it was measured"
+        f"classes have {smallest:,} to {largest:,} pictures: rare ones come more often; where it was measured, more of them "
+        "were found, at about the same accuracy"
     )
     return [Choice("data.sampling", "sqrt", reason)]
 

@@ -180,7 +180,10 @@ def trained_parts(
             return load_splits(source, recorded, good)
         except ValueError as error:
             raise ValueError(f"{error}. {remedy.capitalize()}") from None
-    made = make_splits(source, dataclasses.replace(data, **split_rule(classifier)), good, groups)
+    rule = split_rule(classifier)
+    if rule.get("folds") and source.split is not None and "val" in source.split:
+        return None  # folds are never made of such data
+    made = make_splits(source, dataclasses.replace(data, **rule), good, groups)
     if made.fingerprint == trained.get("fingerprint"):
         return made
     if source.split is None and same_name:

@@ -20,7 +20,14 @@ from vitrail.training.parallel import World
 from vitrail.training.run import FIRST_FOLD, check_new
 from vitrail.training.session import Result, begin, go_on
 
-FIGURES = ("top1", "top5", "loss", "ece", "balanced_accuracy")
+# What is averaged over the folds, and how people call it.
+FIGURES = {
+    "top1": "accuracy",
+    "top5": "top-5",
+    "loss": "loss",
+    "ece": "calibration error",
+    "balanced_accuracy": "mean recall of the classes",
+}
 
 
 def train_folds(
@@ -63,8 +70,9 @@ def train_folds(
         evaluations.append(result.evaluation)
     found = {"source": source, **together(evaluations)}
     for part, figures in found["parts"].items():
-        lines = [f"{name} {percent(name, figures['mean'][name], figures['deviation'][name])}" for name in FIGURES]
-        talk.say(f"{part} over {count} folds, mean ± standard deviation: {', '.join(lines)}")
+        talk.say(f"{part} part, mean ± standard deviation over {count} folds:")
+        for name, word in FIGURES.items():
+            talk.say(f"  {word:<28}{percent(name, figures['mean'][name], figures['deviation'][name])}")
     if world.is_main:
         write_text(folder / "folds.json", json.dumps(found, indent=2) + "\n")
     world.wait()
