@@ -144,3 +144,26 @@ def test_what_the_user_fixes_is_never_changed(given, facts):
         assert values[name] == value
     assert not {choice.setting for choice in choices} & set(given)
     assert config.model.decoder == ("concat" if "concat" in config.variant else given.get("model.decoder", "mean"))
+
+
+def test_uneven_classes_are_sampled_by_the_root_of_their_size_unless_the_user_corrects_them_otherwise():
+    uneven = dataclasses.replace(CIFAR, class_sizes=(50, 500))
+    config, choices = build_config("auto", uneven, {"data.source": "x"})
+    assert config.data.sampling == "sqrt"
+    (reason,) = [choice.reason for choice in choices if choice.setting == "data.sampling"]
+    assert reason.startswith("classes have 50 to 500 pictures")
+    for fixed, sampling in (({"data.sampling": "natural"}, "natural"), ({"optim.class_weights": "inverse"}, "natural")):
+        config, choices = build_config("auto", uneven, {"data.source": "x", **fixed})
+        assert config.data.sampling == sampling
+        assert "data.sampling" not in {choice.setting for choice in choices}
+    for even in (CIFAR, dataclasses.replace(CIFAR, class_sizes=(51, 500))):
+        config, choices = build_config("auto", even, {"data.source": "x"})
+        assert config.data.sampling == "natural"
+        assert "data.sampling" not in {choice.setting for choice in choices}
+
+
+def test_weights_of_classes_that_nothing_uses_are_refused():
+    with pytest.raises(ValueError, match="optim.effective_beta 0.9 has no effect with optim.class_weights 'none'"):
+        build_config("auto", CIFAR, {"data.source": "x", "optim.effective_beta": 0.9})
+    config = build_config("auto", CIFAR, {"optim.effective_beta": 0.9, "optim.class_weights": "effective"})[0]
+    assert config.optim.effective_beta == 0.9

@@ -1,5 +1,6 @@
 """Fine-tuning: from any weights, gently, exactly; and better than from scratch."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -267,6 +268,10 @@ def test_auto_keeps_what_the_weights_bring(tuned):
     given = {"pretrained": str(tuned), "optim.lr": 1e-5, "epochs": 2.0, "model.image_size": 32, "model.drop_path": 0.3}
     values = dict(leaves(build_config("auto", FACTS, given, header)[0]))
     assert {name: values[name] for name in given} == given
+    uneven = dataclasses.replace(FACTS, class_sizes=(20, 900))
+    left, told = build_config("auto", uneven, {"pretrained": str(tuned)}, header)
+    assert left.data.sampling == "natural"
+    assert [each.reason[:27] for each in told if each.setting == "data.sampling"] == ["classes have 20 to 900 pict"]
     article, _ = build_config("article", FACTS, {"pretrained": str(tuned)}, header)
     assert (article.optim.lr, article.model.depth, article.preprocess.mean) == (3e-5, 2, (0.5, 0.5, 0.5))
 

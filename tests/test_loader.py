@@ -110,7 +110,7 @@ def test_each_picture_comes_exactly_once_an_epoch(count, share, seed, ranks):
         for r in range(ranks)
     ]
     steps = -(-4 * count // (share * ranks))
-    rows = [one.positions(step) for step in range(steps) for one in each]
+    rows = [one.order.at(step, one.rank, ranks) for step in range(steps) for one in each]
     assert all(len(epochs) == len(indices) == share for epochs, indices in rows)
     epochs, indices = (np.concatenate(column) for column in zip(*rows, strict=True))
     assert epochs.tolist() == sorted(epochs.tolist())
@@ -124,8 +124,9 @@ def test_each_picture_comes_exactly_once_an_epoch(count, share, seed, ranks):
 def test_another_seed_is_another_order(files):
     data, config = load(files, AugmentConfig(), memory=True)
     one, two = stream((data, config)), stream((data, replace(config, seed=6)))
-    assert one.order(0).tolist() != two.order(0).tolist()
-    assert sorted(one.order(0)) == sorted(two.order(0)) == list(range(len(data.splits.parts["train"])))
+    first, second = (each.order.epoch(0)[1].tolist() for each in (one, two))
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(len(data.splits.parts["train"])))
 
 
 def test_targets_belong_to_their_pictures(files):

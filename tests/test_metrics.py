@@ -2,7 +2,13 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, top_k_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    log_loss,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 
 from vitrail.evaluation.calibration import calibration_error, calibration_table, fit_temperature
 from vitrail.evaluation.metrics import Outputs, headline, judgement, target_ranks
@@ -33,6 +39,13 @@ def test_figures_equal_scikit_learns():
         assert (row["precision"], row["recall"], row["f1"]) == pytest.approx((precision[i], recall[i], f1[i]))
         assert row["count"] == count[i]
     assert result["num_images"] == 500
+    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(out.targets, predicted))
+
+
+def test_balanced_accuracy_is_of_the_classes_that_are_there():
+    logits = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 1, 0]]
+    result = judgement(Outputs(logits, np.asarray([0, 0, 0, 0, 1, 1]), np.arange(6)), ("a", "b", "none"))
+    assert result["balanced_accuracy"] == (3 / 4 + 1 / 2) / 2
 
 
 def test_top5_with_fewer_than_five_classes_is_defined():

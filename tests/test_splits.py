@@ -30,6 +30,7 @@ class Listing:
     problems: tuple[Problem, ...] = ()
     flip_reason: str = ""
     groups: np.ndarray | None = None
+    weights: np.ndarray | None = None
     divided_by: str = "the folders"
 
     def read(self, index: int, mode: str) -> PIL.Image.Image:
@@ -307,3 +308,19 @@ def test_what_training_should_say_is_said():
 def test_even_classes_have_nothing_to_say():
     source = listing(20, 20)
     assert check_trainable(source, divided(source)) == []
+
+
+@pytest.mark.parametrize(
+    ("most", "seed", "wanted"),
+    [
+        (100, 0, "b5410c902f4937fba08b4fe3e458e70a"),
+        (60, 1, "b47a62928ee060cea7be2ca9e8c61683"),
+        (20, 2, "fdd246fb642f7e7c82bef36f0def5bd2"),
+    ],
+)
+def test_divisions_are_what_they_always_were(most, seed, wanted):
+    # Made on commit 9595d9e: a model file makes its division again, and must come to the same one.
+    source = listing(60, 25, 12, 3)
+    groups = np.random.Generator(np.random.Philox(key=seed)).integers(0, most, 100)
+    splits = divided(source, groups, val_fraction=0.25, test_fraction=0.1, split_seed=seed)
+    assert splits.fingerprint == wanted

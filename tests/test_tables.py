@@ -125,11 +125,11 @@ def test_labels_that_look_like_numbers_or_nothing_stay_as_they_are_written(pictu
 
 
 def test_other_columns_are_named_in_one_line(pictures):
-    source = opened(write(pictures / "t.csv", "weight,path,label,notes\n1,a.png,x,\n2,b.png,y,\n"))
+    source = opened(write(pictures / "t.csv", "mass,path,label,notes\n1,a.png,x,\n2,b.png,y,\n"))
     assert [(each.severity, each.kind, each.paths) for each in source.problems] == [
-        ("warning", "name", ("weight", "notes"))
+        ("warning", "name", ("mass", "notes"))
     ]
-    assert "columns weight, notes: not read" in source.problems[0].message
+    assert "columns mass, notes: not read" in source.problems[0].message
 
 
 def test_a_relative_table_is_read_from_anywhere(pictures, monkeypatch):
@@ -402,3 +402,28 @@ def test_a_tables_own_parts_are_used_and_test_never_chooses(make_folder, tmp_pat
     assert judged["test"]["num_images"] == judged["val"]["num_images"] == 6
     assert run(["train", str(table), "--out", str(tmp_path / "no"), "--data.val-fraction", "0.5"]) == 1
     assert "parts.csv has its own val part" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_weight_says_what_a_picture_counts(pictures):
+    write(pictures / "w.csv", 'path,label,weight\na.png,x,2\nb.png,x, 0.5\ndeep/c.png,y,1e-3\n"deep/d, e.png",y,"3"\n')
+    rows = [{"path": "a.png", "label": "x", "weight": 2}, {"path": "b.png", "label": "y", "weight": 0.25}]
+    write(pictures / "w.jsonl", "\n".join(json.dumps(row) for row in rows))
+    table = pyarrow.table({"path": ["a.png", "b.png"], "label": ["x", "y"], "weight": [1.5, 3.0]})
+    pyarrow.parquet.write_table(table, pictures / "w.parquet")
+    for name, wanted in (("w.csv", [2, 0.5, 1e-3, 3]), ("w.jsonl", [2, 0.25]), ("w.parquet", [1.5, 3])):
+        source = opened(pictures / name)
+        assert source.weights is not None
+        assert source.weights.tolist() == wanted
+        assert source.problems == ()
+    assert opened(write(pictures / "n.csv", "path,label\na.png,x\nb.png,y\n")).weights is None
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "nan", "inf", "heavy", "1e999"])
+def test_a_weight_that_is_no_number_above_0_is_refused(pictures, value):
+    place = write(pictures / "w.csv", f"path,label,weight\na.png,x,1\nb.png,y,{value}\n")
+    with pytest.raises(ValueError, match=rf"w\.csv, line 3: weight '{value}' is no number above 0; write one"):
+        opened(place)
+    for value in ("null", "true", '"much"', "[1]"):
+        place = write(pictures / "w.jsonl", f'{{"path": "a.png", "label": "x", "weight": {value}}}\n')
+        with pytest.raises(ValueError, match=r"w\.jsonl, line 1: weight .* is no number above 0"):
+            opened(place)

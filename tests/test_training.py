@@ -143,6 +143,16 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
+@pytest.mark.parametrize("memory", [2_000_000_000, 0])
+def test_a_run_with_chosen_samples_goes_on_bit_for_bit(memory, make_folder, tmp_path, tiny):
+    data = make_folder(tmp_path / "data")
+    own = tiny | {"data.sampling": "balanced", "augment.repeats": 2, "data.memory_bytes": memory, "epochs": 3.0}
+    train(data, out=tmp_path / "whole", talk=QUIET, **own)
+    cut = interrupted(5, data, out=tmp_path / "cut", **own)
+    train(data, out=cut, talk=QUIET, resume=True)
+    assert_same_weights(tmp_path / "whole", cut)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_killed_at_five_random_steps_and_resumed_is_bit_identical(kind, make_folder, tmp_path):

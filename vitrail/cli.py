@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 import vitrail
-from vitrail.config import DataConfig, RunConfig
+from vitrail.config import UNEVEN, DataConfig, RunConfig
 from vitrail.console import Talk, printable
 from vitrail.lookup import unknown
 from vitrail.models.config import ViTConfig
@@ -94,7 +94,7 @@ _PATCH_SIZE = "side of a patch, for models trained with several by --model.patch
 _RESIZE = "crop, squash, or aspect: whole pictures in their own aspect ratio (the model's own)"
 _MODEL = "run folder, model or weights file, folder of transformers or timm, hf:NAME, timm:NAME, torchvision:NAME"
 _DATA = (
-    "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group]; torchvision:NAME; "
+    "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group][,weight]; torchvision:NAME; "
     "hf:NAME-or-folder; or digits"
 )
 _START = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {_MODEL}"
@@ -264,7 +264,9 @@ def given_settings(options: Any, where: str = "") -> dict[str, Any]:
 def check_options() -> type:
     """Return the options of `vitrail check`: its own, and the settings of the data as `--data.field`."""
     data = dataclasses.make_dataclass(
-        "data", settings_of(DataConfig, skip=("source", "memory_bytes"), otherwise=""), frozen=True
+        "data",
+        settings_of(DataConfig, skip=("source", "memory_bytes", "sampling", "folds", "fold"), otherwise=""),
+        frozen=True,
     )
     own = [
         ("data_source", Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]),
@@ -332,11 +334,23 @@ def do_train(options: Any) -> int:
     for part, judged in result.evaluation.items():
         name = {"val": "validation", "test": "test"}[part]
         right = round(judged["top1"] * judged["num_images"])
-        talk.good(f"{name} accuracy {judged['top1']:.2%} ({right:,} of {judged['num_images']:,})")
-    talk.say(f"report:  {result.folder / 'report.html'}")
-    talk.say(f"model:   {result.folder / 'model.safetensors'}")
-    talk.say(f"next:    vitrail predict {shlex.quote(str(result.folder))} PICTURE…")
+        talk.good(f"{name} accuracy {judged['top1']:.2%} ({right:,} of {judged['num_images']:,}){recall_note(judged)}")
+    run_folder = result.folder
+    if result.folds:
+        talk.say(f"folds:   {result.folder / 'folds.json'}")
+        run_folder = result.folder / "fold-0"
+    talk.say(f"report:  {run_folder / 'report.html'}")
+    talk.say(f"model:   {run_folder / 'model.safetensors'}")
+    talk.say(f"next:    vitrail predict {shlex.quote(str(run_folder))} PICTURE…")
     return OK
+
+
+def recall_note(judged: Mapping[str, Any]) -> str:
+    """Return the mean recall of the classes, as an addition to the accuracy, where that says little since classes are uneven."""
+    counts = [row["count"] for row in judged["per_class"].values() if row["count"]]
+    if "balanced_accuracy" not in judged or max(counts) < UNEVEN * min(counts):
+        return ""
+    return f"; mean recall of the classes {judged['balanced_accuracy']:.2%}, since they are uneven"
 
 
 def do_predict(options: Predict) -> int:
@@ -392,7 +406,9 @@ def do_eval(options: Eval) -> int:
         patch_size=options.patch_size,
         resize=options.resize,
     )
-    talk.good(f"accuracy {result['top1']:.2%} of {result['num_images']:,} pictures ({result['split']})")
+    talk.good(
+        f"accuracy {result['top1']:.2%} of {result['num_images']:,} pictures ({result['split']}){recall_note(result)}"
+    )
     talk.say(
         f"top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  calibration error {result['ece']:.2%} (calibrated, as predict: {result['calibrated']['ece']:.2%})"
     )

@@ -28,6 +28,9 @@ DECODE_NAMES = ("exact", "fast")
 FILL_NAMES = ("black", "edge", "mirror")
 LORA_NAMES = ("qkv", "proj", "fc1", "fc2")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
+SAMPLING_NAMES = ("natural", "balanced", "sqrt")
+CLASS_WEIGHT_NAMES = ("none", "inverse", "effective")
+UNEVEN = 10  # classes count as uneven where the largest has so many times the pictures of the smallest
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class DataConfig:
     val_fraction: float = setting(0.2, "share of a data set without val/ that becomes the validation part")
     test_fraction: float = setting(0.0, "share of a flat folder that is kept apart and judged once, at the end")
     split_seed: int = setting(0, "seed of the split; the training seed does not move pictures between parts")
+    folds: int = setting(0, "cross-validation: train this often, each time with another part for validation; 0: off")
+    fold: int = setting(-1, "with folds: train only this one, counted from 0, as a run of its own; -1: all")
+    sampling: str = setting(
+        "natural",
+        "natural: every picture once an epoch; balanced: every class as often; sqrt: in proportion to the root of its size",
+    )
     damaged: str = setting("stop", "broken files: stop and name them, drop them, or keep what can be decoded of them")
     limit_pixels: int = setting(100_000_000, "pictures with more pixels are refused from their header")
     near_duplicates: bool = setting(True, "look for near duplicates and keep them on one side of the split")
@@ -67,6 +76,12 @@ class DataConfig:
             raise ValueError(
                 f"data.val_fraction {self.val_fraction} + data.test_fraction {self.test_fraction} leave nothing to train on"
             )
+        if self.folds < 0 or self.folds == 1:
+            raise ValueError(f"data.folds is {self.folds}; expected 2 or more, or 0 for none")
+        if not -1 <= self.fold < max(self.folds, 0):
+            expected = f"0 to {self.folds - 1}, or -1 for all" if self.folds else "data.folds with it"
+            raise ValueError(f"data.fold is {self.fold}; expected {expected}")
+        choice("data.sampling", self.sampling, SAMPLING_NAMES)
         choice("data.damaged", self.damaged, DAMAGED_NAMES)
         choice("data.decode", self.decode, DECODE_NAMES)
         for field in ("cache_side", "cache_bytes"):
@@ -121,7 +136,7 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training pictures, each drawn once per picture and epoch."""
+    """Random changes to training pictures, each drawn anew whenever a picture comes."""
 
     crop_scale: float = setting(1.0, "smallest share of the area that a random resized crop keeps; 1: no cropping")
     crop_ratio: float = setting(4 / 3, "largest aspect ratio of a crop, and its inverse the smallest")
@@ -133,6 +148,9 @@ class AugmentConfig:
     contrast: float = setting(0.0, "largest relative change of contrast")
     saturation: float = setting(0.0, "largest relative change of saturation")
     fill: str = setting("mirror", "what rotation and shift bring in from outside the picture: black, edge or mirror")
+    repeats: int = setting(
+        1, "repeated augmentation: how often each picture comes in its batch, each time changed differently"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1:
@@ -145,6 +163,7 @@ class AugmentConfig:
         if not 0 <= self.rotation <= 180:
             raise ValueError(f"augment.rotation is {self.rotation}; expected 0 to 180 degrees")
         choice("augment.fill", self.fill, FILL_NAMES)
+        at_least("augment.repeats", self.repeats, 1)
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,12 @@ class OptimConfig:
     accumulate: int = setting(1, "parts that a batch is computed in, one after the other, to save memory")
     ema_decay: float = setting(0.0, "average the weights with this decay per step and judge the average; 0: off")
     label_smoothing: float = setting(0.0, "share of the target spread over all labels")
+    class_weights: str = setting(
+        "none",
+        "what a picture counts in the loss: none: all alike; inverse: 1 / size of its class; effective: by the effective "
+        "number of its class's pictures",
+    )
+    effective_beta: float = setting(0.999, "with effective weights: how soon further pictures of a class add less")
     freeze: tuple[str, ...] = setting(
         (), "parts of the model that stay as they are, by name, such as patch_embed.backbone"
     )
@@ -176,7 +201,8 @@ class OptimConfig:
         for field in ("lr", "eps"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"optim.{field} is {getattr(self, field)}; expected above 0")
-        for field in ("beta1", "beta2", "ema_decay", "label_smoothing"):
+        choice("optim.class_weights", self.class_weights, CLASS_WEIGHT_NAMES)
+        for field in ("beta1", "beta2", "ema_decay", "label_smoothing", "effective_beta"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"optim.{field} is {getattr(self, field)}; expected from 0 up to, not including, 1")
         at_least("optim.weight_decay", self.weight_decay, 0)
@@ -289,6 +315,17 @@ class RunConfig:
         if self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of optim.accumulate {self.optim.accumulate}"
+            )
+        if self.batch_size % self.augment.repeats:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of augment.repeats {self.augment.repeats}, how often each "
+                "picture comes in a batch; change one of them"
+            )
+        if self.data.sampling != "natural" and self.optim.class_weights != "none":
+            raise ValueError(
+                f"data.sampling {self.data.sampling!r} shows rare classes more often, and optim.class_weights "
+                f"{self.optim.class_weights!r} lets each of their pictures count more: uneven classes would be corrected "
+                "twice; leave one of them out"
             )
         if self.preprocess.resize == "aspect" and self.augment.crop_scale == 1:
             raise ValueError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from vitrail.config import RunConfig, at_least, load_config
+from vitrail.config import UNEVEN, RunConfig, at_least, load_config
 from vitrail.lookup import pick
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.variants import SIZES, suffix_fields, variant_config
@@ -36,6 +36,7 @@ class Facts:
         flip_reason: why pictures must not be mirrored; empty when they may.
         device: cpu or cuda.
         bf16: whether the device computes bfloat16 on its own instructions.
+        class_sizes: pictures in the smallest and in the largest class of the training part.
     """
 
     num_train: int
@@ -46,6 +47,7 @@ class Facts:
     flip_reason: str
     device: str
     bf16: bool
+    class_sizes: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ IDLE: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "schedule.step_every": ("schedule.decay", lambda config: config.schedule.decay == "step"),
     "schedule.step_gamma": ("schedule.decay", lambda config: config.schedule.decay == "step"),
     "schedule.final_fraction": ("schedule.decay", lambda config: config.schedule.decay in ("cosine", "linear")),
+    "optim.effective_beta": ("optim.class_weights", lambda config: config.optim.class_weights == "effective"),
+    "data.val_fraction": ("data.folds", lambda config: config.data.folds == 0),
     "lora.alpha": ("lora.rank", lambda config: config.lora.rank > 0),
     "lora.targets": ("lora.rank", lambda config: config.lora.rank > 0),
     "data.cache_bytes": ("data.cache_side", lambda config: config.data.cache_side > 0),
@@ -201,8 +205,27 @@ def auto(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
     depth_of = {choice.setting: choice.value for choice in choices} | dict(given)
     choices += duration(facts, depth_of)
     choices += augmentation(facts)
+    choices += sampling(facts, given)
     choices += speed(facts)
     return choices
+
+
+def sampling(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
+    """Show rare classes more often where classes are uneven, unless the user corrects that in the loss."""
+    if not is_uneven(facts) or given.get("optim.class_weights", "none") != "none":
+        return []
+    smallest, largest = facts.class_sizes
+    reason = (
+        f"classes have {smallest:,} to {largest:,} pictures: rare ones come more often; where it was measured, more of them "
+        "were found, at about the same accuracy"
+    )
+    return [Choice("data.sampling", "sqrt", reason)]
+
+
+def is_uneven(facts: Facts) -> bool:
+    """Whether the classes of the training part differ so much in size that something has to be said."""
+    smallest, largest = facts.class_sizes
+    return largest >= UNEVEN * smallest
 
 
 def speed(facts: Facts) -> list[Choice]:

@@ -1,6 +1,6 @@
 """Random changes to training pictures, a batch at a time.
 
-Every number is drawn from (seed, epoch, picture) alone, so results do not depend on workers, processes or resuming.
+Every number is drawn from (seed, occasion, picture) alone, so results do not depend on workers, processes or resuming.
 Geometry is one affine resample: crop, flip, rotation and shift together blur once, not four times.
 """
 
@@ -35,7 +35,7 @@ _DRAWS = (
 )
 
 
-def draw(seed: int, epochs: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
+def draw(seed: int, occasions: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Return uniform numbers in [0, 1) for each picture of a batch, by name: [B] float64.
 
     A counter-based generator (splitmix64's finaliser, Steele et al. 2014, figure 17): no state to save or to share.
@@ -43,7 +43,7 @@ def draw(seed: int, epochs: np.ndarray, indices: np.ndarray) -> dict[str, np.nda
     columns = np.arange(1, len(_DRAWS) + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         state = mix(np.uint64(seed) + _GOLDEN)
-        state = mix(state ^ mix(epochs.astype(np.uint64) * _GOLDEN + np.uint64(1)))
+        state = mix(state ^ mix(occasions.astype(np.uint64) * _GOLDEN + np.uint64(1)))
         state = mix(state ^ mix(indices.astype(np.uint64) * _GOLDEN + np.uint64(2)))
         bits = mix(state[:, None] + columns * _GOLDEN)
     return dict(zip(_DRAWS, ((bits >> np.uint64(11)) * 2.0**-53).T, strict=True))

@@ -40,17 +40,25 @@ class Batch:
         targets: class indices [B].
         indices: [B] which pictures of the source these are (host memory).
         patch_size: side of the patches to cut them into, where the step chose one; None leaves it to the model.
+        weights: [B] what each picture counts in the loss; None where all count alike. Never in a judgement.
     """
 
     images: Tensor
     targets: Tensor
     indices: np.ndarray
     patch_size: int | None = None
+    weights: Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
         """Return some of the batch."""
-        return Batch(
-            self.images[start:stop], self.targets[start:stop], self.indices[start:stop], patch_size=self.patch_size
+        chosen = slice(start, stop)
+        weights = None if self.weights is None else self.weights[chosen]
+        return dataclasses.replace(
+            self,
+            images=self.images[chosen],
+            targets=self.targets[chosen],
+            indices=self.indices[chosen],
+            weights=weights,
         )
 
 
@@ -167,8 +175,10 @@ class _Reading(NamedTuple):
 class TrainStream:
     """The training part as endless shuffled batches; batch `s` depends on nothing but the arguments and `s`.
 
-    Step s takes positions s·B … s·B+B-1 of an endless row of epochs, each a permutation of the part: nothing is left
-    out, and every batch is full.
+    `Order` says which pictures it has.
+
+    Args:
+        weights: [N] what each picture of the source counts in the loss; None where all count alike.
     """
 
     def __init__(
@@ -181,6 +191,8 @@ class TrainStream:
         augment: AugmentConfig,
         device: torch.device,
         patch_sizes: tuple[int, ...] = (),
+        sampling: str = "natural",
+        weights: np.ndarray | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -188,25 +200,10 @@ class TrainStream:
         self.pictures, self.part, self.batch_size, self.seed = pictures, part, batch_size, seed
         self.augment, self.device, self.rank, self.ranks = augment, device, rank, ranks
         self.targets = torch.from_numpy(pictures.targets)
-        self._orders: dict[int, np.ndarray] = {}
-
-    def positions(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (epoch, place in the part) of every sample of this process in step `step` (from 0).
-
-        A place, unlike a picture's number in the listing, stays when files are added to the folder.
-        """
-        share = self.batch_size // self.ranks
-        start = step * self.batch_size + self.rank * share
-        epochs, turns = np.divmod(np.arange(start, start + share), len(self.part))
-        return epochs, np.asarray([self.order(int(epoch))[turn] for epoch, turn in zip(epochs, turns, strict=True)])
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Return the part's places in this epoch's order."""
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._orders[epoch] = random.permutation(len(self.part))
-        return self._orders[epoch]
+        self.weights = None if weights is None else torch.from_numpy(weights.astype(np.float32))
+        self.order = Order(
+            pictures.targets[part], batch_size=batch_size, seed=seed, sampling=sampling, repeats=augment.repeats
+        )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of steps `start` … `stop - 1`."""
@@ -229,11 +226,11 @@ class TrainStream:
 
     def from_memory(self, step: int) -> Batch:
         """Augment stored pictures, crop included."""
-        epochs, places = self.positions(step)
+        occasions, places = self.order.at(step, self.rank, self.ranks)
         indices = self.part[places]
         assert self.pictures.stored is not None
         stored = self.pictures.stored[indices]
-        draws = draw(self.seed, epochs, places)
+        draws = draw(self.seed, occasions, places)
         size, target = (stored.shape[2], stored.shape[3]), self.pictures.preprocess.image_size
         cropped = self.augment.crop_scale < 1 or size != (target, target)
         boxes = crop_boxes(self.augment, draws, np.tile(size, (len(indices), 1))) if cropped else None

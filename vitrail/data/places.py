@@ -36,6 +36,7 @@ class Listed:
     targets: np.ndarray
     split: np.ndarray | None = None
     groups: np.ndarray | None = None
+    weights: np.ndarray | None = None
     divided_by: str = FOLDERS
     problems: tuple[Problem, ...] = ()
     flip_reason: str = ""

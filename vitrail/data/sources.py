@@ -30,6 +30,7 @@ class Source(Protocol):
         split: name of the part (train, val, test) of every picture where the source has parts, or None.
         groups: [N] number of the group that the source puts each picture in, -1 for none; or None. Pictures of one group
             (one patient, one video) are never divided.
+        weights: [N] what the source says that each picture counts in the training's loss, above 0; or None.
         divided_by: what the parts are, for people, such as "the folders".
         problems: what was found wrong while listing.
         flip_reason: why pictures of this source must not be mirrored, or an empty string.
@@ -48,6 +49,8 @@ class Source(Protocol):
     def split(self) -> np.ndarray | None: ...
     @property
     def groups(self) -> np.ndarray | None: ...
+    @property
+    def weights(self) -> np.ndarray | None: ...
     @property
     def divided_by(self) -> str: ...
     @property

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from vitrail.config import DataConfig
+from vitrail.config import UNEVEN, DataConfig
+from vitrail.data.folds import arranged, fold_numbers, fold_problems
 from vitrail.data.listing import places
 from vitrail.data.places import FOLDERS
 from vitrail.data.problems import Problem
@@ -25,11 +27,13 @@ class Splits:
         parts: part name → indices of its pictures, ascending. `test` never chooses a model.
         fingerprint: hash of which file, with which label, is in which part.
         rule: how the division came about, for people.
+        problems: what was found wrong while dividing.
     """
 
     parts: dict[str, np.ndarray]
     fingerprint: str
     rule: str
+    problems: tuple[Problem, ...] = ()
 
 
 def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
@@ -37,8 +41,10 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
 
     Pictures of one group (duplicates, or what the source calls a group) stay on one side. Pictures that are not `good` are in no part.
 
+    With `data.folds`, one fold of what is not the test part becomes the validation part.
+
     Raises:
-        ValueError: a part that training needs would be empty.
+        ValueError: there are to be folds, but the source has a validation part of its own.
     """
     usable = np.flatnonzero(good)
     mark = "/" if source.divided_by == FOLDERS else ""
@@ -47,10 +53,16 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
     else:
         parts = {name: usable[source.split[usable] == name] for name in dict.fromkeys(source.split.tolist())}
         pool, rule = parts.get("train", usable[:0]), f"{source.divided_by} " + ", ".join(name + mark for name in parts)
+    if config.folds and "val" in parts:
+        raise ValueError(
+            f"{source.name}: data.folds {config.folds} makes validation parts of the training pictures, but {source.divided_by} "
+            f"name one already (val{mark}); move its pictures into train{mark}, or leave data.folds out"
+        )
     wanted = {
         "test": 0.0 if "test" in parts else config.test_fraction,
-        "val": 0.0 if "val" in parts else config.val_fraction,
+        "val": 0.0 if "val" in parts or config.folds else config.val_fraction,
     }
+    problems: list[Problem] = []
     if source.split is None or "train" in parts:
         left = 1.0
         for name, fraction in wanted.items():
@@ -58,11 +70,16 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
             if len(taken):
                 parts[name], pool, left = taken, np.setdiff1d(pool, taken), left - fraction
                 rule += f"; {name}: a stratified {fraction:.0%} of train{mark}" if source.split is not None else ""
+        if config.folds:
+            numbers = fold_numbers(pool, source.targets, groups, config.folds, config.split_seed)
+            problems = fold_problems(source.labels, source.targets[pool], numbers, config.folds)
+            parts["val"], pool = pool[numbers == config.fold], pool[numbers != config.fold]
+            rule += f"; val: fold {config.fold} of {config.folds} (from 0), stratified"
         parts["train"] = pool
     if source.groups is not None and ("stratified" in rule):
         rule += f"; {len(np.unique(source.groups[source.groups >= 0])):,} groups kept whole"
     parts = {name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])}
-    return Splits(parts, fingerprint(source, parts), rule)
+    return Splits(parts, fingerprint(source, parts), rule, tuple(problems))
 
 
 def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -73,40 +90,54 @@ def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fracti
     random = np.random.Generator(np.random.Philox(key=seed))
     order = random.permutation(pool)
     # A group that spans classes (the same picture under two labels) is taken or left with the class it is met in first.
-    members: dict[int, list[int]] = {}
-    for index in order:
-        members.setdefault(int(groups[index]), []).append(int(index))
+    members, starts = arranged(order, groups)
     sizes = np.bincount(targets[pool])
     quota = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
-    taken: list[int] = []
-    filled = np.zeros_like(quota)
-    rest: list[tuple[list[int], np.ndarray]] = []
-    for group in members.values():
-        counts = np.bincount(targets[group], minlength=len(quota))
-        if (filled + counts <= quota).all():
-            filled += counts
-            taken += group
-        elif len(group) > 1:
-            rest.append((group, counts))
+    taken = np.zeros(len(starts) - 1, dtype=bool)
+    filled, limits = [0] * len(quota), quota.tolist()  # Python's own numbers: a million steps, most of one picture
+    classes, bounds = targets[members].tolist(), starts.tolist()
+    for group, (start, stop) in enumerate(pairwise(bounds)):
+        own = classes[start:stop]
+        if all(filled[label] + own.count(label) <= limits[label] for label in own):
+            taken[group] = True
+            for label in own:
+                filled[label] += 1
+    add_large_groups(taken, np.asarray(filled), quota, sizes, targets[members], starts)
+    return np.sort(members[np.repeat(taken, np.diff(starts))])
+
+
+def add_large_groups(
+    taken: np.ndarray, filled: np.ndarray, quota: np.ndarray, sizes: np.ndarray, classes: np.ndarray, starts: np.ndarray
+) -> None:
+    """Take groups of several pictures that do not fit into what their classes should give, where that is better.
+
+    Args:
+        taken: which groups are taken; changed in place.
+        filled, quota, sizes: of each class, how many pictures are taken, should be, and there are.
+        classes: the class of every picture, group after group.
+        starts: where each group begins, and the end.
+    """
+    several = np.flatnonzero(np.diff(starts) > 1)
+    counts = {group: classes[starts[group] : starts[group + 1]] for group in several.tolist()}
+
+    def take(group: int, *, if_nearer: bool) -> bool:
+        more = filled + np.bincount(counts[group], minlength=len(quota))
+        fits = (more < np.maximum(sizes, 1)).all()
+        if not fits or (if_nearer and distance(more, quota) >= distance(filled, quota)):
+            return False
+        taken[group], filled[:] = True, more
+        return True
+
     # Where large groups leave a gap that none fits into, one that overshoots may still bring the sizes nearer.
-    for group, counts in rest:
-        if (
-            distance(filled + counts, quota) < distance(filled, quota)
-            and (filled + counts < np.maximum(sizes, 1)).all()
-        ):
-            filled += counts
-            taken += group
+    for group in several[~taken[several]].tolist():
+        take(group, if_nearer=True)
     # A class whose groups are all larger than its share gives its smallest, if that leaves it a picture.
-    for label in np.flatnonzero(quota > 0):
-        if filled[label]:
-            continue
-        for group in sorted((each for each in members.values() if label in targets[each]), key=len):
-            counts = np.bincount(targets[group], minlength=len(quota))
-            if (filled + counts < np.maximum(sizes, 1)).all():
-                filled += counts
-                taken += group
-                break
-    return np.sort(np.asarray(taken, dtype=np.int64))
+    for label in np.flatnonzero((quota > 0) & (filled == 0)):
+        if not filled[label]:
+            own = [group for group, each in counts.items() if label in each]
+            for group in sorted(own, key=lambda each: len(counts[each])):
+                if take(group, if_nearer=False):
+                    break
 
 
 def distance(filled: np.ndarray, quota: np.ndarray) -> int:
@@ -145,7 +176,7 @@ def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> l
             f"{source.name}: no pictures for validation ({len(train)} for training); add val/ folders, more pictures "
             "(at least two a class), or raise --data.val_fraction"
         )
-    return class_problems(source, splits)
+    return [*splits.problems, *class_problems(source, splits)]
 
 
 def class_problems(source: Source, splits: Splits) -> list[Problem]:
@@ -165,7 +196,7 @@ def class_problems(source: Source, splits: Splits) -> list[Problem]:
     if small:
         text = f"{len(small)} classes have fewer than 10 training pictures: {', '.join(small[:10])}"
         problems.append(Problem("warning", "small-class", small, text))
-    if counts.max() >= 10 * max(counts.min(), 1):
+    if counts.max() >= UNEVEN * max(counts.min(), 1):
         text = f"classes are uneven: {counts.min()} to {counts.max()} training pictures"
         problems.append(Problem("warning", "imbalance", (), text))
     return problems

@@ -1,4 +1,4 @@
-"""Tables of pictures: `.csv`, `.jsonl` and `.parquet` with the columns `path,label[,split][,group]`.
+"""Tables of pictures: `.csv`, `.jsonl` and `.parquet` with the columns `path,label[,split][,group][,weight]`.
 
 Rows are read one after the other and kept compactly, so that a table of a million rows costs a tenth of what its
 strings would. Errors name the file and the line (in Parquet, the row) as an editor counts them.
@@ -6,9 +6,11 @@ strings would. Errors name the file and the line (in Parquet, the row) as an edi
 
 from __future__ import annotations
 
+import math
 import os
 import posixpath
 from array import array
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,8 @@ from vitrail.data.rows import READERS, Rows
 from vitrail.lookup import unknown
 
 TABLE_ENDINGS = tuple(READERS)
-COLUMNS = ("path", "label", "split", "group")
+TEXTS = ("label", "split", "group")
+COLUMNS = ("path", *TEXTS, "weight")
 COLUMN_SPLIT = "the column split:"
 
 
@@ -34,6 +37,7 @@ class Table:
 
     Attributes:
         lines: where each row stands in its file.
+        weights: what each row counts in the loss, where the table has such a column.
         names: for label and group, each text → its number in the order met.
         codes: for label, split and group, the number of every row's text; -1 where a row has none.
         met: for each of the three, the texts as they are written → their numbers, so that each is checked once.
@@ -44,21 +48,25 @@ class Table:
     line_word: str
     paths: Paths = field(default_factory=Paths)
     lines: array[int] = field(default_factory=lambda: array("q"))
+    weights: array[float] = field(default_factory=lambda: array("d"))
     names: dict[str, dict[str, int]] = field(default_factory=lambda: {"label": {}, "group": {}})
-    codes: dict[str, array[int]] = field(default_factory=lambda: {each: array("i") for each in COLUMNS[1:]})
-    met: dict[str, dict[str, int]] = field(default_factory=lambda: {each: {} for each in COLUMNS[1:]})
+    codes: dict[str, array[int]] = field(default_factory=lambda: {each: array("i") for each in TEXTS})
+    met: dict[str, dict[str, int]] = field(default_factory=lambda: {each: {} for each in TEXTS})
 
     def fault(self, line: int, text: str) -> ValueError:
         """Return an error about a row."""
         return ValueError(f"{self.place}, {self.line_word} {line}: {text}")
 
-    def add(self, line: int, values: tuple[Any, ...], has_split: bool) -> None:
-        """Check and keep a row (path, label, split, group).
+    def add(self, line: int, values: tuple[Any, ...], has: Collection[str]) -> None:
+        """Check and keep a row (path, label, split, group, weight).
+
+        Args:
+            has: the table's columns.
 
         Raises:
             ValueError: a value cannot be used.
         """
-        path, label, part, group = values
+        path, label, part, group, weight = values
         try:
             self.paths.append(self.clean_path(line, path))
         except UnicodeEncodeError:
@@ -68,8 +76,10 @@ class Table:
         if code < 0:
             raise self.fault(line, f"no label for {path!r}; write one, or remove the row")
         self.codes["label"].append(code)
-        if has_split:
+        if "split" in has:
             self.codes["split"].append(self.code(line, "split", part))
+        if "weight" in has:
+            self.weights.append(self.weight(line, weight))
         self.codes["group"].append(-1 if group is None else self.code(line, "group", group))
 
     def code(self, line: int, column: str, value: Any) -> int:
@@ -112,6 +122,18 @@ class Table:
             return str(value)
         raise self.fault(line, f"{column} {value!r} is neither text nor a whole number; write it as text")
 
+    def weight(self, line: int, value: Any) -> float:
+        """Return what a row counts in the loss."""
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise self.fault(
+                line, f"weight {value!r} is no number above 0; write one, such as 1 or 0.5, or remove the column"
+            )
+        return number
+
     def part(self, line: int, text: str) -> int:
         """Return the number of a part's name."""
         if text.lower() in PART_NAMES:
@@ -138,7 +160,7 @@ def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "ke
     table, has_split = Table(str(place), root, rows.line_word), "split" in rows.columns
     with closing(rows.values) as values:
         for line, row in values:
-            table.add(line, row, has_split)
+            table.add(line, row, rows.columns)
     if not len(table.paths):
         raise ValueError(f"{place}: has no rows; expected a path and a label in each")
     check_paths(table)
@@ -157,6 +179,7 @@ def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "ke
         targets=targets,
         split=split,
         groups=groups,
+        weights=np.asarray(table.weights) if "weight" in rows.columns else None,
         divided_by=COLUMN_SPLIT,
         problems=tuple(problems),
         flip_reason=flip_reason(labels),
@@ -173,7 +196,7 @@ def check_columns(place: Path, rows: Rows) -> None:
             clue = "; its columns seem to be divided by another sign than ','" if len(rows.columns) == 1 else ""
             raise ValueError(
                 f"{place}: has no column {column!r}, but {names or 'none'}{clue}; expected a first line such as "
-                f"{','.join(COLUMNS[:2])}, with the columns split and group if wished"
+                f"{','.join(COLUMNS[:2])}, with the columns split, group and weight if wished"
                 if rows.line_word == "line" and place.suffix.lower() == ".csv"
                 else f"{place}: has no column {column!r}, but {names or 'none'}; rename the column that holds it"
             )

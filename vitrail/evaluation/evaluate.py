@@ -180,7 +180,10 @@ def trained_parts(
             return load_splits(source, recorded, good)
         except ValueError as error:
             raise ValueError(f"{error}. {remedy.capitalize()}") from None
-    made = make_splits(source, dataclasses.replace(data, **split_rule(classifier)), good, groups)
+    rule = split_rule(classifier)
+    if rule.get("folds") and source.split is not None and "val" in source.split:
+        return None  # folds are never made of such data
+    made = make_splits(source, dataclasses.replace(data, **rule), good, groups)
     if made.fingerprint == trained.get("fingerprint"):
         return made
     if source.split is None and same_name:
@@ -194,7 +197,8 @@ def trained_parts(
 def split_rule(classifier: Classifier) -> dict[str, Any]:
     """Return the settings of `DataConfig` that divided the data the model was trained on."""
     trained = classifier.header.split
-    return {name: trained[name] for name in ("val_fraction", "test_fraction", "split_seed") if name in trained}
+    rule = ("val_fraction", "test_fraction", "split_seed", "folds", "fold")
+    return {name: trained[name] for name in rule if name in trained}
 
 
 def choose_part(split: str | None, parts: Splits, source: str) -> str:

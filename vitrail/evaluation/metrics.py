@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -61,13 +62,22 @@ def judgement(outputs: Outputs, labels: tuple[str, ...], temperature: float = 1.
     cooled = -log_softmax(scaled)[np.arange(len(predicted)), outputs.targets]
     return {
         **headline(outputs),
-        "num_images": len(outputs.targets),
-        "labels": list(labels),
-        "per_class": per_class(confusion, labels),
-        "confusion": confusion.tolist(),
+        **by_class(confusion, labels),
         "temperature": temperature,
         "calibrated": {"loss": float(cooled.mean()), "ece": calibration_error(scaled, outputs.targets)},
         "calibration": calibration_table(scaled, outputs.targets),
+    }
+
+
+def by_class(confusion: np.ndarray, labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a judgement says of the classes: `balanced_accuracy` is the mean recall of those that have pictures."""
+    rows = per_class(confusion, labels)
+    return {
+        "balanced_accuracy": fmean(row["recall"] for row in rows.values() if row["recall"] is not None),
+        "num_images": int(confusion.sum()),
+        "labels": list(labels),
+        "per_class": rows,
+        "confusion": confusion.tolist(),
     }
 
 

@@ -275,7 +275,7 @@ def write_model(
     """Write a model file: the frozen weights, a linear head, the labels of the data, and how it was divided."""
     weights = {**classifier.model.state_dict(), "head.weight": weight, "head.bias": bias}
     architecture = dataclasses.replace(classifier.model.config, num_classes=len(source.labels))
-    rule = ("val_fraction", "test_fraction", "split_seed", "near_duplicates")
+    rule = ("val_fraction", "test_fraction", "split_seed", "folds", "fold", "near_duplicates")
     split = {"fingerprint": parts.fingerprint, "source": source.name, **{name: getattr(data, name) for name in rule}}
     header = ModelHeader(
         architecture, source.labels, classifier.preprocess, split=split, metrics=metrics, versions=versions()

@@ -10,7 +10,9 @@ from vitrail.models.vit import ViT
 
 
 class Classification(nn.Module):
-    """Cross-entropy of the right label.
+    """Cross-entropy of the right label, each picture's times its weight where the batch has weights.
+
+    The sum is divided by the number of pictures, not by their weights', so that parts of a batch and processes add up.
 
     Forward returns `loss` (minimised) and `correct`, the number of right predictions of the batch.
     """
@@ -21,5 +23,9 @@ class Classification(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.model(batch.images, batch.patch_size).float()
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+        if batch.weights is None:
+            loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+        else:
+            each = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing, reduction="none")
+            loss = (each * batch.weights).mean()
         return {"loss": loss, "correct": (logits.argmax(dim=1) == batch.targets).sum()}

@@ -19,6 +19,7 @@ from vitrail.data.scan import Scan, scan_source
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, check_trainable, load_splits, make_splits
 from vitrail.training.parallel import World
+from vitrail.training.weighting import loss_weights
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class TrainData:
             augment=config.augment,
             device=device,
             patch_sizes=config.model.patch_sizes,
+            sampling=config.data.sampling,
+            weights=loss_weights(self.source, self.splits.parts["train"], config.optim),
             rank=world.rank,
             ranks=world.size,
         )
@@ -61,6 +64,8 @@ class TrainData:
             "val_fraction": config.val_fraction,
             "test_fraction": config.test_fraction,
             "split_seed": config.split_seed,
+            "folds": config.folds,
+            "fold": config.fold,
             "near_duplicates": config.near_duplicates,
         }
 

@@ -16,6 +16,8 @@ from vitrail.data.sources import run_name, same_source
 from vitrail.files import write_text
 from vitrail.machine import processor_name
 
+FIRST_FOLD = "fold-0"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -136,11 +138,17 @@ def newest_folder(source: str, root: Path = Path("runs")) -> Path:
     Raises:
         ValueError: there is none.
     """
-    runs = [each.parent for each in root.glob("*/run.json")]
+    runs = [each.parent for pattern in ("*/run.json", f"*/{FIRST_FOLD}/run.json") for each in root.glob(pattern)]
     found = [each for each in runs if same_source(load_config(each / "config.json").data.source, source)]
     if not found:
         raise ValueError(f"no run of {source} in {root}/ to resume; name it with --out RUN")
-    return max(found, key=lambda each: (each / "run.json").stat().st_mtime)
+    newest = max(found, key=lambda each: (each / "run.json").stat().st_mtime)
+    return newest.parent if newest.name == FIRST_FOLD and newest.parent != root else newest
+
+
+def has_folds(folder: Path) -> bool:
+    """Whether a folder holds a run for each fold of a cross-validation."""
+    return (folder / FIRST_FOLD / "run.json").exists()
 
 
 def machine(device: str, precision: str) -> dict[str, Any]:

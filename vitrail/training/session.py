@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
 from vitrail.training.precision import autocast, pick_device, supports_bf16
 from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data, tell_of_cache
-from vitrail.training.run import Run, check_new, create_run, machine, new_folder, newest_folder, open_run
+from vitrail.training.run import Run, check_new, create_run, has_folds, machine, new_folder, newest_folder, open_run
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
 from vitrail.training.start import (
@@ -43,6 +43,7 @@ from vitrail.training.start import (
     pinned,
     ready_start,
 )
+from vitrail.training.weighting import loss_weights, mean_weights
 from vitrail.weights.adapt import Start, refuse_misfit
 from vitrail.weights.store import ModelHeader, versions
 
@@ -53,11 +54,14 @@ class Result:
 
     Attributes:
         folder: the run.
-        evaluation: part (val, test) → its judgement, as `vitrail eval --out` writes it.
+        evaluation: part (val, test) → its judgement, as `vitrail eval --out` writes it. Of a cross-validation: val, what all
+            folds judged together.
+        folds: what `folds.json` of a cross-validation holds.
     """
 
     folder: Path
     evaluation: Mapping[str, Any]
+    folds: Mapping[str, Any] = field(default_factory=dict)
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -90,7 +94,7 @@ def train(
         model: a variant's name such as `ti16`, or trained weights to start from: a run, a model or weights file, `hf:…`,
             `timm:…`.
         recipe: a recipe's name (`auto` unless given) or an earlier run's config.json.
-        resume: go on with the run in `out`.
+        resume: go on with the run, or with the folds, in `out`.
         settings: any setting by its dotted name, for instance `epochs=10` or `**{"optim.lr": 3e-4}`.
 
     Raises:
@@ -102,15 +106,33 @@ def train(
     source = os.fspath(source)
     given = dict(settings) | ({} if model is None else meaning(model))
     folder = Path(out) if out is not None else None
+    folder = world.from_main(folder or (newest_folder(source) if resume else new_folder(source)))
+    data = (recipe_file(recipe or "auto") or RunConfig()).data
+    folds, fold = int(given.get("data.folds", data.folds)), int(given.get("data.fold", data.fold))
+    if world.from_main(has_folds(folder)) if resume else folds > 0 and fold == -1:
+        from vitrail.training.folds import train_folds
+
+        return train_folds(folder, source, recipe, given, world, talk, resume=resume)
     if resume:
-        return go_on(folder or newest_folder(source), source, recipe, given, world, talk)
-    return begin(world.from_main(folder or new_folder(source)), source, recipe or "auto", given, world, talk)
+        return go_on(folder, source, recipe, given, world, talk)
+    return begin(folder, source, recipe or "auto", given, world, talk)
 
 
 def begin(
-    folder: Path, source: str, recipe: str, given: Mapping[str, Any], world: parallel.World, talk: Talk
+    folder: Path,
+    source: str,
+    recipe: str,
+    given: Mapping[str, Any],
+    world: parallel.World,
+    talk: Talk,
+    *,
+    told: bool = False,
 ) -> Result:
-    """Start a new run."""
+    """Start a new run.
+
+    Args:
+        told: what is chosen was told already, with another fold's run.
+    """
     check_new(folder)
     base = recipe_file(recipe)
     opened = open_source_weights(base, given)
@@ -128,7 +150,7 @@ def begin(
     check_runnable(config, facts.num_train, world)
     start = ready_start(config, checked.source.labels, opened)
     del opened  # for hours of training, the whole model once more
-    show(checked, choices, talk)
+    show(checked, [] if told else choices, talk)
     learned = check_start(config, start, talk)
     data = ready_data(checked, config)
     tell_of_cache(data, config.data, talk)
@@ -145,6 +167,7 @@ def begin(
             versions=versions(),
             machine=machine(str(pick_device(config.device)), config.precision),
             num_parameters=num_parameters(config.model),
+            **weights_note(data, config),
             **learned,
             **({"start": note_of(start)} if config.pretrained else {}),
             processes=world.size,
@@ -230,6 +253,13 @@ def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, 
         Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
 
 
+def weights_note(data: TrainData, config: RunConfig) -> dict[str, Any]:
+    """Return what `run.json` keeps of weights in the loss, where there are any."""
+    part = data.splits.parts["train"]
+    weights = loss_weights(data.source, part, config.optim)
+    return {} if weights is None else {"loss_weights": mean_weights(data.source, part, weights)}
+
+
 def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> None:
     """Raise a ValueError when a share was asked for that the source's own parts decide."""
     own = set() if checked.source.split is None else set(checked.source.split.tolist())
@@ -242,7 +272,9 @@ def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.Worl
     """Train to the end and finish."""
     if remark := remark_on_window(config.model):
         talk.say(remark)
-    again = shlex.join(["vitrail", "train", config.data.source, "--out", str(run.folder), "--resume"])
+    is_fold = run.folder.name == f"fold-{config.data.fold}" and has_folds(run.folder.parent)
+    whole = run.folder.parent if is_fold else run.folder
+    again = shlex.join(["vitrail", "train", config.data.source, "--out", str(whole), "--resume"])
     try:
         progress = train_loop(config, data, run, world, talk, start)
         run.note(train_seconds=round(progress.elapsed_s, 1))
@@ -300,6 +332,7 @@ def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | No
 def facts_of(checked: CheckedData, device: str) -> Facts:
     """Return what recipes may look at."""
     train_part = checked.splits.parts["train"]
+    counts = np.bincount(checked.source.targets[train_part], minlength=len(checked.source.labels))
     sizes = checked.scan.sizes[checked.scan.good]
     chosen = pick_device(device)
     return Facts(
@@ -311,6 +344,7 @@ def facts_of(checked: CheckedData, device: str) -> Facts:
         flip_reason=checked.source.flip_reason,
         device=chosen.type,
         bf16=supports_bf16(chosen),
+        class_sizes=(int(counts.min()), int(counts.max())),
     )
 
 
@@ -318,6 +352,8 @@ def show(checked: CheckedData, choices: list[Choice], talk: Talk) -> None:
     """Print what was found and what was chosen, a line each."""
     parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.parts.items())
     talk.say(f"{checked.source.name}: {len(checked.source.labels)} classes; {parts} ({checked.splits.rule})")
+    if (weights := checked.source.weights) is not None:
+        talk.say(f"  the column weight says what a picture counts in the loss: {weights.min():g} to {weights.max():g}")
     for choice in choices:
         is_model = choice.setting in ("variant", "pretrained")
         if choice.value or not is_model:

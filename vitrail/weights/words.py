@@ -110,6 +110,8 @@ def model_file(name: str) -> Path:
     path = Path(name)
     if not path.is_dir():
         return path
+    if (path / "fold-0").is_dir():
+        raise ValueError(f"{name}: holds the runs of a cross-validation; name one of them, such as {path / 'fold-0'}")
     if not (path / "model.safetensors").exists():
         raise ValueError(f"{name}: has no model.safetensors; expected a run that has finished its first epoch")
     return path / "model.safetensors"

@@ -1,0 +1,254 @@
+"""Cross-validation: every picture judged once, groups whole, runs that stand alone, figures that add up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_splits import divided, listing, per_class
+
+from vitrail.cli import run as vitrail
+from vitrail.config import DataConfig, load_config
+from vitrail.console import Talk
+from vitrail.data.folds import fold_numbers
+from vitrail.evaluation.evaluate import evaluate
+from vitrail.training import folds as folds_module
+from vitrail.training.session import Result, train
+from vitrail.weights.store import load_model
+
+QUIET = Talk(quiet=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_single_pictures_are_spread_to_one_picture(data):
+    sizes = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=6))
+    folds, seed = data.draw(st.integers(2, 7)), data.draw(st.integers(0, 9))
+    targets = np.repeat(np.arange(len(sizes)), sizes)
+    pool = np.flatnonzero(np.random.default_rng(seed).random(len(targets)) < 0.9)
+    pool = pool[np.bincount(targets[pool], minlength=len(sizes))[targets[pool]] > 1]
+    numbers = fold_numbers(pool, targets, np.arange(len(targets)), folds, seed)
+    assert len(numbers) == len(pool)
+    table = np.stack([np.bincount(targets[pool[numbers == fold]], minlength=len(sizes)) for fold in range(folds)])
+    assert (table.max(axis=0) - table.min(axis=0)).max() <= 1
+    assert table.sum(axis=1).max() - table.sum(axis=1).min() <= 1
+    assert table.sum() == len(pool)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_groups_stay_whole_and_every_fold_can_learn_every_class(data):
+    sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
+    folds, seed = data.draw(st.integers(2, 5)), data.draw(st.integers(0, 9))
+    targets = np.repeat(np.arange(len(sizes)), sizes)
+    groups = np.random.default_rng(seed).integers(0, data.draw(st.integers(1, 60)), len(targets))
+    numbers = fold_numbers(np.arange(len(targets)), targets, groups, folds, seed)
+    assert numbers.min() >= -1
+    assert numbers.max() < folds
+    for group in np.unique(groups):
+        assert len(set(numbers[groups == group])) == 1
+    for fold in range(folds):
+        assert set(targets[numbers != fold]) == set(targets)
+    again = fold_numbers(np.arange(len(targets)), targets, groups, folds, seed)
+    assert numbers.tolist() == again.tolist()
+
+
+def test_large_groups_are_spread_by_their_classes():
+    # Two classes of 6 groups of 10 each, and 3 folds: each fold has to get 2 groups of each class.
+    targets, groups = np.repeat([0, 1], 60), np.repeat(np.arange(12), 10)
+    for seed in range(10):
+        numbers = fold_numbers(np.arange(120), targets, groups, 3, seed)
+        assert [np.bincount(targets[numbers == fold]).tolist() for fold in range(3)] == [[20, 20]] * 3
+
+
+def test_each_fold_is_a_division_of_its_own_and_together_they_are_all():
+    source = listing(50, 23, 7)
+    parts = [divided(source, folds=5, fold=fold, test_fraction=0.1) for fold in range(5)]
+    table = np.asarray([per_class(source, each.parts["val"]) for each in parts])
+    assert table.sum(axis=0).tolist() == [45, 21, 6]
+    assert (table.max(axis=0) - table.min(axis=0)).tolist() == [0, 1, 1]
+    tests = {tuple(each.parts["test"]) for each in parts}
+    assert len(tests) == 1
+    assert per_class(source, parts[0].parts["test"]) == [5, 2, 1]
+    judged = np.concatenate([each.parts["val"] for each in parts])
+    assert len(judged) == len(set(judged)) == 72
+    assert not set(judged) & set(parts[0].parts["test"])
+    for each in parts:
+        assert len(each.parts["train"]) + len(each.parts["val"]) == 72
+        assert each.problems == ()
+    assert len({each.fingerprint for each in parts}) == 5
+    assert parts[3].rule == "a stratified split of all pictures; val: fold 3 of 5 (from 0), stratified"
+    other = divided(source, folds=5, fold=0, test_fraction=0.1, split_seed=1)
+    assert other.parts["val"].tolist() != parts[0].parts["val"].tolist()
+
+
+def test_classes_that_not_every_fold_can_judge_are_named():
+    source = listing(20, 3, 1)
+    found = divided(source, folds=4, fold=0)
+    assert [(each.kind, each.severity, each.paths) for each in found.problems] == [
+        ("small-class", "warning", ("c1", "c2")),
+        ("small-class", "warning", ("c2",)),
+    ]
+    assert "2 classes have fewer pictures than there are folds (4)" in found.problems[0].message
+    assert "1 pictures are judged in no fold" in found.problems[1].message
+    assert all(23 in divided(source, folds=4, fold=fold).parts["train"] for fold in range(4))
+
+
+def test_a_source_with_its_own_validation_part_is_refused_and_its_test_part_kept_apart():
+    source = listing(8, 8, split=(["train"] * 6 + ["val"] * 2) * 2)
+    with pytest.raises(ValueError, match=r"folders name one already \(val/\); move its pictures into train/"):
+        divided(source, folds=2, fold=0)
+    source = listing(8, 8, split=(["train"] * 6 + ["test"] * 2) * 2)
+    splits = [divided(source, folds=3, fold=fold) for fold in range(3)]
+    assert all(each.parts["test"].tolist() == [6, 7, 14, 15] for each in splits)
+    assert sorted(np.concatenate([each.parts["val"] for each in splits])) == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"folds": 1}, "data.folds is 1; expected 2 or more, or 0"),
+        ({"folds": -2}, "data.folds is -2"),
+        ({"folds": 3, "fold": 3}, "data.fold is 3; expected 0 to 2, or -1 for all"),
+        ({"fold": 0}, "data.fold is 0; expected data.folds with it"),
+    ],
+)
+def test_impossible_folds_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**values)
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory, make_folder, tiny) -> tuple[Result, Path]:
+    """A cross-validation of three folds, and its data."""
+    place = tmp_path_factory.mktemp("folds")
+    data = make_folder(place / "shapes", count=10)
+    return train(data, out=place / "out", talk=QUIET, **tiny, **{"data.folds": 3}), data
+
+
+def test_figures_are_those_of_the_folds_together(crossed):
+    result, _ = crossed
+    found = json.loads((result.folder / "folds.json").read_text())
+    assert found == result.folds
+    each = [json.loads((result.folder / f"fold-{k}" / "evaluation.json").read_text())["val"] for k in range(3)]
+    for name in ("top1", "top5", "loss", "ece", "balanced_accuracy"):
+        values = [one[name] for one in each]
+        assert found["parts"]["val"]["mean"][name] == pytest.approx(fmean(values))
+        assert found["parts"]["val"]["deviation"][name] == pytest.approx(stdev(values))
+    assert list(found["parts"]) == ["val"]
+    pooled = found["pooled"]
+    assert pooled["num_images"] == sum(one["num_images"] for one in each) == 30
+    assert pooled["confusion"] == np.sum([one["confusion"] for one in each], axis=0).tolist()
+    assert np.sum(pooled["confusion"], axis=1).tolist() == [10, 10, 10]
+    assert result.top1 == pooled["top1"] == pytest.approx(np.trace(pooled["confusion"]) / 30)
+
+
+def test_every_picture_is_judged_once_and_every_fold_is_a_run(crossed):
+    result, data = crossed
+    judged = []
+    for fold in range(3):
+        run = result.folder / f"fold-{fold}"
+        split = json.loads((run / "split.json").read_text())["splits"]
+        judged += split["val"]
+        assert len(split["train"]) == 20
+        header = load_model(run / "model.safetensors")[1]
+        assert (header.split["folds"], header.split["fold"]) == (3, fold)
+        (run.parent.parent / "alone.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+        for model in (run, run.parent.parent / "alone.safetensors"):  # without split.json, the header makes it again
+            again = evaluate(str(model), str(data), split="val", device=torch.device("cpu"), talk=QUIET)
+            assert again["fingerprint"] == json.loads((run / "split.json").read_text())["fingerprint"]
+            assert again["top1"] == result.folds["parts"]["val"]["each"][fold]["top1"]
+    assert len(judged) == len(set(judged)) == 30
+
+
+def test_one_fold_alone_is_the_same_run(crossed, tmp_path, tiny):
+    result, data = crossed
+    alone = train(data, out=tmp_path / "one", talk=QUIET, **tiny, **{"data.folds": 3, "data.fold": 1})
+    assert not alone.folds
+    ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "one", result.folder / "fold-1"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resume_goes_on_with_what_is_unfinished(crossed, tmp_path, monkeypatch):
+    result, data = crossed
+    cut = tmp_path / "cut"
+    shutil.copytree(result.folder, cut)
+    shutil.rmtree(cut / "fold-2")
+    (cut / "folds.json").unlink()
+    begun = []
+    real = folds_module.begin
+    monkeypatch.setattr(
+        folds_module, "begin", lambda place, *more, **words: begun.append(place.name) or real(place, *more, **words)
+    )
+    again = train(data, out=cut, talk=QUIET, resume=True, **{"data.folds": 3})
+    assert begun == ["fold-2"]
+    assert again.folds["parts"] == result.folds["parts"]
+    assert json.loads((cut / "folds.json").read_text()) == result.folds
+    ours, theirs = (load_file(folder / "fold-2" / "model.safetensors") for folder in (cut, result.folder))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert load_config(cut / "fold-2" / "config.json").data.fold == 2
+
+
+def test_what_cannot_be_resumed_or_begun_is_refused(crossed, tiny):
+    result, data = crossed
+    with pytest.raises(ValueError, match="exactly as configured, with epochs 2.0, not 9.0"):
+        train(data, out=result.folder, talk=QUIET, resume=True, epochs=9.0)
+    with pytest.raises(ValueError, match=r"go on with this one alone by --out .*fold-1"):
+        train(data, out=result.folder, talk=QUIET, resume=True, **{"data.fold": 1})
+    with pytest.raises(ValueError, match="is not empty; choose another --out"):
+        train(data, out=result.folder, talk=QUIET, **tiny, **{"data.folds": 3})
+    with pytest.raises(ValueError, match="data.val_fraction 0.3 has no effect with data.folds 3"):
+        train(data, out=result.folder.parent / "new", talk=QUIET, **tiny, **{"data.folds": 3, "data.val_fraction": 0.3})
+    assert not (result.folder.parent / "new").exists()
+
+
+def test_a_folds_model_judges_other_data_by_its_own_parts(crossed, make_folder, tmp_path):
+    for part in ("train", "val"):
+        make_folder(tmp_path / "other" / part, count=4)
+    model = str(crossed[0].folder / "fold-1")
+    found = evaluate(model, str(tmp_path / "other"), device=torch.device("cpu"), talk=QUIET)
+    assert (found["split"], found["num_images"]) == ("val", 12)
+
+
+def test_a_word_for_all_folds_names_one(crossed, capsys):
+    result, data = crossed
+    assert vitrail(["eval", str(result.folder), str(data)]) == 1
+    assert "fold-0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_all_folds(crossed, tmp_path):
+    result, data = crossed
+    words = ["-m", "vitrail", "train", str(data), "--out", str(tmp_path / "two"), "--recipe"]
+    words += [str(result.folder / "fold-0" / "config.json"), "--data.fold", "-1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words]
+    done = subprocess.run(launcher, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "two" / "folds.json").read_text())
+    assert found["pooled"]["num_images"] == 30
+    assert found["parts"]["val"]["mean"]["loss"] == pytest.approx(
+        result.folds["parts"]["val"]["mean"]["loss"], abs=0.02
+    )
+
+
+def test_folds_stay_what_they_are():
+    # A model file makes its division again by (folds, fold, seed).
+    source = listing(60, 25, 12, 3)
+    groups = np.random.Generator(np.random.Philox(key=7)).integers(0, 80, 100)
+    prints = [divided(source, groups, folds=4, fold=fold, split_seed=7).fingerprint for fold in range(4)]
+    assert prints == [
+        "8527fdde4fc0c2690f9a10ba30655306",
+        "f8c0a48a25706f4bef93279ab609d1d0",
+        "1f2e3687a87eacb3445c4db4a5aa131f",
+        "9faf9bbfe39a8cd01764dc91d5831c8b",
+    ]

@@ -1,0 +1,97 @@
+"""Cross-validation: every picture is in one fold's validation part, whole groups together, classes spread evenly."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vitrail.data.problems import Problem
+
+
+def fold_numbers(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Return the fold of every picture of `pool`; -1 where it is judged in none, and always trained on.
+
+    Groups of several pictures come first, the largest before the others, each into the fold that has the least of its
+    classes; single pictures then level the classes. Without such groups, folds differ by at most one picture, in
+    all and of each class. A group that holds all of a class is judged in no fold, since that fold could not learn the class.
+    """
+    random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, 1]))
+    order = random.permutation(len(pool))
+    classes, members, starts = targets[pool], *arranged(order, groups[pool])
+    sizes = np.bincount(classes)
+    filled = np.zeros((folds, len(sizes)), dtype=np.int64)
+    numbers = np.full(len(pool), -1, dtype=np.int64)
+    lengths = np.diff(starts)
+    several = np.flatnonzero(lengths > 1)
+    for group in several[np.argsort(-lengths[several], kind="stable")]:
+        here = members[starts[group] : starts[group + 1]]
+        labels, counts = np.unique(classes[here], return_counts=True)
+        if (counts == sizes[labels]).any():
+            continue
+        # What the sum of squared shares of each class over the folds grows by.
+        cost = (counts * (2 * filled[:, labels] + counts) / sizes[labels] ** 2).sum(axis=1)
+        fold = np.lexsort((filled.sum(axis=1), cost))[0]
+        filled[fold, labels] += counts
+        numbers[here] = fold
+    singles = members[starts[:-1][lengths == 1]]
+    singles = singles[np.argsort(classes[singles], kind="stable")]
+    for label, count in enumerate(np.bincount(classes[singles], minlength=len(sizes))):
+        here, singles = singles[:count], singles[count:]
+        if count and sizes[label] > 1:
+            more = levelled(filled, label, int(count))
+            numbers[here] = np.repeat(np.arange(folds), more)
+            filled[:, label] += more
+    # Groups of several classes may have brought all of a small class into one fold.
+    for label in np.flatnonzero((sizes > 1) & ((filled > 0).sum(axis=0) == 1)):
+        fold = int(filled[:, label].argmax())
+        if filled[fold, label] == sizes[label]:
+            chosen = groups[pool[(classes == label) & (numbers == fold)]][0]
+            numbers[groups[pool] == chosen] = -1
+    return numbers
+
+
+def levelled(filled: np.ndarray, label: int, count: int) -> np.ndarray:
+    """Return how many of `count` single pictures of a class each fold gets, so that all have as many or nearly."""
+    places = filled[:, label, None] + np.arange(count)  # the level that each further picture would bring a fold to
+    fold, _ = np.indices(places.shape)
+    totals = np.broadcast_to(filled.sum(axis=1)[:, None], places.shape)
+    lowest = np.lexsort((fold.ravel(), totals.ravel(), places.ravel()))[:count]
+    return np.bincount(fold.ravel()[lowest], minlength=len(filled))
+
+
+def arranged(order: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pictures of `order` group after group, groups in the order met, and where each begins, and the end.
+
+    Args:
+        groups: the group of every picture that `order` may name.
+    """
+    _, first, number = np.unique(groups[order], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    members = order[np.argsort(rank[number], kind="stable")]
+    return members, np.concatenate([[0], np.cumsum(np.bincount(rank[number], minlength=len(first)))])
+
+
+def fold_problems(labels: tuple[str, ...], targets: np.ndarray, numbers: np.ndarray, folds: int) -> list[Problem]:
+    """Name the classes that not every fold can judge.
+
+    Args:
+        targets: the class of every picture that is divided.
+        numbers: its fold.
+    """
+    sizes = np.bincount(targets, minlength=len(labels))
+    few = tuple(labels[label] for label in np.flatnonzero((sizes > 0) & (sizes < folds)))
+    problems = []
+    if few:
+        text = (
+            f"{len(few)} classes have fewer pictures than there are folds ({folds}), so that some folds judge none of them: "
+            f"{', '.join(few[:10])}"
+        )
+        problems.append(Problem("warning", "small-class", few, text))
+    alone = tuple(labels[label] for label in np.unique(targets[numbers < 0]))
+    if alone:
+        text = (
+            f"{int((numbers < 0).sum())} pictures are judged in no fold, since they are all or nearly all of a class, in one "
+            f"group: of {', '.join(alone[:10])}"
+        )
+        problems.append(Problem("warning", "small-class", alone, text))
+    return problems
