@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.config import AugmentConfig
+from vitrail.data.policies import apply_policy
 
 _PADDING = {"black": "zeros", "edge": "border", "mirror": "reflection"}
 # What each column of a picture's random numbers decides.
@@ -31,6 +32,28 @@ _DRAWS = (
     "bright",
     "contrast",
     "saturation",
+    # Later ones come at the end, so that the same seed goes on giving the same crops.
+    "op_1",
+    "sign_1",
+    "op_2",
+    "sign_2",
+    "op_3",
+    "sign_3",
+    "op_4",
+    "sign_4",
+    "strength",
+    "erase",
+    "erase_area",
+    "erase_ratio",
+    "erase_left",
+    "erase_top",
+    "erase_noise",
+    "mix",
+    "mix_way",
+    "mix_radius",
+    "mix_angle",
+    "mix_left",
+    "mix_top",
 )
 
 
@@ -125,7 +148,7 @@ def augment_batch(
         pictures = F.grid_sample(pictures, grid, padding_mode=_PADDING[config.fill], align_corners=False)
     else:
         pictures = mirror(mirror(pictures, draws["flip"] < config.flip, 3), draws["vertical"] < config.vertical_flip, 2)
-    return colour(pictures, config, draws)
+    return apply_policy(colour(pictures, config, draws), config, draws)
 
 
 def mirror(pictures: Float[Tensor, "B C H W"], chosen: np.ndarray, dim: int) -> Float[Tensor, "B C H W"]:

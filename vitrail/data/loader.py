@@ -20,6 +20,7 @@ from torch import Tensor
 from vitrail.config import AugmentConfig
 from vitrail.data.augment import augment_batch, crop_boxes, draw
 from vitrail.data.decode import PictureError
+from vitrail.data.mixing import Mix, erase, mix_pairs
 from vitrail.data.preprocess import INTERPOLATIONS, Preprocess, to_array, unit_scale
 from vitrail.data.sources import Source
 
@@ -35,17 +36,23 @@ class Batch:
         targets: class indices [B].
         indices: [B] which pictures of the source these are (host memory).
         patch_size: side of the patches to cut them into, where the step chose one; None leaves it to the model.
+        mix: the other label of each picture and its own one's share, where pictures are mixed.
     """
 
     images: Tensor
     targets: Tensor
     indices: np.ndarray
     patch_size: int | None = None
+    mix: Mix | None = None
 
     def part(self, start: int, stop: int) -> Batch:
         """Return some of the batch."""
         return Batch(
-            self.images[start:stop], self.targets[start:stop], self.indices[start:stop], patch_size=self.patch_size
+            self.images[start:stop],
+            self.targets[start:stop],
+            self.indices[start:stop],
+            patch_size=self.patch_size,
+            mix=None if self.mix is None else self.mix.part(start, stop),
         )
 
 
@@ -192,7 +199,7 @@ class TrainStream:
         size, target = (stored.shape[2], stored.shape[3]), self.pictures.preprocess.image_size
         cropped = self.augment.crop_scale < 1 or size != (target, target)
         boxes = crop_boxes(self.augment, draws, np.tile(size, (len(indices), 1))) if cropped else None
-        return self.finish(stored, indices, draws, boxes)
+        return self.finish(stored, indices, draws, boxes, np.arange(len(indices)))
 
     def start_reading(self, step: int):
         """Start the threads on a batch: decode, random resized crop."""
@@ -217,17 +224,25 @@ class TrainStream:
         """Wait for a batch's files and do the rest of its augmentation."""
         pixels, places = self.pictures.gather(futures, indices)
         self.pictures.check_some_left(len(places), len(indices))
-        return self.finish(pixels, indices[places], {name: values[places] for name, values in draws.items()}, None)
+        draws = {name: values[places] for name, values in draws.items()}
+        return self.finish(pixels, indices[places], draws, None, places)
 
     def finish(
-        self, pixels: np.ndarray, indices: np.ndarray, draws: dict[str, np.ndarray], boxes: np.ndarray | None
+        self,
+        pixels: np.ndarray,
+        indices: np.ndarray,
+        draws: dict[str, np.ndarray],
+        boxes: np.ndarray | None,
+        places: np.ndarray,
     ) -> Batch:
-        """Move to the device, augment there, normalise."""
+        """Move to the device, augment there, normalise; pictures at `places` of the batch that follow each other are mixed."""
         preprocess = self.pictures.preprocess
         values = unit_scale(torch.from_numpy(pixels).to(self.device, non_blocking=True))
         images = augment_batch(values, self.augment, draws, boxes, preprocess.image_size)
         targets = self.targets[torch.from_numpy(indices)].to(self.device, non_blocking=True)
-        return Batch(preprocess.normalise(images), targets, indices)
+        images = erase(preprocess.normalise(images), self.augment, draws)
+        images, mix = mix_pairs(images, targets, places, self.augment, draws)
+        return Batch(images, targets, indices, mix=mix)
 
 
 def judging_batches(
