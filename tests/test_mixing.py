@@ -130,9 +130,9 @@ def test_with_both_on_each_takes_about_half_and_the_chance_leaves_the_rest_alone
     out, mix = mix_pairs(images, targets, np.arange(count), AugmentConfig(mixup=1.0, cutmix=1.0, mix_chance=0.6), drawn)
     assert mix is not None
     drawn = {name: np.repeat(values[::2], 2) for name, values in drawn.items()}
-    chosen, cut = drawn["mix"] < 0.6, drawn["mix_way"] < 0.5
-    assert 0.55 < chosen.mean() < 0.65
-    assert 0.45 < cut.mean() < 0.55
+    chosen, cut = torch.from_numpy(drawn["mix"] < 0.6), torch.from_numpy(drawn["mix_way"] < 0.5)
+    assert 0.55 < chosen.float().mean() < 0.65
+    assert 0.45 < cut.float().mean() < 0.55
     assert torch.equal(out[~chosen], images[~chosen])
     assert (mix.shares[~chosen] == 1).all()
     assert torch.equal(mix.partners[~chosen], targets[~chosen])
