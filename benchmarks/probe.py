@@ -26,7 +26,7 @@ import torch
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data.loader import Pictures
+from vitrail.data.pictures import Pictures
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.linear import fit_logistic, fit_ridge
 from vitrail.evaluation.probe import divide, linear, load_frozen, look, probe, top1

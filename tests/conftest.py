@@ -11,7 +11,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-jaxtyping.install_import_hook(["vitrail.models", "vitrail.kernels", "vitrail.data.augment"], "beartype.beartype")
+_ANNOTATED = [
+    "vitrail.models",
+    "vitrail.kernels",
+    *(f"vitrail.data.{name}" for name in ("augment", "mixing", "policies")),
+]
+jaxtyping.install_import_hook(_ANNOTATED, "beartype.beartype")
 
 # A training in a test must not depend on the machine's load through thread timing; two threads are what CI has.
 os.environ.setdefault("OMP_NUM_THREADS", "2")

@@ -51,6 +51,27 @@ def test_draws_are_a_pure_function_of_seed_epoch_and_picture(seed, epoch, indice
     assert all((values >= 0).all() and (values < 1).all() for values in together.values())
 
 
+def test_the_first_draws_are_those_that_earlier_versions_drew():
+    """A run that is resumed, or repeated from its config.json, sees the same crops and flips."""
+    found = draw(7, np.asarray([0, 3]), np.asarray([11, 12]))
+    golden = {
+        "area": [0.04894409534913635, 0.14182842516990468],
+        "ratio": [0.3670477928221403, 0.5335482523549774],
+        "left": [0.10845536664426181, 0.40091300101692595],
+        "top": [0.542092696858021, 0.3635940678558255],
+        "flip": [0.07303595171768495, 0.5312451439788148],
+        "vertical": [0.6711497961828466, 0.025284602526154387],
+        "angle": [0.7466781730517001, 0.29528642040257813],
+        "right": [0.9740708952499142, 0.6074068560751499],
+        "down": [0.8488517645615201, 0.44206006381686247],
+        "bright": [0.7611732933383263, 0.3025612385156482],
+        "contrast": [0.11624728560888253, 0.3324250774744114],
+        "saturation": [0.35702690205867016, 0.5810271537273368],
+    }
+    assert list(found)[:12] == list(golden)
+    assert {name: found[name].tolist() for name in golden} == golden
+
+
 def test_draws_differ_between_seeds_epochs_pictures_and_purposes():
     seen = set()
     for seed in range(3):

@@ -49,7 +49,7 @@ def test_public_names_and_flags_grow_only_by_decision():
         "Classifier", "Prediction", "RunConfig", "ViT", "ViTConfig", "__version__", "load", "train"
     ]  # fmt: skip
     flags = [name for name, _ in flatten(RunConfig)]
-    assert len(flags) == 100, "a setting came or went: was that a decision?"
+    assert len(flags) == 108, "a setting came or went: was that a decision?"
     assert {"epochs", "batch_size", "seed", "device", "optim.lr", "model.window", "schedule.decay"} <= set(flags)
     assert train_options().__dataclass_fields__.keys() >= {"data_source", "out", "model_name", "recipe", "resume"}
 

@@ -16,7 +16,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
 from vitrail.console import Talk
-from vitrail.data.loader import Batch, Pictures, TrainStream, judging_batches
+from vitrail.data.judging import judging_batches
+from vitrail.data.loader import Batch, TrainStream
+from vitrail.data.mixing import Mix
+from vitrail.data.pictures import Pictures
 from vitrail.data.places import ArrayPictures
 from vitrail.data.preprocess import Preprocess
 from vitrail.data.sources import digits as all_digits
@@ -27,6 +30,9 @@ from vitrail.training.prepare import TrainData, check_data, is_identity, ready_d
 CPU = torch.device("cpu")
 EVERYTHING = AugmentConfig(
     crop_scale=0.3, flip=0.5, rotation=15.0, shift=0.1, brightness=0.3, contrast=0.3, saturation=0.3
+)
+MIXED = replace(
+    EVERYTHING, policy="randaugment", erasing=0.5, erasing_fill="noise", mixup=0.8, cutmix=1.0, mix_chance=0.8
 )
 
 
@@ -47,13 +53,25 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(
-    files: Path, augment: AugmentConfig, *, memory: bool, side: int = 24, workers: int = 2, **preprocess
+    files: Path,
+    augment: AugmentConfig,
+    *,
+    memory: bool,
+    side: int = 24,
+    workers: int = 2,
+    batch_size: int = 6,
+    **preprocess,
 ) -> tuple[TrainData, RunConfig]:
     """What `vitrail train` makes of a folder."""
     data = DataConfig(source=str(files), memory_bytes=10**8 if memory else 0, workers=workers, near_duplicates=False)
     model = ViTConfig(image_size=side, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=2)
     config = RunConfig(
-        data=data, model=model, augment=augment, preprocess=PreprocessConfig(**preprocess), seed=5, batch_size=6
+        data=data,
+        model=model,
+        augment=augment,
+        preprocess=PreprocessConfig(**preprocess),
+        seed=5,
+        batch_size=batch_size,
     )
     found = ready_data(check_data(data, Talk(quiet=True)), config)
     assert (found.pictures.stored is not None) == memory
@@ -78,14 +96,21 @@ def stream(found: tuple[TrainData, RunConfig], rank: int = 0, ranks: int = 1) ->
 def same(one: Batch, other: Batch) -> bool:
     """Bit for bit."""
     parts = torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
-    return parts and one.indices.tolist() == other.indices.tolist()
+    if one.mix is not None and other.mix is not None:
+        parts = parts and torch.equal(one.mix.partners, other.mix.partners)
+        parts = parts and torch.equal(one.mix.shares, other.mix.shares)
+    return parts and (one.mix is None) == (other.mix is None) and one.indices.tolist() == other.indices.tolist()
 
 
 def joined(*batches: Batch) -> Batch:
+    mixes = [batch.mix for batch in batches if batch.mix is not None]
     return Batch(
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.targets for batch in batches]),
         np.concatenate([batch.indices for batch in batches]),
+        mix=Mix(torch.cat([mix.partners for mix in mixes]), torch.cat([mix.shares for mix in mixes]))
+        if mixes
+        else None,
     )
 
 
@@ -171,28 +196,36 @@ def test_with_crops_memory_and_files_give_the_same_pictures_within_the_filters_d
         assert (one.images - other.images).abs().mean() < 0.02  # of a range of 2; another crop gives 0.3
 
 
-@pytest.mark.parametrize("augment", [AugmentConfig(), EVERYTHING])
+@pytest.mark.parametrize("augment", [AugmentConfig(), EVERYTHING, MIXED])
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_several_processes_together_are_one(files, augment, memory, ranks):
-    found = load(files, augment, memory=memory)
+    found = load(files, augment, memory=memory, batch_size=12)  # a multiple of twice the processes: pairs stay whole
     alone = list(stream(found).batches(0, 5))
     shares = [list(stream(found, rank, ranks).batches(0, 5)) for rank in range(ranks)]
     for step in range(5):
         together = joined(*(share[step] for share in shares))
         assert together.indices.tolist() == alone[step].indices.tolist()
         torch.testing.assert_close(together.images, alone[step].images, rtol=0, atol=1e-6)
+        assert same(replace(together, images=alone[step].images), alone[step])
 
 
 @pytest.mark.parametrize("memory", [True, False])
-def test_starting_at_a_step_is_as_running_up_to_it(files, memory):
-    run = list(stream(load(files, EVERYTHING, memory=memory)).batches(0, 9))
+@pytest.mark.parametrize("augment", [EVERYTHING, MIXED])
+def test_starting_at_a_step_is_as_running_up_to_it(files, augment, memory):
+    run = list(stream(load(files, augment, memory=memory)).batches(0, 9))
     assert all(same(first, second) is False for first, second in pairwise(run))
     for start in (1, 4, 8):
-        resumed = list(stream(load(files, EVERYTHING, memory=memory)).batches(start, 9))
+        resumed = list(stream(load(files, augment, memory=memory)).batches(start, 9))
         assert len(resumed) == 9 - start
         assert all(same(one, other) for one, other in zip(resumed, run[start:], strict=True))
-    assert list(stream(load(files, EVERYTHING, memory=memory)).batches(9, 9)) == []
+    assert list(stream(load(files, augment, memory=memory)).batches(9, 9)) == []
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_the_number_of_threads_changes_nothing(files, memory):
+    one, other = (stream(load(files, MIXED, memory=memory, workers=workers)) for workers in (1, 5))
+    assert all(same(a, b) for a, b in zip(one.batches(0, 5), other.batches(0, 5), strict=True))
 
 
 @pytest.mark.parametrize("memory", [True, False])
@@ -234,6 +267,21 @@ def test_a_file_lost_after_the_scan_is_dropped_and_noted_and_never_replaced(file
     assert same(left[2], whole[2])
     assert list(data.pictures.dropped) == [place]
     assert "No such file" in data.pictures.dropped[place]
+
+
+def test_the_partner_of_a_lost_file_stays_unmixed_and_all_others_are_as_before(files, tmp_path):
+    found = load(copied(files, tmp_path), replace(MIXED, mix_chance=1.0), memory=False)
+    data = found[0]
+    [whole] = stream(found).batches(1, 2)
+    Path(data.source.location(int(whole.indices[2]))).unlink()
+    [left] = stream(found).batches(1, 2)
+    assert left.indices.tolist() == np.delete(whole.indices, 2).tolist()
+    assert same(joined(left.part(0, 2), left.part(3, 5)), joined(whole.part(0, 2), whole.part(4, 6)))
+    assert left.mix is not None
+    assert (left.mix.shares[2], left.mix.partners[2]) == (1, left.targets[2])
+    unmixed = (data, replace(found[1], augment=replace(MIXED, mixup=0.0, cutmix=0.0)))
+    [alone] = stream(unmixed).batches(1, 2)
+    assert torch.equal(left.images[2], alone.images[2])
 
 
 def test_a_file_broken_after_the_scan_is_left_out_of_the_judgement_alone_in_its_batch_too(files, tmp_path):

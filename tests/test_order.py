@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from vitrail.config import AugmentConfig, RunConfig
 from vitrail.data.augment import draw
-from vitrail.data.loader import Pictures, TrainStream
+from vitrail.data.loader import TrainStream
 from vitrail.data.order import Order, shares
+from vitrail.data.pictures import Pictures
 from vitrail.data.preprocess import Preprocess
 from vitrail.data.sources import digits
 from vitrail.settings import override

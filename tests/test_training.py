@@ -178,6 +178,29 @@ def test_killed_at_five_random_steps_and_resumed_is_bit_identical(kind, make_fol
     assert timeless[0] == timeless[1], "metrics of a resumed run are those of the uninterrupted one"
 
 
+ALL_AUGMENTED = {
+    "augment.crop_scale": 0.4,
+    "augment.flip": 0.5,
+    "augment.policy": "randaugment",
+    "augment.erasing": 0.5,
+    "augment.erasing_fill": "noise",
+    "augment.mixup": 0.8,
+    "augment.cutmix": 1.0,
+    "augment.mix_chance": 0.9,
+}
+
+
+@pytest.mark.parametrize("memory", [10**9, 0])
+def test_two_steps_and_two_more_are_four_with_every_augmentation(memory, make_folder, tmp_path, tiny):
+    data = make_folder(tmp_path / "data", count=19)  # 45 training pictures: a pair spans two epochs
+    settings = tiny | ALL_AUGMENTED | {"epochs": 1.4, "data.memory_bytes": memory, "log.every": "1 steps"}
+    train(data, out=tmp_path / "whole", talk=QUIET, **settings)
+    assert [line["step"] for line in lines_of(tmp_path / "whole") if "train/loss" in line] == [1, 2, 3, 4]
+    interrupted(2, data, out=tmp_path / "cut", **settings)
+    train(data, out=tmp_path / "cut", resume=True, talk=QUIET)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
 def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
     """Kill the process without warning as soon as its metrics show that it has passed `step`."""
     deadline = time.monotonic() + 120
@@ -355,9 +378,13 @@ def test_a_picture_gone_since_the_split_is_named_on_resume(make_folder, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(make_folder, tmp_path):
+@pytest.mark.parametrize(
+    "augment", [[], ["--augment.policy", "trivialaugment", "--augment.mixup", "1", "--augment.cutmix", "1"]]
+)
+def test_two_processes_train_as_one(augment, make_folder, tmp_path):
     data = make_folder(tmp_path / "data", count=24)
     exact = ["--model.dropout", "0.0", "--model.drop-path", "0.0", "--precision", "fp32", "--optim.ema-decay", "0"]
+    exact += augment
     subprocess.run(command(data, tmp_path / "one", *exact), check=True, capture_output=True)
     words = command(data, tmp_path / "two", *exact)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", *words[2:]]
@@ -375,9 +402,10 @@ def test_two_processes_train_as_one(make_folder, tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=2e-2)
 
 
-def test_accumulated_parts_make_the_same_step(make_folder, tmp_path, tiny):
+@pytest.mark.parametrize("augment", [{}, ALL_AUGMENTED])
+def test_accumulated_parts_make_the_same_step(augment, make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
-    exact = tiny | {"model.drop_path": 0.0, "precision": "fp32", "epochs": 1.0, "optim.ema_decay": 0.0}
+    exact = tiny | augment | {"model.drop_path": 0.0, "precision": "fp32", "epochs": 1.0, "optim.ema_decay": 0.0}
     train(data, out=tmp_path / "one", talk=QUIET, **exact)
     train(data, out=tmp_path / "four", talk=QUIET, **exact, **{"optim.accumulate": 4})
     one, four = (load_file(tmp_path / name / "last" / "state.safetensors") for name in ("one", "four"))

@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 import vitrail
-from vitrail.config import UNEVEN, DataConfig, RunConfig
+from vitrail.config import UNEVEN, AugmentConfig, DataConfig, RunConfig
 from vitrail.console import Talk, printable
 from vitrail.lookup import unknown
 from vitrail.models.config import ViTConfig
@@ -262,18 +262,34 @@ def given_settings(options: Any, where: str = "") -> dict[str, Any]:
 
 
 def check_options() -> type:
-    """Return the options of `vitrail check`: its own, and the settings of the data as `--data.field`."""
+    """Return the options of `vitrail check`: its own, and the settings of data and augmentation, as `vitrail train`'s."""
     data = dataclasses.make_dataclass(
         "data",
         settings_of(DataConfig, skip=("source", "memory_bytes", "sampling", "folds", "fold"), otherwise=""),
         frozen=True,
     )
+    augment = dataclasses.make_dataclass("augment", settings_of(AugmentConfig), frozen=True)
     own = [
         ("data_source", Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]),
         ("out", Annotated[str | None, arg(help="write all findings as JSON", metavar="FILE")], None),
         ("html", Annotated[str | None, arg(help="write a page with the pictures in question", metavar="FILE")], None),
         ("quick", Annotated[bool, arg(help="read headers and compare bytes, but decode nothing")], False),
+        (
+            "show_augmentation",
+            Annotated[bool, arg(help="write a contact sheet of what training would see, with what was drawn")],
+            False,
+        ),
+        ("out_sheet", Annotated[str | None, arg(help="its place (default: augmentation.png)", metavar="FILE")], None),
+        (
+            "recipe",
+            Annotated[
+                str | None,
+                arg(help="its settings: auto (the default), article, or an earlier run's config.json", metavar="NAME"),
+            ],
+            None,
+        ),
         ("data", data, dataclasses.field(default_factory=data)),
+        ("augment", augment, dataclasses.field(default_factory=augment)),
     ]
     return dataclasses.make_dataclass("Check", own, frozen=True)
 
@@ -284,9 +300,11 @@ def do_check(options: Any) -> int:
     from vitrail.files import write_text
     from vitrail.report.check import summary, write_page
 
-    for name, path in (("--out", options.out), ("--html", options.html)):
+    places = (("--out", options.out), ("--html", options.html), ("--out-sheet", options.out_sheet))
+    for name, path in places:
         if path is not None and not Path(path).parent.is_dir():
             raise ValueError(f"{name} {path}: there is no folder {Path(path).parent}")
+    refuse_sheetless(options)
     talk = Talk()
     config = DataConfig(source=options.data_source, **given_settings(options.data))
     checked = check_source(config, quick=options.quick, bar=talk.bar)
@@ -304,9 +322,27 @@ def do_check(options: Any) -> int:
         if options.html is None and checked.source is not None:
             talk.say(f"next:    vitrail check {data} --html check.html   (a page with the pictures in question)")
         return fail(f"{number:,} errors; mend them first" if number > 1 else "1 error; mend it first")
+    if options.show_augmentation:
+        from vitrail.report.augmentation import write_sheet
+
+        place = options.out_sheet or "augmentation.png"
+        given = given_settings(options.augment, "augment.")
+        write_sheet(config, Path(place), recipe=options.recipe or "auto", given=given)
+        talk.say(f"what training would see: {place}")
     talk.good("no errors" + ("" if checked.problems else ", and nothing to warn of"))
     talk.say(f"next:    vitrail train {data}")
     return OK
+
+
+def refuse_sheetless(options: Any) -> None:
+    """Raise a ValueError when something is set that only the contact sheet heeds, and none is asked for."""
+    given = {
+        f"--{name.replace('_', '-')}": value for name, value in given_settings(options.augment, "augment.").items()
+    }
+    given |= {"--out-sheet": options.out_sheet, "--recipe": options.recipe}
+    for name, value in given.items():
+        if value is not None and not options.show_augmentation:
+            raise ValueError(f"{name} {value} is for the contact sheet; add --show-augmentation, or leave it out")
 
 
 def do_train(options: Any) -> int:

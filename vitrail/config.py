@@ -26,6 +26,8 @@ PRECISION_NAMES = ("fp32", "bf16")
 DAMAGED_NAMES = ("stop", "drop", "keep")
 DECODE_NAMES = ("exact", "fast")
 FILL_NAMES = ("black", "edge", "mirror")
+POLICY_NAMES = ("none", "randaugment", "trivialaugment", "three_augment")
+ERASING_FILL_NAMES = ("mean", "noise")
 LORA_NAMES = ("qkv", "proj", "fc1", "fc2")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 SAMPLING_NAMES = ("natural", "balanced", "sqrt")
@@ -151,19 +153,42 @@ class AugmentConfig:
     repeats: int = setting(
         1, "repeated augmentation: how often each picture comes in its batch, each time changed differently"
     )
+    policy: str = setting("none", f"published changes, after all those above: {', '.join(POLICY_NAMES)}")
+    policy_ops: int = setting(2, "randaugment: operations a picture, 1 to 4")
+    policy_magnitude: int = setting(9, "randaugment: their strength, 0 to 30")
+    erasing: float = setting(0.0, "chance that a box of 2 to 33 % of the area is erased")
+    erasing_fill: str = setting("mean", "what fills it: mean, the data's own (0 for the model), or noise")
+    mixup: float = setting(0.0, "blend two pictures and their labels, the share from Beta(this, this); 0: off")
+    cutmix: float = setting(
+        0.0, "put a box of one picture and its label's share into another, its area from Beta(this, this); 0: off"
+    )
+    mix_chance: float = setting(1.0, "share of pairs that mixup or cutmix mixes; with both on, each takes half of them")
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"augment.crop_scale is {self.crop_scale}; expected above 0, at most 1 (1: no cropping)")
         if self.crop_ratio < 1:
             raise ValueError(f"augment.crop_ratio is {self.crop_ratio}; expected 1 or more")
-        for field in ("flip", "vertical_flip", "shift", "brightness", "contrast", "saturation"):
+        shares = ("flip", "vertical_flip", "shift", "brightness", "contrast", "saturation", "erasing", "mix_chance")
+        for field in shares:
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"augment.{field} is {getattr(self, field)}; expected 0 to 1")
         if not 0 <= self.rotation <= 180:
             raise ValueError(f"augment.rotation is {self.rotation}; expected 0 to 180 degrees")
         choice("augment.fill", self.fill, FILL_NAMES)
         at_least("augment.repeats", self.repeats, 1)
+        choice("augment.policy", self.policy, POLICY_NAMES)
+        choice("augment.erasing_fill", self.erasing_fill, ERASING_FILL_NAMES)
+        for field, least, most in (("policy_ops", 1, 4), ("policy_magnitude", 0, 30)):
+            if not least <= getattr(self, field) <= most:
+                raise ValueError(f"augment.{field} is {getattr(self, field)}; expected {least} to {most}")
+        at_least("augment.mixup", self.mixup, 0)
+        at_least("augment.cutmix", self.cutmix, 0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are mixed two by two."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)

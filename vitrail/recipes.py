@@ -186,6 +186,10 @@ IDLE: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "augment.crop_ratio": ("augment.crop_scale", lambda config: config.augment.crop_scale < 1),
     "augment.saturation": ("model.in_channels", lambda config: config.model.in_channels == 3),
     "augment.fill": ("augment.rotation", lambda config: config.augment.rotation > 0 or config.augment.shift > 0),
+    "augment.policy_ops": ("augment.policy", lambda config: config.augment.policy == "randaugment"),
+    "augment.policy_magnitude": ("augment.policy", lambda config: config.augment.policy == "randaugment"),
+    "augment.erasing_fill": ("augment.erasing", lambda config: config.augment.erasing > 0),
+    "augment.mix_chance": ("augment.mixup", lambda config: config.augment.mixes),
 }
 
 

@@ -135,15 +135,6 @@ class Preprocess:
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
         return torch.sub(unit_scale(pixels), mean, out=out).div_(std)
 
-    def normalise_into(self, out: np.ndarray, pixels: np.ndarray) -> None:
-        """Do what `normalise` does, to the bit, for one picture [C, H, W] and in one thread."""
-        if pixels.dtype == np.uint8:
-            np.divide(pixels, np.float32(255), out=out)
-        else:
-            out[:] = pixels
-        out -= np.asarray(self.mean, np.float32)[:, None, None]
-        out /= np.asarray(self.std, np.float32)[:, None, None]
-
 
 def preprocess_of(config: RunConfig) -> Preprocess:
     """Return the preprocessing that a run's configuration means."""

@@ -11,7 +11,7 @@ import torch
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data.loader import Pictures
+from vitrail.data.pictures import Pictures
 from vitrail.data.preprocess import Preprocess
 from vitrail.data.problems import stop_on_errors
 from vitrail.data.scan import scan_source

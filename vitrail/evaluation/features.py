@@ -13,7 +13,7 @@ import torch
 
 import vitrail
 from vitrail.data.kept import KeptRows, kept_folder
-from vitrail.data.loader import Pictures
+from vitrail.data.pictures import Pictures
 from vitrail.data.sources import Source
 from vitrail.evaluation.classifier import Classifier
 from vitrail.evaluation.judge import BATCH, judge

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vitrail.data.loader import MixedBatch, Pictures, judging_batches
+from vitrail.data.judging import MixedBatch, judging_batches
+from vitrail.data.pictures import Pictures
 from vitrail.evaluation.metrics import Outputs
 from vitrail.models.vit import ViT
 from vitrail.training.parallel import World

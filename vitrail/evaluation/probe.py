@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vitrail.config import DataConfig
 from vitrail.console import Talk
 from vitrail.data.kept import KeptRows
-from vitrail.data.loader import Pictures
 from vitrail.data.looks import KeptLooks
+from vitrail.data.pictures import Pictures
 from vitrail.data.problems import stop_on_errors
 from vitrail.data.scan import Scan, scan_source
 from vitrail.data.sources import Source, open_source

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitrail.data.loader import Batch, Pictures, TrainStream
+from vitrail.data.loader import Batch, TrainStream
+from vitrail.data.pictures import Pictures
 from vitrail.evaluation.judge import evaluating
 from vitrail.evaluation.metrics import Outputs
 from vitrail.models.vit import ViT

@@ -12,7 +12,8 @@ import torch
 from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Talk, byte_size
 from vitrail.data.cache import PictureCache
-from vitrail.data.loader import Pictures, TrainStream
+from vitrail.data.loader import TrainStream
+from vitrail.data.pictures import Pictures
 from vitrail.data.preprocess import Preprocess, preprocess_of
 from vitrail.data.problems import Problem, stop_on_errors
 from vitrail.data.scan import Scan, scan_source

@@ -248,6 +248,12 @@ def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, 
             f"batch_size {config.batch_size} is global and must be a multiple of the {world.size} processes; "
             f"try --batch-size {-(-config.batch_size // world.size) * world.size}"
         )
+    if config.augment.mixes and config.batch_size // world.size % 2:
+        raise ValueError(
+            f"augment.mixup and augment.cutmix mix neighbours of a batch two by two, but each of {world.size} processes has "
+            f"{config.batch_size // world.size} of batch_size {config.batch_size}; try --batch-size "
+            f"{config.batch_size + world.size}, or leave them out"
+        )
     if schedule:
         rhythm = rhythm_of(config, num_train)
         Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)

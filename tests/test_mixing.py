@@ -1,0 +1,224 @@
+"""Mixup and cutmix: pairs of neighbours, labels by what is shown, the loss that of soft labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from vitrail.config import AugmentConfig, RunConfig
+from vitrail.console import Talk
+from vitrail.data.augment import draw
+from vitrail.data.loader import Batch
+from vitrail.data.mixing import Mix, beta, cut_boxes, mix_pairs
+from vitrail.models.config import ViTConfig
+from vitrail.models.vit import ViT
+from vitrail.training import parallel
+from vitrail.training.objectives import Classification
+from vitrail.training.session import check_runnable, train
+
+QUIET = Talk(quiet=True)
+SIZE, CLASSES = (12, 9), 5
+
+
+def some(count: int = 16, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, np.ndarray]]:
+    random = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, *SIZE, generator=random)
+    targets = torch.randint(CLASSES, (count,), generator=random)
+    return images, targets, draw(seed, np.zeros(count, int), np.arange(count))
+
+
+def mixed(config: AugmentConfig, count: int = 16, seed: int = 0) -> tuple[Tensor, Mix]:
+    images, targets, drawn = some(count, seed)
+    out, mix = mix_pairs(images, targets, np.arange(count), config, drawn)
+    assert mix is not None
+    return out, mix
+
+
+def soft(targets: Tensor, mix: Mix) -> Tensor:
+    """Label shares [B, K]."""
+    own, other = (F.one_hot(each, CLASSES).float() for each in (targets, mix.partners))
+    return mix.shares[:, None] * own + (1 - mix.shares[:, None]) * other
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 4.0])
+def test_shares_are_beta(alpha):
+    drawn = draw(1, np.zeros(4000, int), np.arange(4000))
+    assert stats.kstest(beta(alpha, drawn), stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+def test_a_tiny_alpha_mixes_nothing_but_still_gives_numbers():
+    shares = beta(1e-3, draw(0, np.zeros(200, int), np.arange(200)))
+    assert np.isfinite(shares).all()
+    assert (np.minimum(shares, 1 - shares) < 1e-6).mean() > 0.95
+
+
+def test_off_is_the_same_pictures_and_no_mix():
+    images, targets, drawn = some()
+    out, mix = mix_pairs(images, targets, np.arange(16), AugmentConfig(), drawn)
+    assert out is images
+    assert mix is None
+
+
+def test_mixup_is_torchvisions_of_a_pair():
+    """torchvision rolls the batch by one; of two pictures that is the partner."""
+    images, targets, drawn = some()
+    out, mix = mixed(AugmentConfig(mixup=0.8))
+    for first in range(0, 16, 2):
+        pair = slice(first, first + 2)
+        share = float(beta(0.8, {name: values[first : first + 1] for name, values in drawn.items()})[0])
+        theirs = v2.MixUp(num_classes=CLASSES)
+        theirs.make_params = lambda flat, share=share: {"lam": share}
+        pictures, labels = theirs(images[pair], targets[pair])
+        torch.testing.assert_close(out[pair], pictures)
+        torch.testing.assert_close(soft(targets, mix)[pair], labels)
+
+
+def test_cutmix_is_torchvisions_of_a_pair_with_the_share_of_the_real_box():
+    images, targets, drawn = some()
+    out, mix = mixed(AugmentConfig(cutmix=1.0))
+    boxes = cut_boxes(beta(1.0, drawn), drawn, SIZE).astype(int)
+    for first in range(0, 16, 2):
+        pair, (left, top, right, bottom) = slice(first, first + 2), boxes[first].tolist()
+        share = 1 - (right - left) * (bottom - top) / (SIZE[0] * SIZE[1])
+        theirs = v2.CutMix(num_classes=CLASSES)
+        box = (left, top, right, bottom)
+        theirs.make_params = lambda flat, box=box, share=share: {"box": box, "lam_adjusted": share}
+        pictures, labels = theirs(images[pair], targets[pair])
+        assert torch.equal(out[pair], pictures)
+        torch.testing.assert_close(soft(targets, mix)[pair], labels)
+
+
+def test_a_cut_box_is_that_of_torchvision(monkeypatch):
+    """The same share and the same centre give the same box and the same corrected share."""
+    shares = np.linspace(0, 1, 60)
+    drawn = draw(2, np.zeros(60, int), np.arange(60))
+    ours = cut_boxes(shares, drawn, SIZE)
+    for place, share in enumerate(shares):
+        centre = iter([int(drawn["mix_left"][place] * SIZE[1]), int(drawn["mix_top"][place] * SIZE[0])])
+        theirs = v2.CutMix(num_classes=CLASSES)
+        theirs._dist = SimpleNamespace(sample=lambda _, share=share: share)  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setattr(torch, "randint", lambda *_, centre=centre, **__: torch.tensor([next(centre)]))
+        found = theirs.make_params([torch.zeros(1, 3, *SIZE)])
+        assert tuple(ours[place].astype(int).tolist()) == found["box"]
+
+
+@pytest.mark.parametrize(
+    "config", [AugmentConfig(mixup=0.4), AugmentConfig(cutmix=1.0), AugmentConfig(mixup=0.8, cutmix=1.0)]
+)
+def test_label_mass_is_conserved(config):
+    """Two pictures hold two labels' worth in all, each as much of one as of the other."""
+    images, targets, _ = some(64)
+    out, mix = mixed(config, 64)
+    before, after = F.one_hot(targets, CLASSES).float(), soft(targets, mix)
+    torch.testing.assert_close(after.sum(1), torch.ones(64))
+    torch.testing.assert_close(after.view(32, 2, CLASSES).sum(1), before.view(32, 2, CLASSES).sum(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.view(32, 2, -1).sum(1), images.view(32, 2, -1).sum(1), atol=1e-5, rtol=0)
+    assert (mix.shares < 0.9).any()
+
+
+def test_with_both_on_each_takes_about_half_and_the_chance_leaves_the_rest_alone():
+    count = 2000
+    images, targets, drawn = some(count)
+    out, mix = mix_pairs(images, targets, np.arange(count), AugmentConfig(mixup=1.0, cutmix=1.0, mix_chance=0.6), drawn)
+    assert mix is not None
+    drawn = {name: np.repeat(values[::2], 2) for name, values in drawn.items()}
+    chosen, cut = torch.from_numpy(drawn["mix"] < 0.6), torch.from_numpy(drawn["mix_way"] < 0.5)
+    assert 0.55 < chosen.float().mean() < 0.65
+    assert 0.45 < cut.float().mean() < 0.55
+    assert torch.equal(out[~chosen], images[~chosen])
+    assert (mix.shares[~chosen] == 1).all()
+    assert torch.equal(mix.partners[~chosen], targets[~chosen])
+    kept = (out == images).all(dim=1).flatten(1).float().mean(1)  # a cut keeps its own pixels, a blend none
+    torch.testing.assert_close(kept[chosen & cut], mix.shares[chosen & cut], atol=1e-6, rtol=0)
+    assert (kept[chosen & ~cut] < 0.01).all()
+
+
+def test_a_picture_whose_partner_failed_stays_as_it_is():
+    images, targets, drawn = some(8)
+    whole, wanted = mixed(AugmentConfig(mixup=1.0), 8)
+    for lost in range(8):
+        left = np.delete(np.arange(8), lost)
+        some_draws = {name: values[left] for name, values in drawn.items()}
+        out, mix = mix_pairs(images[left], targets[left], left, AugmentConfig(mixup=1.0), some_draws)
+        assert mix is not None
+        for number, place in enumerate(left):
+            alone = place == lost ^ 1
+            assert torch.equal(out[number], images[place] if alone else whole[place])
+            assert mix.shares[number] == (1 if alone else wanted.shares[place])
+            assert mix.partners[number] == (targets if alone else wanted.partners)[place]
+
+
+class Fixed(nn.Module):
+    """Gives the logits that it was made with."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images: Tensor, patch_size: int | None) -> Tensor:
+        return self.logits
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_cross_entropy_with_soft_labels(smoothing):
+    images, targets, _ = some(32)
+    _, mix = mixed(AugmentConfig(mixup=0.8, cutmix=1.0), 32)
+    logits = torch.randn(32, CLASSES, requires_grad=True)
+    objective = Classification(Fixed(logits), label_smoothing=smoothing)  # pyright: ignore[reportArgumentType]
+    found = objective(Batch(images, targets, np.arange(32), mix=mix))
+    wanted = F.cross_entropy(logits, soft(targets, mix), label_smoothing=smoothing)
+    torch.testing.assert_close(found["loss"], wanted)
+    ours, theirs = (torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (found["loss"], wanted))
+    torch.testing.assert_close(ours, theirs)
+    heavier = torch.where(mix.shares < 0.5, mix.partners, targets)
+    assert found["correct"] == (logits.argmax(1) == heavier).sum()
+
+
+def test_unmixed_pairs_give_the_plain_loss():
+    images, targets, _ = some(32)
+    logits = torch.randn(32, CLASSES)
+    objective = Classification(Fixed(logits), label_smoothing=0.1)  # pyright: ignore[reportArgumentType]
+    plain = objective(Batch(images, targets, np.arange(32)))
+    mix = Mix(targets, torch.ones(32))
+    found = objective(Batch(images, targets, np.arange(32), mix=mix))
+    torch.testing.assert_close(found["loss"], plain["loss"])
+    assert found["correct"] == plain["correct"]
+
+
+def test_parts_of_a_batch_hold_their_part_of_the_mix():
+    _, targets, _ = some(16)
+    out, mix = mixed(AugmentConfig(mixup=0.8))
+    batch = Batch(out, targets, np.arange(16), mix=mix)
+    model = ViT(ViTConfig(image_size=12, patch_size=4, embed_dim=16, depth=1, num_heads=1, num_classes=CLASSES))
+    square = replace(batch, images=F.interpolate(out, (12, 12)))
+    objective = Classification(model.eval())
+    whole = objective(square)
+    parts = [objective(square.part(start, stop)) for start, stop in ((0, 5), (5, 16))]
+    torch.testing.assert_close(whole["loss"], (parts[0]["loss"] * 5 + parts[1]["loss"] * 11) / 16)
+    assert whole["correct"] == sum(part["correct"] for part in parts)
+
+
+@pytest.mark.parametrize(("batch_size", "size", "fits"), [(7, 1, False), (6, 2, False), (8, 2, True), (6, 1, True)])
+def test_a_process_must_hold_whole_pairs(batch_size, size, fits):
+    config = RunConfig(batch_size=batch_size, augment=AugmentConfig(cutmix=1.0), device="cpu")
+    world = parallel.World(0, size)
+    if fits:
+        return check_runnable(config, 100, world, schedule=False)
+    with pytest.raises(ValueError, match=rf"of batch_size {batch_size}; try --batch-size {batch_size + size}"):
+        check_runnable(config, 100, world, schedule=False)
+    check_runnable(replace(config, augment=AugmentConfig()), 100, world, schedule=False)
+
+
+def test_an_odd_batch_leaves_no_folder_behind(make_folder, tmp_path, tiny):
+    odd = tiny | {"batch_size": 15, "augment.mixup": 0.8}
+    with pytest.raises(ValueError, match="try --batch-size 16"):
+        train(make_folder(tmp_path / "data"), out=tmp_path / "run", talk=QUIET, **odd)
+    assert not (tmp_path / "run").exists()

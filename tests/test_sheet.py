@@ -1,0 +1,128 @@
+"""The contact sheet of `vitrail check --show-augmentation`: what training sees, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrail.cli import run as vitrail
+from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
+from vitrail.console import Talk
+from vitrail.data.loader import TrainStream
+from vitrail.models.config import ViTConfig
+from vitrail.report.augmentation import chosen, views
+from vitrail.training.prepare import check_data, ready_data
+
+ALL = AugmentConfig(
+    crop_scale=0.4,
+    flip=0.5,
+    rotation=10.0,
+    brightness=0.2,
+    policy="randaugment",
+    erasing=0.4,
+    erasing_fill="noise",
+    mixup=0.8,
+    cutmix=1.0,
+    mix_chance=0.7,
+)
+
+
+def prepared(root: Path, augment: AugmentConfig):
+    data = DataConfig(source=str(root), near_duplicates=False)
+    model = ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=3)
+    config = RunConfig(data=data, model=model, augment=augment, preprocess=PreprocessConfig(), seed=3, batch_size=6)
+    checked = check_data(data, Talk(quiet=True))
+    return checked, ready_data(checked, config), config
+
+
+def test_the_sheet_shows_what_training_shows(make_folder, tmp_path):
+    """Pixel for pixel the batches of a training with batches of six, mixed pairs over the end of an epoch included."""
+    checked, data, config = prepared(make_folder(tmp_path / "data", count=9), ALL)
+    part = data.splits.parts["train"]
+    assert len(part) % 2 == 1
+    stream = TrainStream(data.pictures, part, batch_size=6, seed=3, augment=config.augment, device=torch.device("cpu"))
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    for step, batch in enumerate(stream.batches(0, -(-3 * len(part) // 6))):
+        for place, image in enumerate(batch.images):
+            seen[(step * 6 + place) // len(part), int(batch.indices[place])] = image
+    for epoch in range(3):
+        for place, view in enumerate(views(checked, data, config, list(range(len(part))), epoch)):
+            wanted = (seen[epoch, int(part[place])] / 2 + 0.5).clamp(0, 1) * 255
+            assert np.abs(view.pixels - wanted.numpy()).max() <= 0.51
+
+
+def test_captions_say_what_was_drawn(make_folder, tmp_path):
+    checked, data, config = prepared(make_folder(tmp_path / "data", count=9), ALL)
+    words = " ".join(
+        " ".join(view.lines) for epoch in range(4) for view in views(checked, data, config, [0, 1, 2], epoch)
+    )
+    for word in ("crop ", "mirrored", "turned ", "light ×", "erased", "with "):
+        assert word in words
+    plain = replace(config, augment=AugmentConfig())
+    assert [view.lines for view in views(checked, data, plain, [0], 0)] == [()]
+
+
+def test_rows_are_spread_over_the_classes(make_folder, tmp_path):
+    few = prepared(make_folder(tmp_path / "few"), AugmentConfig())[1]
+    targets = few.source.targets[few.splits.parts["train"][chosen(few)]]
+    assert targets.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    many = make_folder(tmp_path / "many", classes=tuple(f"c{number:02d}" for number in range(15)), count=4)
+    data = prepared(many, AugmentConfig())[1]
+    targets = data.source.targets[data.splits.parts["train"][chosen(data)]]
+    assert targets.tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_check_writes_the_sheet(make_folder, tmp_path, capsys):
+    data, place = make_folder(tmp_path / "data", count=6), tmp_path / "sheet.png"
+    words = ["check", str(data), "--show-augmentation", "--out-sheet", str(place)]
+    assert vitrail([*words, "--augment.policy", "trivialaugment"]) == 0
+    assert f"what training would see: {place}" in " ".join(capsys.readouterr().out.split())
+    first = pixels_of(place)
+    assert first.shape[1] > 1000
+    unchanged = first[:, 24 : 24 + 144]
+    assert (unchanged != 255).any(axis=2).mean() > 0.3
+    assert vitrail(words) == 0
+    second = pixels_of(place)
+    assert not np.array_equal(first, second)
+
+
+def test_the_sheet_of_an_earlier_runs_settings(tiny_run, tmp_path):
+    run, data = tiny_run
+    place = tmp_path / "sheet.png"
+    recipe = str(run / "config.json")
+    assert vitrail(["check", str(data), "--show-augmentation", "--out-sheet", str(place), "--recipe", recipe]) == 0
+    with Image.open(place) as sheet:
+        assert sheet.size[0] > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--augment.flip", "0.5"], "--augment.flip 0.5 is for the contact sheet; add --show-augmentation"),
+        (["--recipe", "auto"], "--recipe auto is for the contact sheet"),
+        (["--out-sheet", "a.png"], "--out-sheet a.png is for the contact sheet"),
+        (
+            ["--show-augmentation", "--out-sheet", "missing/a.png"],
+            "--out-sheet missing/a.png: there is no folder missing",
+        ),
+        (["--show-augmentation", "--recipe", "autp"], "unknown recipe 'autp'; did you mean 'auto'"),
+        (["--show-augmentation", "--augment.policy-ops", "3"], "augment.policy_ops 3 has no effect"),
+        (["--show-augmentation", "--augment.policy", "rand"], "unknown augment.policy 'rand'; did you mean"),
+    ],
+)
+def test_settings_that_the_sheet_cannot_heed_are_refused(words, message, make_folder, tmp_path, capsys, monkeypatch):
+    data = make_folder(tmp_path / "data", count=6)
+    monkeypatch.chdir(tmp_path)
+    assert vitrail(["check", str(data), *words]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "augmentation.png").exists()
