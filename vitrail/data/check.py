@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,12 @@ from vitrail.data.folders import open_folder
 from vitrail.data.forms import Forms, form_problems
 from vitrail.data.names import label_problems, level_problem
 from vitrail.data.problems import Problem
+from vitrail.data.progress import Advance, Bar, no_bar
 from vitrail.data.scan import Scan, broken, ordered_map, scan_source
+from vitrail.data.shards import is_shards
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import check_trainable, class_problems, make_splits
 
-Advance = Callable[[int, int], None]
-Bar = Callable[[str], contextlib.AbstractContextManager[Advance]]
 _BROKEN = ("unreadable", "damaged", "refused")
 
 
@@ -53,11 +51,6 @@ class Checked:
         return {"ok": self.ok, **self.facts, "problems": [problem.to_dict() for problem in self.problems]}
 
 
-def no_bar(what: str) -> contextlib.AbstractContextManager[Advance]:
-    """Show nothing of the progress."""
-    return contextlib.nullcontext(lambda done, total: None)
-
-
 def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) -> Checked:
     """Look for everything that is known to spoil a training or its judgement.
 
@@ -69,13 +62,14 @@ def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) 
     started = time.perf_counter()
     form = "quick" if quick else "full"
     root = Path(config.source).expanduser()
-    level = level_problem(root) if root.is_dir() else None
+    in_folders = root.is_dir() and not is_shards(config.source)
+    level = level_problem(root) if in_folders else None
     if level is not None and level.severity == "error":
         return Checked(None, {"num_images": 0, "classes": {}, "form": form}, (level,))
     try:
-        source = listed(config, root)
+        source = listed(config, root, bar)
     except ValueError as error:
-        if not root.is_dir():
+        if not in_folders:
             raise
         problem = Problem("error", "missing-class", (), str(error))
         return Checked(None, {"num_images": 0, "classes": {}, "form": form}, (problem,))
@@ -103,12 +97,12 @@ def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) 
     return Checked(source, facts, tuple(sorted(problems, key=lambda problem: problem.severity)))
 
 
-def listed(config: DataConfig, root: Path) -> Source:
+def listed(config: DataConfig, root: Path, bar: Bar) -> Source:
     """List the pictures; classes that only some parts have are listed too, where training would refuse them."""
-    if root.is_dir():
+    if root.is_dir() and not is_shards(config.source):
         damaged = "keep" if config.damaged == "keep" else "refuse"
         return open_folder(root, limit_pixels=config.limit_pixels, damaged=damaged, all_classes=True)
-    return open_source(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep")
+    return open_source(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar)
 
 
 def full_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance) -> Scan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import posixpath
 from array import array
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from vitrail.data.listing import Paths, repeated
 from vitrail.data.packed import has_pictures, open_packed
-from vitrail.data.places import PART_NAMES, FilePictures, PackedPictures, flip_reason
+from vitrail.data.places import PART_NAMES, PARTS, FilePictures, PackedPictures, flip_reason
 from vitrail.data.problems import Problem
 from vitrail.data.rows import READERS, Rows
 from vitrail.lookup import unknown
@@ -121,9 +122,6 @@ class Table:
         raise self.fault(line, unknown("split", text, [*PARTS, "valid", "validation"]))
 
 
-PARTS = ("train", "val", "test")
-
-
 def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FilePictures | PackedPictures:
     """List the pictures of a table. Class order is the sorted labels, as that of folders.
 
@@ -147,8 +145,9 @@ def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "ke
     problems = [
         *idle_columns(place, rows),
         *missing_classes(labels, targets, split),
-        *torn_groups(table, split, groups),
     ]
+    if split is not None and groups is not None:
+        problems += torn_groups(list(table.names["group"]), np.asarray(table.codes["split"]), groups)
     return FilePictures(
         name=place.name,
         root=Path(root),
@@ -253,17 +252,19 @@ def missing_classes(labels: tuple[str, ...], targets: np.ndarray, split: np.ndar
     return problems
 
 
-def torn_groups(table: Table, split: np.ndarray | None, groups: np.ndarray | None) -> list[Problem]:
-    """Say when the table's own parts divide a group."""
-    if split is None or groups is None:
-        return []
+def torn_groups(names: Sequence[str], parts: np.ndarray, groups: np.ndarray) -> list[Problem]:
+    """Say when a source's own parts divide a group.
+
+    Args:
+        names: of the groups.
+        parts, groups: [N] each picture's number in `PARTS` and in `names`, -1 for no group.
+    """
     grouped = groups >= 0
-    met = np.zeros((len(table.names["group"]), len(PARTS)), dtype=bool)
-    met[groups[grouped], np.asarray(table.codes["split"])[grouped]] = True
+    met = np.zeros((len(names), len(PARTS)), dtype=bool)
+    met[groups[grouped], parts[grouped]] = True
     torn = np.flatnonzero(met.sum(axis=1) > 1)
     if not len(torn):
         return []
-    names = list(table.names["group"])
     where = " and ".join(part for part, there in zip(PARTS, met[torn[0]], strict=True) if there)
-    text = f"{len(torn):,} groups are in more than one part, for instance {names[torn[0]]!r} in {where}"
-    return [Problem("warning", "leak", tuple(names[each] for each in torn), text)]
+    text = f"{len(torn):,} groups are in more than one part, for instance {names[int(torn[0])]!r} in {where}"
+    return [Problem("warning", "leak", tuple(names[int(each)] for each in torn), text)]
