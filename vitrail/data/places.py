@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Sequence
@@ -60,6 +61,9 @@ class FilePictures(Listed):
             self.root / self.paths[index], mode=mode, limit_pixels=self.limit_pixels, damaged=self.damaged
         )
 
+    def encoded(self, index: int) -> bytes:
+        return (self.root / self.paths[index]).read_bytes()
+
     def location(self, index: int) -> str:
         return str(self.root / self.paths[index])
 
@@ -86,6 +90,11 @@ class ArrayPictures(Listed):
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
         return PIL.Image.fromarray(self.pixels(index)).convert(mode)
+
+    def encoded(self, index: int) -> bytes:
+        with io.BytesIO() as file:
+            PIL.Image.fromarray(self.pixels(index)).save(file, "PNG")
+            return file.getvalue()
 
     def location(self, index: int) -> str:
         return self.paths[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from vitrail.data.tables import torn_groups
 from vitrail.lookup import unknown
 
 BY_JSON, BY_NAME, BY_FOLDER = "the split in .json:", "the names of the shards:", "the folders in the shards:"
+
+
+class Classes(NamedTuple):
+    """What is written beside the shards: class names in class order, and why pictures must not be mirrored."""
+
+    names: tuple[str, ...]
+    flip_reason: str
 
 
 class _Together:
@@ -57,7 +64,7 @@ def joined(
     shards: Sequence[Shard],
     indexes: Sequence[ShardIndex],
     *,
-    classes: tuple[str, ...] | None,
+    classes: Classes | None,
     parts: Sequence[int],
     limit_pixels: int,
     damaged: Literal["refuse", "keep"],
@@ -65,16 +72,16 @@ def joined(
     """Make one source of shards.
 
     Args:
-        classes: class names in class order, where they are written beside the shards.
+        classes: what is written beside the shards, where it is.
         parts: for each shard the number in `PARTS` that its name tells, -1 for none.
 
     Raises:
         ValueError: samples contradict each other, or some lack what others have.
     """
     whole = _Together(shards, indexes)
-    folder_parts, names = names_of(whole, classes)
+    folder_parts, names = names_of(whole, classes and classes.names)
     split, divided_by = split_of(whole, parts, folder_parts)
-    labels, targets = classes_of(whole, names, classes, split)
+    labels, targets = classes_of(whole, names, classes and classes.names, split)
     grouped = bool((whole.groups >= 0).any())
     problems = torn_groups(whole.group_names, split, whole.groups) if grouped and split is not None else []
     if unread := sorted({each for index in indexes for each in index.unread}):
@@ -91,7 +98,7 @@ def joined(
         groups=whole.groups if grouped else None,
         divided_by=divided_by,
         problems=tuple(problems),
-        flip_reason=flip_reason(labels),
+        flip_reason=(classes.flip_reason if classes else "") or flip_reason(labels),
         shards=tuple(shards),
         firsts=whole.firsts,
         starts=whole.starts,

@@ -21,7 +21,7 @@ from vitrail.data import remote
 from vitrail.data.places import PART_NAMES, PARTS, Shard, ShardPictures, file_identity
 from vitrail.data.progress import Bar, no_bar
 from vitrail.data.shard_index import index_of
-from vitrail.data.shard_labels import joined
+from vitrail.data.shard_labels import Classes, joined
 from vitrail.lookup import some
 
 CLASSES = "classes.json"  # beside the shards: class names in the order of the numbers in .cls
@@ -55,7 +55,7 @@ def open_shards(
     """
     words = expand(word)
     shards = fetched_shards(words, bar) if is_address(words[0]) else local_shards(words)
-    classes = class_names(words)
+    classes = known_classes(words)
     with ThreadPoolExecutor() as pool, bar(f"listing {len(shards):,} shards") as advance:
         indexes = []
         for index in pool.map(lambda each: index_of(each.file, each.word, each.identity), shards):
@@ -170,33 +170,41 @@ def fetched_shards(urls: Sequence[str], bar: Bar) -> list[Shard]:
     return shards
 
 
-def class_names(words: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the class names in `classes.json` beside the shards, None where there is none.
+def known_classes(words: Sequence[str]) -> Classes | None:
+    """Return what `classes.json` beside the shards says, None where there is none.
 
     Raises:
-        ValueError: it is no list of different names, or folders of shards disagree on it.
+        ValueError: it cannot be read, or folders of shards disagree on it.
     """
-    found: dict[tuple[str, ...] | None, str] = {}
+    found: dict[Classes | None, str] = {}
     for folder in dict.fromkeys(word[: word.rfind("/") + 1] for word in words):
         place = folder + CLASSES
         if is_address(place):
             copy = remote.optional(place)
         else:
             copy = Path(place) if os.path.isfile(place) else None
-        names = None
-        if copy is not None:
-            try:
-                names = tuple(json.loads(copy.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{place}: is no JSON list ({error}); expected class names in class order") from None
-            if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-                raise ValueError(f"{place}: expected a list of different class names in class order")
-        found[names] = place
+        found[None if copy is None else read_classes(copy, place)] = place
     if len(found) > 1:
         raise ValueError(
             f"{' and '.join(found.values())}: are not the same; shards of one data set have the same classes"
         )
     return next(iter(found))
+
+
+def read_classes(file: Path, place: str) -> Classes:
+    """Return what a `classes.json` says: a list of names, or `{"classes": [names], "flip_reason": text}`."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{place}: is no JSON ({error}); expected a list of class names in class order") from None
+    names, reason = (
+        (content.get("classes"), content.get("flip_reason", "")) if isinstance(content, dict) else (content, "")
+    )
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names) or not names:
+        raise ValueError(f"{place}: expected a list of class names in class order")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{place}: has the class {next(name for name in names if names.count(name) > 1)!r} twice")
+    return Classes(tuple(names), str(reason))
 
 
 def part_in_name(shard: Shard) -> int:

@@ -60,6 +60,10 @@ class Source(Protocol):
         """Return one picture; raises `PictureError` when it is broken."""
         ...
 
+    def encoded(self, index: int) -> bytes:
+        """Return one picture as a picture file holds it: as it is stored, or as PNG where only pixels are."""
+        ...
+
     def location(self, index: int) -> str:
         """Return where one picture is, for people."""
         ...
