@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vitrail.data.duplicates import duplicate_pairs, groups
 from vitrail.data.folders import open_folder
 from vitrail.data.forms import Forms, form_problems
 from vitrail.data.names import label_problems, level_problem
+from vitrail.data.places import ArrayPictures, FilePictures
 from vitrail.data.problems import Problem
 from vitrail.data.progress import Advance, Bar, no_bar
 from vitrail.data.scan import Scan, broken, ordered_map, scan_source
@@ -119,16 +121,17 @@ def full_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance
 
 
 def quick_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance) -> Scan:
-    """Read every header, and compare files byte by byte; pictures without files of their own are decoded."""
+    """Read every header, and compare files byte by byte; pictures that are arrays are compared by their pixels."""
 
     def look(index: int) -> tuple[Any, int, PictureError | OSError | None]:
-        place = Path(source.location(index))
         try:
-            if not place.is_file():
+            if isinstance(source, ArrayPictures):
                 content, info = source.read(index, "RGB").tobytes(), None
             else:
-                info = inspect_picture(place, limit_pixels=config.limit_pixels, decode=False)
-                with place.open("rb") as file:
+                place = source.location(index)
+                stored = place if isinstance(source, FilePictures) else source.encoded(index)
+                info = replace(inspect_picture(stored, limit_pixels=config.limit_pixels, decode=False), path=place)
+                with open(place, "rb") if isinstance(stored, str) else io.BytesIO(stored) as file:
                     content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
         except (PictureError, OSError) as error:
             return None, 0, error

@@ -53,6 +53,7 @@ def open_shards(
     Raises:
         ValueError: a shard is missing, is no whole tar or cannot be fetched, or a sample in it cannot be used.
     """
+    word = word.removeprefix("file://")
     words = expand(word)
     shards = fetched_shards(words, bar) if is_address(words[0]) else local_shards(words)
     classes = known_classes(words)
@@ -74,7 +75,6 @@ def expand(word: str) -> list[str]:
     """
     from braceexpand import braceexpand
 
-    word = word.removeprefix("file://")
     if not is_address(word):
         word = os.path.expanduser(word)
         if os.path.isdir(word):
@@ -214,10 +214,9 @@ def part_in_name(shard: Shard) -> int:
         ValueError: the name tells two.
     """
     folder, _, base = (urlsplit(shard.word).path if is_address(shard.word) else shard.file).rpartition("/")
-    for text in (base.removesuffix(".tar"), folder.rpartition("/")[2]):
-        found = {PART_NAMES[word] for word in re.split(r"[-_.]", text.lower()) if word in PART_NAMES}
-        if len(found) > 1:
-            raise ValueError(f"{shard.word}: its name tells the parts {' and '.join(sorted(found))}; rename it")
-        if found:
-            return PARTS.index(found.pop())
-    return -1
+    words = re.split(r"[-_.]", base.removesuffix(".tar").lower())
+    found = {PART_NAMES[word] for word in words if word in PART_NAMES}
+    if len(found) > 1:
+        raise ValueError(f"{shard.word}: its name tells the parts {' and '.join(sorted(found))}; rename it")
+    part = next(iter(found), None) or PART_NAMES.get(folder.rpartition("/")[2].lower())
+    return -1 if part is None else PARTS.index(part)

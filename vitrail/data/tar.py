@@ -107,9 +107,7 @@ class TarReader:
 
     def check_header(self, header: bytes, at: int, last: str) -> None:
         """Raise a ValueError unless these are the 512 bytes of a header."""
-        if at == 0 and self.size < BLOCK * 2:
-            raise ValueError(f"{self.place}: is no tar, but a file of {self.size} bytes; fetch or write it again")
-        if len(header) < BLOCK:
+        if len(header) < BLOCK and at:
             raise ValueError(
                 f"{self.place}: is cut short: it ends after {last!r}, at byte {self.size:,}, without a tar's end mark; "
                 "fetch or write it again"
@@ -131,7 +129,7 @@ class TarReader:
                     f"{self.place}: is compressed, so that no picture can be read without all before it; unpack it once "
                     f"({program}): pictures are compressed already"
                 )
-        raise ValueError(f"{self.place}: is no tar (no header of one at its beginning)")
+        raise ValueError(f"{self.place}: is no tar (no header of one at the beginning of its {self.size:,} bytes)")
 
     def check_inside(self, start: int, size: int, what: str) -> None:
         """Raise a ValueError when the file ends before what it should hold."""
