@@ -93,7 +93,8 @@ def write_shards(
                         if found.content and not any(each.severity == "error" for each in problems):
                             shards.add(sample(source, index, found, shards.num_samples))
                         left_out += not found.content
-                        advance(sum(counts.values()) + left_out + shards.num_samples, total)
+                        if (done := sum(counts.values()) + left_out + shards.num_samples) % 64 == 0:
+                            advance(done, total)
                 names += shards.names
                 written += shards.num_bytes
                 if shards.num_samples:
