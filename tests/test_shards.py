@@ -445,7 +445,7 @@ def test_a_shard_that_is_changed_while_it_is_read_gives_no_other_picture(tmp_pat
 def test_the_second_opening_reads_the_kept_index_and_a_broken_one_is_made_anew(tmp_path, cache):
     path = tar(tmp_path / "x.tar", with_cls(1, 2) | {"é/z.png": png(9), "é/z.cls": b"1", "é/z.txt": b""})
     first = opened(path)
-    (kept,) = (cache / "shards" / "index").iterdir()
+    (kept,) = (cache / "listings" / "shards").iterdir()
     written = kept.read_bytes()
     stamp = kept.stat().st_mtime_ns
     for content in (written, written[:-1], b"", bytes([written[0] ^ 1]) + written[1:]):

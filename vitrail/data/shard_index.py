@@ -6,11 +6,9 @@ A sample is the files that follow each other and share a key, which is the path 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import zlib
 from array import array
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,13 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitrail.data.decode import ENDINGS
+from vitrail.data.index_file import read_index, write_index
 from vitrail.data.listing import Paths, repeated
 from vitrail.data.places import PART_NAMES, PARTS
 from vitrail.data.tar import Member, TarReader
-from vitrail.files import cache_folder, write_bytes
 from vitrail.lookup import unknown
 
-_FORM = 1  # of the files in the cache: another number makes all be written anew
 _LONGEST_SIDE_FILE = 1 << 20  # bytes of a .cls or .json
 _MOST_UNREAD = 30
 _NOTES = re.compile(r"__[^/]*__($|/)|__MACOSX/")  # what WebDataset's readers skip, and what macOS adds
@@ -87,16 +84,20 @@ def index_of(file: str, place: str, identity: bytes) -> ShardIndex:
     Raises:
         ValueError: the file is no whole tar, or a sample in it cannot be used; the message names it.
     """
-    digest = hashlib.blake2b(b"%d\0%b" % (_FORM, identity), digest_size=16).hexdigest()
-    kept = cache_folder() / "shards" / "index" / f"{digest}.safetensors"
-    try:
-        return from_bytes(kept.read_bytes())
-    except (OSError, ValueError, KeyError):
-        pass
+    if kept := read_index("shards", identity):
+        arrays, (said, group_names, unread) = kept
+        return ShardIndex(
+            paths=Paths.of(arrays["names"], arrays["ends"]),
+            **{each: arrays[each] for each in _NUMBERS},
+            said=[Said(*each) for each in said],
+            group_names=group_names,
+            unread=unread,
+        )
     with TarReader(file, place) as tar:
         found = _Walk(tar).index()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(kept, to_bytes(found))
+    names, ends = found.paths.arrays()
+    arrays = {"names": names, "ends": ends} | {each: getattr(found, each) for each in _NUMBERS}
+    write_index("shards", identity, arrays, [found.said, found.group_names, found.unread])
     return found
 
 
@@ -269,42 +270,3 @@ class _Walk:
         if word.lower() not in PART_NAMES:
             raise self.fault(name, f"in its .json: {unknown('split', word, [*PARTS, 'valid', 'validation'])}")
         return PARTS.index(PART_NAMES[word.lower()])
-
-
-def to_bytes(index: ShardIndex) -> bytes:
-    """Return an index as the file that the cache keeps: arrays, texts, and a checksum of both."""
-    from safetensors.numpy import save
-
-    names, ends = index.paths.arrays()
-    arrays = {"names": names, "ends": ends}
-    arrays |= {each: np.asarray(getattr(index, each)) for each in _NUMBERS}
-    texts = json.dumps([index.said, index.group_names, index.unread]).encode()
-    arrays["texts"] = np.frombuffer(texts, dtype=np.uint8)
-    body = save(arrays)
-    return zlib.crc32(body).to_bytes(4, "little") + body
-
-
-def from_bytes(content: bytes) -> ShardIndex:
-    """Return the index that a file of the cache holds.
-
-    Raises:
-        ValueError, KeyError: the file is broken.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    body = content[4:]
-    if zlib.crc32(body).to_bytes(4, "little") != content[:4]:
-        raise ValueError("another checksum")
-    try:
-        arrays = load(body)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
-    said, group_names, unread = json.loads(arrays["texts"].tobytes())
-    return ShardIndex(
-        paths=Paths.of(arrays["names"], arrays["ends"]),
-        **{each: arrays[each] for each in _NUMBERS},
-        said=[Said(*each) for each in said],
-        group_names=group_names,
-        unread=unread,
-    )

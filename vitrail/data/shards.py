@@ -24,6 +24,9 @@ from vitrail.data.shard_index import index_of
 from vitrail.data.shard_labels import Classes, joined
 from vitrail.lookup import some
 
+_THREADS = (
+    2  # more of them wait for each other: 6 took twice the time of 1 on a local disk, one waits for a network disk
+)
 CLASSES = "classes.json"  # beside the shards: class names in the order of the numbers in .cls
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -57,7 +60,7 @@ def open_shards(
     words = expand(word)
     shards = fetched_shards(words, bar) if is_address(words[0]) else local_shards(words)
     classes = known_classes(words)
-    with ThreadPoolExecutor() as pool, bar(f"listing {len(shards):,} shards") as advance:
+    with ThreadPoolExecutor(_THREADS) as pool, bar(f"listing {len(shards):,} shards") as advance:
         indexes = []
         for index in pool.map(lambda each: index_of(each.file, each.word, each.identity), shards):
             indexes.append(index)
