@@ -1,8 +1,9 @@
 """Opening a listing of a million pictures: seconds, and memory that stays.
 
-    python benchmarks/listing.py [--rows N]
+    python benchmarks/listing.py [--rows N] [--only WORD…]
 
-Makes N empty files in 1,000 folders and a table of them in each form; every figure is of a fresh process. Memory is the
+Makes N empty files in 1,000 folders, a table of them in each form, and 100 tar shards of N samples (100 bytes as picture,
+and a .cls); every figure is of a fresh process, the first of each kind with nothing kept from earlier. Memory is the
 process's resident set after opening, less that before it (pyarrow loaded), and its peak.
 """
 
@@ -10,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
+FORMS = ["t.csv", "t.jsonl", "t.parquet", "pictures", "shards"]
 OPEN = """
 import gc, json, resource, sys, time
 import pyarrow.parquet
@@ -38,14 +42,24 @@ print(json.dumps({"rows": len(source.paths), "seconds": round(seconds, 2), "MB":
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--rows", type=int, default=1_000_000)
+    options.add_argument("--only", nargs="*", default=FORMS, choices=FORMS)
+    options.add_argument("--attempts", type=int, default=4)
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        for what in make(Path(place), chosen.rows):
-            for attempt in range(3):
+        files = set(chosen.only) - {"shards"}
+        made = make(Path(place), chosen.rows) if files else []
+        if "shards" in chosen.only:
+            made.append(make_shards(Path(place) / "shards", chosen.rows))
+        for what in (each for each in made if each.name in chosen.only):
+            environment = os.environ | {"VITRAIL_CACHE": f"{place}/cache-{what.name}"}
+            for attempt in range(chosen.attempts):
                 done = subprocess.run(
-                    [sys.executable, "-c", OPEN, str(what)], capture_output=True, text=True, check=True
+                    [sys.executable, "-c", OPEN, str(what)], capture_output=True, text=True, check=True, env=environment
                 )
-                print(what.name, attempt, done.stdout.strip())
+                kept = sum(
+                    each.stat().st_size for each in Path(environment["VITRAIL_CACHE"]).rglob("*") if each.is_file()
+                )
+                print(what.name, attempt, done.stdout.strip(), f"kept {kept / 1e6:.0f} MB", flush=True)
 
 
 def make(root: Path, rows: int) -> list[Path]:
@@ -68,6 +82,20 @@ def make(root: Path, rows: int) -> list[Path]:
     lines = (json.dumps(dict(zip(table, row, strict=True))) + "\n" for row in rows_of)
     (root / "t.jsonl").write_text("".join(lines))
     return [root / "t.csv", root / "t.jsonl", root / "t.parquet", root / "pictures"]
+
+
+def make_shards(folder: Path, rows: int, number: int = 100) -> Path:
+    """Write shards whose pictures are no pictures."""
+    folder.mkdir()
+    for shard in range(number):
+        with (folder / f"train-{shard:06d}.tar").open("wb") as file:
+            for row in range(shard, rows, number):
+                for name, content in ((f"{row:08d}.jpg", b"x" * 100), (f"{row:08d}.cls", str(row % 1000).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    file.write(info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(512, b"\0"))
+            file.write(bytes(1024))
+    return folder
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ assert not heavy, heavy
 def test_public_names_and_flags_grow_only_by_decision():
     import vitrail
 
-    assert sorted(COMMANDS) == ["check", "doctor", "eval", "export", "models", "predict", "probe", "report", "train"]
+    assert sorted(COMMANDS) == [
+        "check", "doctor", "eval", "export", "models", "predict", "probe", "report", "shard", "train"
+    ]  # fmt: skip
     assert vitrail.__all__ == [
         "Classifier", "Prediction", "RunConfig", "ViT", "ViTConfig", "__version__", "load", "train"
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from PIL import Image
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
+from vitrail.data import tables
 from vitrail.data.listing import Paths, places, repeated
 from vitrail.data.places import FilePictures
 from vitrail.data.scan import scan_source
@@ -208,6 +209,39 @@ def test_other_encodings_and_broken_parquet_are_refused(pictures):
     )
     with pytest.raises(ValueError, match=r"f\.parquet, row 1: label 1\.0 is neither text nor a whole number"):
         open_source(str(pictures / "f.parquet"))
+
+
+@pytest.mark.parametrize("form", [as_csv, as_jsonl, as_parquet])
+def test_a_long_table_is_read_once_and_its_files_are_looked_for_each_time(
+    pictures, form, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setattr(tables, "WORTH_KEEPING", 4)
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("VITRAIL_CACHE", str(cache))
+    path = form(pictures)
+    first = opened(path)
+    (kept,) = cache.rglob("*.bin")
+    stamp = kept.stat().st_mtime_ns
+
+    def same(one: FilePictures, other: FilePictures) -> None:
+        assert rows_of(one) == rows_of(other)
+        assert (one.labels, one.problems, one.root, one.name) == (other.labels, other.problems, other.root, other.name)
+        assert one.targets.dtype == other.targets.dtype
+        assert one.groups is not None and other.groups is not None
+        assert (one.groups == other.groups).all() and one.groups.dtype == other.groups.dtype
+
+    same(first, opened(path))
+    assert kept.stat().st_mtime_ns == stamp, "the index was to be read"
+    kept.write_bytes(kept.read_bytes()[:-1])
+    same(first, opened(path))
+    assert kept.stat().st_mtime_ns != stamp, "a broken index was to be made anew"
+    (pictures / "deep" / "c.png").rename(pictures / "c.png")
+    with pytest.raises(ValueError, match=r"t\.\w+, (line [34567]|row 3): '.*c\.png': no such file"):
+        opened(path)
+    (pictures / "c.png").rename(pictures / "deep" / "c.png")
+    if form is as_csv:
+        write(path, CSV.replace("cat", "dog"), "utf-8-sig")
+        assert opened(path).labels == ("10", "dog")
 
 
 def test_a_table_that_is_not_there(tmp_path):

@@ -94,8 +94,8 @@ _PATCH_SIZE = "side of a patch, for models trained with several by --model.patch
 _RESIZE = "crop, squash, or aspect: whole pictures in their own aspect ratio (the model's own)"
 _MODEL = "run folder, model or weights file, folder of transformers or timm, hf:NAME, timm:NAME, torchvision:NAME"
 _DATA = (
-    "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group][,weight]; torchvision:NAME; "
-    "hf:NAME-or-folder; or digits"
+    "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group][,weight]; tar "
+    "shards: a folder of them, 'train-{000..123}.tar', s3://…, https://…; torchvision:NAME; hf:NAME-or-folder; or digits"
 )
 _START = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {_MODEL}"
 MODELS = ("micro4", "s16", "s16-local7")  # small pictures, photographs, large pictures with local attention
@@ -147,6 +147,22 @@ class Probe:
     image_size: Annotated[int | None, arg(help=_IMAGE_SIZE, metavar="PIXELS")] = None
     damaged: Annotated[str, arg(help="broken files: stop, drop or keep", name="data.damaged")] = "stop"
     fresh: Annotated[bool, arg(help="compute the features again, also those that are kept on disk")] = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Options of `vitrail shard`."""
+
+    data: Annotated[Positional[str], arg(help=_DATA, metavar="DATA")]
+    out: Annotated[Positional[str], arg(help="folder to write; it must be new or empty", metavar="OUT")]
+    size: Annotated[int, arg(help="pictures in a shard", metavar="N")] = 3000
+    bytes: Annotated[int | None, arg(help="begin a new shard before it exceeds this many bytes, too", metavar="N")] = (
+        None
+    )
+    seed: Annotated[
+        int, arg(help="of the order: pictures of each part are shuffled, so that readers in order get mixed classes")
+    ] = 0
+    damaged: Annotated[str, arg(help="broken files: stop, drop or keep", name="data.damaged")] = "stop"
 
 
 @dataclass(frozen=True)
@@ -517,6 +533,28 @@ def do_probe(options: Probe) -> int:
     return OK
 
 
+def do_shard(options: Shard) -> int:
+    """Write shards, and say what is in them."""
+    from vitrail.data.write_shards import write_shards
+
+    talk = Talk()
+    config = DataConfig(source=options.data, damaged=options.damaged)
+    written = write_shards(
+        config, Path(options.out), size=options.size, limit_bytes=options.bytes, seed=options.seed, bar=talk.bar
+    )
+    for problem in written.problems:
+        talk.warn(problem.message)
+    parts = ", ".join(f"{count:,} {part}" for part, count in written.counts.items())
+    left_out = f"; {written.num_left_out:,} broken ones left out" if written.num_left_out else ""
+    talk.good(f"{parts} in {len(written.names):,} shards, {written.num_bytes / 1e6:,.1f} MB{left_out}")
+    for part in written.counts:
+        names = [name for name in written.names if name.startswith(f"{part}-")]
+        number = names[-1].removeprefix(f"{part}-").removesuffix(".tar")
+        talk.say(f"{part + ':':<10}{options.out}/{part}-{{{'0' * len(number)}..{number}}}.tar")
+    talk.say(f"next:     vitrail train {shlex.quote(options.out)}")
+    return OK
+
+
 def do_report(options: Report) -> int:
     """Rebuild the page of a run."""
     from vitrail.report.page import build_report
@@ -621,6 +659,11 @@ COMMANDS = {
         "Say in seconds what a model's features are worth on your pictures: k-NN, ridge, logistic regression.",
         lambda: Probe,
         do_probe,
+    ),
+    "shard": Command(
+        "Write pictures into WebDataset tar shards, as they are, for network disks, object stores and other readers.",
+        lambda: Shard,
+        do_shard,
     ),
     "report": Command("Rebuild the HTML page of a run.", lambda: Report, do_report),
     "doctor": Command(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ from vitrail.data.duplicates import duplicate_pairs, groups
 from vitrail.data.folders import open_folder
 from vitrail.data.forms import Forms, form_problems
 from vitrail.data.names import label_problems, level_problem
+from vitrail.data.places import ArrayPictures, FilePictures
 from vitrail.data.problems import Problem
+from vitrail.data.progress import Advance, Bar, no_bar
 from vitrail.data.scan import Scan, broken, ordered_map, scan_source
+from vitrail.data.shards import is_shards
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import check_trainable, class_problems, make_splits
 
-Advance = Callable[[int, int], None]
-Bar = Callable[[str], contextlib.AbstractContextManager[Advance]]
 _BROKEN = ("unreadable", "damaged", "refused")
 
 
@@ -53,11 +53,6 @@ class Checked:
         return {"ok": self.ok, **self.facts, "problems": [problem.to_dict() for problem in self.problems]}
 
 
-def no_bar(what: str) -> contextlib.AbstractContextManager[Advance]:
-    """Show nothing of the progress."""
-    return contextlib.nullcontext(lambda done, total: None)
-
-
 def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) -> Checked:
     """Look for everything that is known to spoil a training or its judgement.
 
@@ -69,13 +64,14 @@ def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) 
     started = time.perf_counter()
     form = "quick" if quick else "full"
     root = Path(config.source).expanduser()
-    level = level_problem(root) if root.is_dir() else None
+    in_folders = root.is_dir() and not is_shards(config.source)
+    level = level_problem(root) if in_folders else None
     if level is not None and level.severity == "error":
         return Checked(None, {"num_images": 0, "classes": {}, "form": form}, (level,))
     try:
-        source = listed(config, root)
+        source = listed(config, root, bar)
     except ValueError as error:
-        if not root.is_dir():
+        if not in_folders:
             raise
         problem = Problem("error", "missing-class", (), str(error))
         return Checked(None, {"num_images": 0, "classes": {}, "form": form}, (problem,))
@@ -103,12 +99,12 @@ def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) 
     return Checked(source, facts, tuple(sorted(problems, key=lambda problem: problem.severity)))
 
 
-def listed(config: DataConfig, root: Path) -> Source:
+def listed(config: DataConfig, root: Path, bar: Bar) -> Source:
     """List the pictures; classes that only some parts have are listed too, where training would refuse them."""
-    if root.is_dir():
+    if root.is_dir() and not is_shards(config.source):
         damaged = "keep" if config.damaged == "keep" else "refuse"
         return open_folder(root, limit_pixels=config.limit_pixels, damaged=damaged, all_classes=True)
-    return open_source(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep")
+    return open_source(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar)
 
 
 def full_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance) -> Scan:
@@ -125,16 +121,17 @@ def full_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance
 
 
 def quick_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance) -> Scan:
-    """Read every header, and compare files byte by byte; pictures without files of their own are decoded."""
+    """Read every header, and compare files byte by byte; pictures that are arrays are compared by their pixels."""
 
     def look(index: int) -> tuple[Any, int, PictureError | OSError | None]:
-        place = Path(source.location(index))
         try:
-            if not place.is_file():
+            if isinstance(source, ArrayPictures):
                 content, info = source.read(index, "RGB").tobytes(), None
             else:
-                info = inspect_picture(place, limit_pixels=config.limit_pixels, decode=False)
-                with place.open("rb") as file:
+                place = source.location(index)
+                stored = place if isinstance(source, FilePictures) else source.encoded(index)
+                info = replace(inspect_picture(stored, limit_pixels=config.limit_pixels, decode=False), path=place)
+                with open(place, "rb") if isinstance(stored, str) else io.BytesIO(stored) as file:
                     content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
         except (PictureError, OSError) as error:
             return None, 0, error

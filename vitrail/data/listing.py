@@ -35,6 +35,17 @@ class Paths(Sequence[str]):
         for text in strings:
             self.append(text)
 
+    @classmethod
+    def of(cls, buffer: np.ndarray, starts: np.ndarray) -> Paths:
+        """Return strings from what `arrays` gave of them."""
+        made = cls()
+        made._buffer, made._starts = bytearray(buffer.tobytes()), array("q", starts.tobytes())
+        return made
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all bytes [num_bytes] and where each string begins [N + 1], to be kept in a file."""
+        return np.frombuffer(bytes(self._buffer), dtype=np.uint8), np.frombuffer(self._starts.tobytes(), dtype=np.int64)
+
     @property
     def num_bytes(self) -> int:
         """Memory that the strings take."""

@@ -1,23 +1,26 @@
-"""Where a source's pictures lie: in files of their own, in arrays, or together in one packed file."""
+"""Where a source's pictures lie: in files of their own, in arrays, or many together in one file."""
 
 from __future__ import annotations
 
+import abc
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import PIL.Image
 
-from vitrail.data.decode import WHOLE_BYTES, read_picture
+from vitrail.data.decode import read_picture
 from vitrail.data.problems import Problem
 
 FOLDERS = "the folders"  # what divides a source that has train/ val/ test/
 
+PARTS = ("train", "val", "test")
 # In any case of letters: Train/ and Test/ must not silently be read as two classes.
 PART_NAMES = {
     "train": "train", "training": "train",
@@ -60,8 +63,7 @@ class FilePictures(Listed):
         )
 
     def encoded(self, index: int) -> bytes:
-        with open(self.root / self.paths[index], "rb") as file:
-            return file.read() if os.fstat(file.fileno()).st_size <= WHOLE_BYTES else b""
+        return (self.root / self.paths[index]).read_bytes()
 
     def location(self, index: int) -> str:
         return str(self.root / self.paths[index])
@@ -91,7 +93,9 @@ class ArrayPictures(Listed):
         return PIL.Image.fromarray(self.pixels(index)).convert(mode)
 
     def encoded(self, index: int) -> bytes:
-        return b""
+        with io.BytesIO() as file:
+            PIL.Image.fromarray(self.pixels(index)).save(file, "PNG")
+            return file.getvalue()
 
     def location(self, index: int) -> str:
         return self.paths[index]
@@ -105,20 +109,18 @@ class ArrayPictures(Listed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedPictures(Listed):
-    """Encoded pictures one after the other in a file that is mapped into memory, not read into it.
+class EncodedPictures(Listed, abc.ABC):
+    """Pictures that are stored one after the other in files of many."""
 
-    Attributes:
-        packed: the file's bytes.
-        starts: [N + 1] where each picture begins, and the end of the last.
-    """
-
-    packed: np.ndarray
-    starts: np.ndarray
     damaged: Literal["refuse", "keep"]
 
+    @abc.abstractmethod
     def encoded(self, index: int) -> bytes:
-        return self.packed[self.starts[index] : self.starts[index + 1]].tobytes()
+        """Return one picture as it is stored."""
+
+    @abc.abstractmethod
+    def location(self, index: int) -> str:
+        """Return where one picture is, for people."""
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
         return read_picture(
@@ -129,14 +131,88 @@ class PackedPictures(Listed):
             name=self.location(index),
         )
 
+    def strict(self) -> Self:
+        return replace(self, damaged="refuse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedPictures(EncodedPictures):
+    """Encoded pictures one after the other in a file that is mapped into memory, not read into it.
+
+    Attributes:
+        packed: the file's bytes.
+        starts: [N + 1] where each picture begins, and the end of the last.
+    """
+
+    packed: np.ndarray
+    starts: np.ndarray
+
+    def encoded(self, index: int) -> bytes:
+        return self.packed[self.starts[index] : self.starts[index + 1]].tobytes()
+
     def location(self, index: int) -> str:
         return f"{self.name}: {self.paths[index]}"
 
     def identity(self, index: int) -> bytes | None:
         return hashlib.blake2b(self.encoded(index), digest_size=16).digest()
 
-    def strict(self) -> PackedPictures:
-        return replace(self, damaged="refuse")
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar of pictures on this machine.
+
+    Attributes:
+        word: its path or address, as it was asked for.
+        stem: what the paths of its pictures begin with.
+        file: where its bytes are: itself, or a copy in the cache folder.
+        state: length in bytes and instant of the last write (ns), when it was listed.
+        identity: what changes when its content does.
+    """
+
+    word: str
+    stem: str
+    file: str
+    state: tuple[int, int]
+    identity: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPictures(EncodedPictures):
+    """Pictures in tars, each read from its place.
+
+    A tar is opened for each picture: held open, or mapped, a thousand of them would use up a process's files, and a
+    mapped file that is cut off kills the process instead of raising an error.
+
+    Attributes:
+        shards: in the order of their pictures.
+        firsts: [S] the number of each shard's first picture.
+        starts, sizes: [N] first byte and length of each picture in its shard.
+    """
+
+    shards: tuple[Shard, ...]
+    firsts: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    def shard(self, index: int) -> int:
+        """Return the number of the shard that holds a picture."""
+        return int(np.searchsorted(self.firsts, index, side="right")) - 1
+
+    def encoded(self, index: int) -> bytes:
+        shard, size = self.shards[self.shard(index)], int(self.sizes[index])
+        with open(shard.file, "rb", buffering=0) as handle:
+            found = os.fstat(handle.fileno())
+            if (found.st_size, found.st_mtime_ns) != shard.state:
+                raise OSError(f"{shard.word}: was changed after it was listed; start again")
+            handle.seek(int(self.starts[index]))
+            return handle.read(size)
+
+    def location(self, index: int) -> str:
+        shard = self.shards[self.shard(index)]
+        return f"{shard.word}: {self.paths[index].removeprefix(shard.stem + '/')}"
+
+    def identity(self, index: int) -> bytes | None:
+        return b"%b\0%d %d" % (self.shards[self.shard(index)].identity, self.starts[index], self.sizes[index])
 
 
 def file_identity(place: str) -> bytes | None:

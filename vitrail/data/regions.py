@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vitrail.data.jpeg import FACTORS, Jpeg, decode_jpeg, jpeg_header
+from vitrail.data.decode import WHOLE_BYTES
+from vitrail.data.jpeg import FACTORS, START, Jpeg, decode_jpeg, jpeg_header
+from vitrail.data.places import ArrayPictures, FilePictures
 from vitrail.data.preprocess import INTERPOLATIONS
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class Cut:
 
     def region(self, source: Source, index: int, choose: Choose) -> tuple[np.ndarray, Box]:
         """Decode what holds a box: uint8 [H, W] or [H, W, 3], good until the thread's next picture, and the box in it."""
-        data = source.encoded(index)
+        data = jpeg_of(source, index)
         header = jpeg_header(data)
         if header is not None and header.width * header.height <= source.limit_pixels:
             width, height = header.turned_size
@@ -84,6 +87,19 @@ class Cut:
         if self.fast and pixels.ndim == 3 and self.interpolation in _SIMD:
             return by_torch(pixels, box, size, self.interpolation)
         return by_pillow(pixels, box, size, self.interpolation)
+
+
+def jpeg_of(source: Source, index: int) -> bytes:
+    """Return a picture's file if it is a JPEG that memory may hold; else nothing."""
+    if isinstance(source, ArrayPictures):
+        return b""
+    if not isinstance(source, FilePictures):
+        return source.encoded(index)
+    with open(source.location(index), "rb") as file:
+        start = file.read(len(START))
+        if start != START or os.fstat(file.fileno()).st_size > WHOLE_BYTES:
+            return b""
+        return start + file.read()
 
 
 def shrunk(box: Box, factor: int, header: Jpeg, shape: tuple[int, ...]) -> Box:

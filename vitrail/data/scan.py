@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ import PIL.Image
 from vitrail.data.crops import cropped_pairs
 from vitrail.data.decode import PictureError, PictureInfo, read_described
 from vitrail.data.duplicates import THUMBNAIL, duplicate_pairs, group_pairs, groups
+from vitrail.data.places import ArrayPictures, FilePictures
 from vitrail.data.problems import Kind, Problem
 from vitrail.data.sources import Source
 
@@ -155,14 +156,16 @@ def look_at(source: Source, strict: Source, index: int, mode: Literal["RGB", "L"
 
 
 def describe(source: Source, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str) -> _Look:
-    """Look at one picture and tell what its file is; a picture without a file of its own is looked at alone."""
+    """Look at one picture and tell what its file is; a picture that is an array has none."""
     place = source.location(index)
-    if not os.path.isfile(place):
+    if isinstance(source, ArrayPictures):
         return look_at(source, source, index, mode)
     try:
-        picture, info = read_described(place, limit_pixels=limit_pixels)
+        stored = place if isinstance(source, FilePictures) else source.encoded(index)
+        picture, info = read_described(stored, limit_pixels=limit_pixels)
     except OSError as error:
         return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
+    info = replace(info, path=place)
     error = None if info.verdict == "ok" else PictureError(info)
     if picture is None or (error is not None and damaged != "keep"):
         return _Look((0, 0), _NOTHING, _NOTHING, 0, error, info)

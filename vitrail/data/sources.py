@@ -13,6 +13,8 @@ from vitrail.data.folders import open_folder
 from vitrail.data.hf_sets import open_hf
 from vitrail.data.places import ArrayPictures
 from vitrail.data.problems import Problem
+from vitrail.data.progress import Bar, no_bar
+from vitrail.data.shards import is_address, is_shards, open_shards, shards_name
 from vitrail.data.tables import TABLE_ENDINGS, open_table
 from vitrail.data.torchvision_sets import open_torchvision
 from vitrail.lookup import unknown
@@ -65,7 +67,7 @@ class Source(Protocol):
         ...
 
     def encoded(self, index: int) -> bytes:
-        """Return one picture's file; nothing where it has none, or is too large to hold in memory."""
+        """Return one picture as a picture file holds it: as it is stored, or as PNG where only pixels are."""
         ...
 
     def location(self, index: int) -> str:
@@ -85,8 +87,13 @@ class Source(Protocol):
 SCHEMES: dict[str, Callable[..., Source]] = {"torchvision:": open_torchvision, "hf:": open_hf}
 
 
-def open_source(source: str, *, limit_pixels: int = 100_000_000, keep_damaged: bool = False) -> Source:
+def open_source(
+    source: str, *, limit_pixels: int = 100_000_000, keep_damaged: bool = False, bar: Bar = no_bar
+) -> Source:
     """List the pictures of a source.
+
+    Args:
+        bar: shows how far a long listing is, as `Talk.bar` does.
 
     Raises:
         ValueError: it is no known kind of source, is empty, or its parts disagree on the classes.
@@ -94,6 +101,8 @@ def open_source(source: str, *, limit_pixels: int = 100_000_000, keep_damaged: b
     damaged: Literal["refuse", "keep"] = "keep" if keep_damaged else "refuse"
     if source == "digits":
         return digits()
+    if is_shards(source):
+        return open_shards(source, limit_pixels=limit_pixels, damaged=damaged, bar=bar)
     for scheme, open_set in SCHEMES.items():
         if source.startswith(scheme):
             return open_set(source.removeprefix(scheme), limit_pixels=limit_pixels, damaged=damaged)
@@ -105,8 +114,8 @@ def open_source(source: str, *, limit_pixels: int = 100_000_000, keep_damaged: b
         return open_table(place, limit_pixels=limit_pixels, damaged=damaged)
     if place.exists():
         raise ValueError(
-            f"{source}: is a file; expected a folder of class folders, a table ({', '.join(TABLE_ENDINGS)}), or the word "
-            "'digits'"
+            f"{source}: is a file; expected a folder of class folders, a table ({', '.join(TABLE_ENDINGS)}), tar shards "
+            "(.tar), or the word 'digits'"
         )
     if table:
         raise ValueError(f"{source}: no such file; expected a table with the columns path and label")
@@ -123,6 +132,8 @@ def hint(source: str) -> str:
 
 def run_name(source: str) -> str:
     """Return a name for runs on this data that can be a folder's."""
+    if source.endswith(".tar") or is_address(source):
+        return shards_name(source)
     for scheme in SCHEMES:
         if source.startswith(scheme):
             return Path(source.removeprefix(scheme)).name
@@ -134,6 +145,8 @@ def same_source(one: str, other: str) -> bool:
     """Whether two words name the same data."""
     if one.startswith("torchvision:"):
         return one.lower() == other.lower()
+    if is_address(one) or is_address(other):
+        return one == other
     if one.startswith("hf:") and other.startswith("hf:"):
         return same_place(one.removeprefix("hf:"), other.removeprefix("hf:"))
     return one == other or (not (is_name(one) or is_name(other)) and same_place(one, other))
@@ -141,7 +154,7 @@ def same_source(one: str, other: str) -> bool:
 
 def is_name(source: str) -> bool:
     """Whether a word names a data set rather than a place."""
-    return source == "digits" or source.startswith(tuple(SCHEMES))
+    return source == "digits" or source.startswith(tuple(SCHEMES)) or is_address(source)
 
 
 def same_place(one: str, other: str) -> bool:

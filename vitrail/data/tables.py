@@ -10,7 +10,7 @@ import math
 import os
 import posixpath
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vitrail.data.index_file import read_index, write_index
 from vitrail.data.listing import Paths, repeated
 from vitrail.data.packed import has_pictures, open_packed
-from vitrail.data.places import PART_NAMES, FilePictures, PackedPictures, flip_reason
+from vitrail.data.places import PART_NAMES, PARTS, FilePictures, PackedPictures, file_identity, flip_reason
 from vitrail.data.problems import Problem
 from vitrail.data.rows import READERS, Rows
 from vitrail.lookup import unknown
@@ -29,6 +30,7 @@ TABLE_ENDINGS = tuple(READERS)
 TEXTS = ("label", "split", "group")
 COLUMNS = ("path", *TEXTS, "weight")
 COLUMN_SPLIT = "the column split:"
+WORTH_KEEPING = 20_000  # rows; fewer are read in a tenth of a second
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Table:
     """The rows of a table, checked one by one.
 
     Attributes:
+        columns: all columns of the file.
         lines: where each row stands in its file.
         weights: what each row counts in the loss, where the table has such a column.
         names: for label and group, each text → its number in the order met.
@@ -46,6 +49,7 @@ class Table:
     place: str
     root: str
     line_word: str
+    columns: tuple[str, ...]
     paths: Paths = field(default_factory=Paths)
     lines: array[int] = field(default_factory=lambda: array("q"))
     weights: array[float] = field(default_factory=lambda: array("d"))
@@ -143,9 +147,6 @@ class Table:
         raise self.fault(line, unknown("split", text, [*PARTS, "valid", "validation"]))
 
 
-PARTS = ("train", "val", "test")
-
-
 def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FilePictures | PackedPictures:
     """List the pictures of a table. Class order is the sorted labels, as that of folders.
 
@@ -154,38 +155,75 @@ def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "ke
     """
     if place.suffix.lower() == ".parquet" and has_pictures(place):
         return open_packed([place], place.name, limit_pixels=limit_pixels, damaged=damaged)
-    rows = READERS[place.suffix.lower()](place, COLUMNS)
-    check_columns(place, rows)
-    root = os.path.join(os.path.abspath(place.parent), "")
-    table, has_split = Table(str(place), root, rows.line_word), "split" in rows.columns
-    with closing(rows.values) as values:
-        for line, row in values:
-            table.add(line, row, rows.columns)
-    if not len(table.paths):
-        raise ValueError(f"{place}: has no rows; expected a path and a label in each")
-    check_paths(table)
+    table = read_table(place)
+    check_files(table)
+    has_split = "split" in table.columns
     labels, targets, split = classes_of(table, has_split)
-    groups = np.asarray(table.codes["group"], dtype=np.int32) if "group" in rows.columns else None
+    groups = np.asarray(table.codes["group"], dtype=np.int32) if "group" in table.columns else None
     problems = [
-        *idle_columns(place, rows),
+        *idle_columns(place, table.columns),
         *missing_classes(labels, targets, split),
-        *torn_groups(table, split, groups),
     ]
+    if split is not None and groups is not None:
+        problems += torn_groups(list(table.names["group"]), np.asarray(table.codes["split"]), groups)
     return FilePictures(
         name=place.name,
-        root=Path(root),
+        root=Path(table.root),
         labels=labels,
         paths=table.paths,
         targets=targets,
         split=split,
         groups=groups,
-        weights=np.asarray(table.weights) if "weight" in rows.columns else None,
+        weights=np.asarray(table.weights) if "weight" in table.columns else None,
         divided_by=COLUMN_SPLIT,
         problems=tuple(problems),
         flip_reason=flip_reason(labels),
         limit_pixels=limit_pixels,
         damaged=damaged,
     )
+
+
+def read_table(place: Path) -> Table:
+    """Return the checked rows of a table; those of a long one are kept in the cache folder.
+
+    Raises:
+        ValueError: a column is missing, or a row cannot be used.
+    """
+    root = os.path.join(os.path.abspath(place.parent), "")
+    identity = file_identity(os.path.abspath(place)) or b""
+    if kept := read_index("tables", identity):
+        arrays, (line_word, columns, labels, groups) = kept
+        return Table(
+            str(place),
+            root,
+            line_word,
+            tuple(columns),
+            paths=Paths.of(arrays["names"], arrays["ends"]),
+            lines=array("q", arrays["lines"].tobytes()),
+            names={
+                key: {text: number for number, text in enumerate(each)}
+                for key, each in (("label", labels), ("group", groups))
+            },
+            codes={each: array("i", arrays[each].tobytes()) for each in TEXTS},
+            weights=array("d", arrays["weights"].tobytes()),
+        )
+    rows = READERS[place.suffix.lower()](place, COLUMNS)
+    check_columns(place, rows)
+    table = Table(str(place), root, rows.line_word, rows.columns)
+    with closing(rows.values) as values:
+        for line, row in values:
+            table.add(line, row, rows.columns)
+    if not len(table.paths):
+        raise ValueError(f"{place}: has no rows; expected a path and a label in each")
+    check_twice(table)
+    if len(table.paths) >= WORTH_KEEPING and file_identity(os.path.abspath(place)) == identity:
+        names, ends = table.paths.arrays()
+        arrays = {"names": names, "ends": ends, "lines": np.asarray(table.lines)}
+        arrays["weights"] = np.asarray(table.weights)
+        arrays |= {each: np.asarray(codes, dtype=np.int32) for each, codes in table.codes.items()}
+        texts = [table.line_word, table.columns, list(table.names["label"]), list(table.names["group"])]
+        write_index("tables", identity, arrays, texts)
+    return table
 
 
 def check_columns(place: Path, rows: Rows) -> None:
@@ -204,8 +242,8 @@ def check_columns(place: Path, rows: Rows) -> None:
             raise ValueError(f"{place}: has the column {column!r} twice; rename one of them")
 
 
-def check_paths(table: Table) -> None:
-    """Raise a ValueError when a picture is named twice or is not there."""
+def check_twice(table: Table) -> None:
+    """Raise a ValueError when a picture is named twice."""
     if twice := repeated(table.paths):
         first, second = twice
         labels = list(table.names["label"])
@@ -215,6 +253,10 @@ def check_paths(table: Table) -> None:
             table.lines[second],
             f"{table.paths[second]!r} is in {table.line_word} {table.lines[first]} already, {what}; remove one of them",
         )
+
+
+def check_files(table: Table) -> None:
+    """Raise a ValueError when a picture is not there."""
     gone = [
         index
         for index, path in enumerate(table.paths)
@@ -255,9 +297,9 @@ def classes_of(table: Table, has_split: bool) -> tuple[tuple[str, ...], np.ndarr
     return labels, np.asarray([place.get(name, -1) for name in names])[codes], split
 
 
-def idle_columns(place: Path, rows: Rows) -> list[Problem]:
+def idle_columns(place: Path, columns: Sequence[str]) -> list[Problem]:
     """Name the columns that nothing reads, in one line."""
-    extra = tuple(each for each in rows.columns if each not in COLUMNS)
+    extra = tuple(each for each in columns if each not in COLUMNS)
     if not extra:
         return []
     word = "column" if len(extra) == 1 else "columns"
@@ -276,17 +318,19 @@ def missing_classes(labels: tuple[str, ...], targets: np.ndarray, split: np.ndar
     return problems
 
 
-def torn_groups(table: Table, split: np.ndarray | None, groups: np.ndarray | None) -> list[Problem]:
-    """Say when the table's own parts divide a group."""
-    if split is None or groups is None:
-        return []
+def torn_groups(names: Sequence[str], parts: np.ndarray, groups: np.ndarray) -> list[Problem]:
+    """Say when a source's own parts divide a group.
+
+    Args:
+        names: of the groups.
+        parts, groups: [N] each picture's number in `PARTS` and in `names`, -1 for no group.
+    """
     grouped = groups >= 0
-    met = np.zeros((len(table.names["group"]), len(PARTS)), dtype=bool)
-    met[groups[grouped], np.asarray(table.codes["split"])[grouped]] = True
+    met = np.zeros((len(names), len(PARTS)), dtype=bool)
+    met[groups[grouped], parts[grouped]] = True
     torn = np.flatnonzero(met.sum(axis=1) > 1)
     if not len(torn):
         return []
-    names = list(table.names["group"])
     where = " and ".join(part for part, there in zip(PARTS, met[torn[0]], strict=True) if there)
-    text = f"{len(torn):,} groups are in more than one part, for instance {names[torn[0]]!r} in {where}"
-    return [Problem("warning", "leak", tuple(names[each] for each in torn), text)]
+    text = f"{len(torn):,} groups are in more than one part, for instance {names[int(torn[0])]!r} in {where}"
+    return [Problem("warning", "leak", tuple(names[int(each)] for each in torn), text)]

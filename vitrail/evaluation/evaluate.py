@@ -60,7 +60,7 @@ def evaluate(
     tell_of_weights(classifier, talk)
     warn_of_patches(classifier, talk)
     data = dataclasses.replace(data or DataConfig(), source=source)
-    opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")
+    opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
     with talk.bar(f"looking at {len(opened.paths):,} pictures") as advance:
         scan = scan_source(
             opened,

@@ -172,7 +172,7 @@ def look(
     Raises:
         ValueError: a class has no pictures, or a file is broken and was to be reported.
     """
-    opened = open_source(data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep")
+    opened = open_source(data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
     stop_on_errors(opened.problems)
     if classifier.header.split.get("source") == opened.name:
         data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))

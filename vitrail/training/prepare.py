@@ -81,7 +81,9 @@ def check_data(config: DataConfig, talk: Talk, *, channels: int = 0, recorded: P
     Raises:
         ValueError: the data cannot be trained on; the message lists every error.
     """
-    source = open_source(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep")
+    source = open_source(
+        config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=talk.bar
+    )
     stop_on_errors(source.problems)
     with talk.bar(f"looking at {len(source.paths):,} pictures") as advance:
         scan = scan_source(
