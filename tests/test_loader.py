@@ -167,11 +167,12 @@ def test_targets_belong_to_their_pictures(files):
 @pytest.mark.parametrize("augment", [AugmentConfig(), EVERYTHING])
 @pytest.mark.parametrize("memory", [True, False])
 def test_batches_do_not_depend_on_the_number_of_workers(files, augment, memory):
-    one, two, four = (
-        list(stream(load(files, augment, memory=memory, workers=workers)).batches(0, 5)) for workers in (1, 2, 4)
+    auto, one, two, four = (
+        list(stream(load(files, augment, memory=memory, workers=workers)).batches(0, 5)) for workers in (0, 1, 2, 4)
     )
     assert len(one) == 5
-    assert all(same(a, b) and same(a, c) for a, b, c in zip(one, two, four, strict=True))
+    batches = zip(auto, one, two, four, strict=True)
+    assert all(same(a, b) and same(a, c) and same(a, d) for a, b, c, d in batches)
 
 
 @pytest.mark.parametrize(

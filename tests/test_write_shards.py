@@ -222,3 +222,29 @@ def test_labels_that_tars_cannot_hold(tmp_path):
             (tmp_path / "s" / name / "a.png").write_bytes(file.getvalue())
     with pytest.raises(ValueError, match="class ' cat' begins or ends with a blank; rename it"):
         write_shards(DataConfig(source=str(tmp_path / "s")), tmp_path / "out", size=10)
+
+
+def test_weights_and_groups_of_a_table_go_with_its_pictures(make_folder, tmp_path):
+    root = make_folder(tmp_path / "shapes", count=3)
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in sorted(root.rglob("*.png"))]
+    lines = [f"{row},g{number // 2},{1 + number / 4}" for number, row in enumerate(rows)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,group,weight", *lines]))
+    write_shards(DataConfig(source=str(tmp_path / "t.csv")), tmp_path / "out", size=4)
+    table, shards = open_source(str(tmp_path / "t.csv")), open_source(str(tmp_path / "out"))
+
+    def told(source):
+        return sorted(
+            (source.read(i, "RGB").tobytes(), source.labels[source.targets[i]], source.weights[i]) for i in range(9)
+        )
+
+    assert told(shards) == told(table)
+    assert len(set(shards.groups.tolist())) == 5
+    one = next((tmp_path / "out").glob("*000001.tar"))
+    content = one.read_bytes()
+    for old, new, message in (
+        (b'"weight": 1.', b'"wEight": 1.', "has no weight in its .json, but others have"),
+        (b'"weight": 1.', b'"weight": -.', "is no JSON|no number above 0"),
+    ):
+        one.write_bytes(content.replace(old, new, 1))
+        with pytest.raises(ValueError, match=message):
+            open_source(str(tmp_path / "out"))

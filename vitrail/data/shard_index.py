@@ -7,6 +7,7 @@ A sample is the files that follow each other and share a key, which is the path 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from array import array
@@ -25,8 +26,15 @@ from vitrail.lookup import unknown
 _LONGEST_SIDE_FILE = 1 << 20  # bytes of a .cls or .json
 _MOST_UNREAD = 30
 _NOTES = re.compile(r"__[^/]*__($|/)|__MACOSX/")  # what WebDataset's readers skip, and what macOS adds
-_NUMBERS = {"starts": "q", "sizes": "q", "codes": "i", "parts": "b", "groups": "i"}  # as `array` writes their forms
-READ_KEYS = ("label", "split", "group")
+_NUMBERS = {
+    "starts": "q",
+    "sizes": "q",
+    "codes": "i",
+    "parts": "b",
+    "groups": "i",
+    "weights": "d",
+}  # as `array` writes their forms
+READ_KEYS = ("label", "split", "group", "weight")
 OWN_KEYS = ("path",)  # what `vitrail shard` writes besides, for people
 
 
@@ -60,6 +68,7 @@ class ShardIndex:
         codes: for each picture its number in `said`.
         parts: for each picture its number in `PARTS`, -1 where its .json has no split.
         groups: for each picture its number in `group_names`, -1 for none.
+        weights: what each picture counts in the loss, NaN where its .json has no weight.
         unread: what is in the tar and is not read.
     """
 
@@ -69,6 +78,7 @@ class ShardIndex:
     codes: np.ndarray
     parts: np.ndarray
     groups: np.ndarray
+    weights: np.ndarray
     said: list[Said]
     group_names: list[str]
     unread: list[str]
@@ -234,6 +244,7 @@ class _Walk:
         self.numbers["parts"].append(self.part_of(sample, name))
         group = self.word(sample, name, "group")
         self.numbers["groups"].append(self.group_names.setdefault(group, len(self.group_names)) if group else -1)
+        self.numbers["weights"].append(self.weight_of(sample, name))
         for key in sample.json.keys() - {*READ_KEYS, *OWN_KEYS} if sample.json else ():
             self.note(f"{key} in .json")
 
@@ -261,6 +272,15 @@ class _Walk:
         except UnicodeEncodeError:
             raise self.fault(name, f"{key} {value!r} in its .json is no Unicode text") from None
         return str(value).strip()
+
+    def weight_of(self, sample: _Sample, name: str) -> float:
+        """Return what a sample's .json says that it counts in the loss, NaN where it says nothing."""
+        value = sample.json.get("weight")
+        if value is None:
+            return math.nan
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise self.fault(name, f"weight {value!r} in its .json is no number above 0; write one, such as 1 or 0.5")
+        return float(value)
 
     def part_of(self, sample: _Sample, name: str) -> int:
         """Return the number of the part that a sample's .json tells, -1 where it tells none."""

@@ -32,6 +32,7 @@ class _Together:
         self.counts = np.asarray([len(index.paths) for index in indexes])
         self.firsts = np.cumsum(self.counts) - self.counts
         self.starts, self.sizes, self.parts = (self.whole(each) for each in ("starts", "sizes", "parts"))
+        self.weights = self.whole("weights")
         said: dict[Said, int] = {}
         groups: dict[str, int] = {}
         self.codes = np.concatenate([renumbered(each.codes, each.said, said) for each in indexes])
@@ -96,6 +97,7 @@ def joined(
         targets=targets,
         split=None if split is None else np.asarray(PARTS)[split],
         groups=whole.groups if grouped else None,
+        weights=weights_of(whole),
         divided_by=divided_by,
         problems=tuple(problems),
         flip_reason=(classes.flip_reason if classes else "") or flip_reason(labels),
@@ -106,6 +108,22 @@ def joined(
         limit_pixels=limit_pixels,
         damaged=damaged,
     )
+
+
+def weights_of(whole: _Together) -> np.ndarray | None:
+    """Return what each picture counts in the loss, None where nothing is said of it.
+
+    Raises:
+        ValueError: it is said of some pictures only.
+    """
+    silent = np.isnan(whole.weights)
+    if silent.all():
+        return None
+    if silent.any():
+        raise whole.fault(
+            int(np.argmax(silent)), "has no weight in its .json, but others have; write it in all or in none"
+        )
+    return whole.weights
 
 
 def names_of(whole: _Together, classes: tuple[str, ...] | None) -> tuple[np.ndarray | None, list[str]]:

@@ -1,7 +1,7 @@
 """Any source as WebDataset shards: `train-000000.tar` and so on, with each picture's bytes as they are.
 
 Equal pictures, labels and seed give equal bytes. A sample is `00000012.jpg`, `.cls` with the number of its class in
-`classes.json`, and `.json` with label, path in the source, part and group.
+`classes.json`, and `.json` with label, path in the source, part, group and weight.
 """
 
 from __future__ import annotations
@@ -164,11 +164,13 @@ def encoded(source: Source, indices: np.ndarray, config: DataConfig) -> Iterator
 def sample(source: Source, index: int, found: _Encoded, number: int) -> dict[str, bytes]:
     """Return the files of one sample, by name."""
     target = int(source.targets[index])
-    about: dict[str, str] = {"label": source.labels[target], "path": source.paths[index]}
+    about: dict[str, str | float] = {"label": source.labels[target], "path": source.paths[index]}
     if source.split is not None:
         about["split"] = str(source.split[index])
     if source.groups is not None and source.groups[index] >= 0:
         about["group"] = str(source.groups[index])
+    if source.weights is not None:
+        about["weight"] = float(source.weights[index])
     key = f"{number:08d}"
     return {
         f"{key}.{found.ending}": found.content,

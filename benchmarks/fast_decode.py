@@ -1,0 +1,50 @@
+"""What `data.decode fast` does to accuracy: the same trainings with exact and with fast crops, pair by pair.
+
+    python benchmarks/fast_decode.py DATA [--side 64] [--epochs 20] [--seeds 5]
+
+DATA is a folder with train/ and val/ whose pictures are at least twice as large as `--side`, so that JPEGs are decoded
+smaller. Prints top-1 on val/ for every seed, and the mean difference with its standard error; judging is exact for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from vitrail.console import Talk
+from vitrail.training.session import train
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("data")
+    options.add_argument("--side", type=int, default=64)
+    options.add_argument("--epochs", type=float, default=20.0)
+    options.add_argument("--seeds", type=int, default=5)
+    chosen = options.parse_args()
+    top1: dict[str, list[float]] = {"exact": [], "fast": []}
+    with tempfile.TemporaryDirectory() as place:
+        for seed in range(chosen.seeds):
+            for decode, found in top1.items():
+                settings = {"model.image_size": chosen.side, "data.decode": decode, "epochs": chosen.epochs}
+                result = train(
+                    chosen.data,
+                    out=Path(place) / f"{decode}-{seed}",
+                    model="nano8",
+                    seed=seed,
+                    talk=Talk(quiet=True),
+                    **settings,
+                    **{"log.eval_every": "100 %", "data.near_duplicates": False},
+                )
+                found.append(result.evaluation["val"]["top1"])
+            print(f"seed {seed}: exact {top1['exact'][-1]:.4f}, fast {top1['fast'][-1]:.4f}", flush=True)
+    difference = np.asarray(top1["fast"]) - np.asarray(top1["exact"])
+    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("nan")
+    print(f"fast - exact: {100 * difference.mean():+.2f} points, standard error {100 * error:.2f}, n = {len(difference)}")
+
+
+if __name__ == "__main__":
+    main()
