@@ -3,7 +3,7 @@
 python benchmarks/imbalance.py fashion_mnist.npz --ratio 100 --seeds 3
 python benchmarks/imbalance.py fashion_mnist.npz --ratio 10 --corrections natural sqrt
 
-Class sizes fall geometrically from --largest to --largest / --ratio; which class is how rare is drawn anew with each seed, and is
+Any .npz with x_train, y_train, x_test, y_test of ten classes will do. Class sizes fall geometrically from --largest to --largest / --ratio; which class is how rare is drawn anew with each seed, and is
 the same for all corrections. Judged on 300 test pictures of every class: accuracy there is the mean recall of the classes. From the
 recalls follow the accuracy at the training's own frequencies, and the mean recall of the three largest and the three smallest classes.
 """
