@@ -20,7 +20,7 @@ from torch import Tensor
 from vitrail.config import AugmentConfig
 from vitrail.data.augment import augment_batch, crop_boxes, draw
 from vitrail.data.decode import PictureError
-from vitrail.data.mixing import Mix, erase, mix_pairs
+from vitrail.data.mixing import Mix, erase_, mix_pairs_
 from vitrail.data.preprocess import INTERPOLATIONS, Preprocess, to_array, unit_scale
 from vitrail.data.sources import Source
 
@@ -240,8 +240,8 @@ class TrainStream:
         values = unit_scale(torch.from_numpy(pixels).to(self.device, non_blocking=True))
         images = augment_batch(values, self.augment, draws, boxes, preprocess.image_size)
         targets = self.targets[torch.from_numpy(indices)].to(self.device, non_blocking=True)
-        images = erase(preprocess.normalise(images), self.augment, draws)
-        images, mix = mix_pairs(images, targets, places, self.augment, draws)
+        images = erase_(preprocess.normalise(images), self.augment, draws)
+        images, mix = mix_pairs_(images, targets, places, self.augment, draws)
         return Batch(images, targets, indices, mix=mix)
 
 
