@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -224,3 +226,36 @@ def test_an_odd_batch_leaves_no_folder_behind(make_folder, tmp_path, tiny):
     with pytest.raises(ValueError, match="try --batch-size 16"):
         train(make_folder(tmp_path / "data"), out=tmp_path / "run", talk=QUIET, **odd)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_objective_computes_mixed_batches_in_one_graph():
+    # In a process of its own: the executed shape annotations of the tests are no part of what users compile.
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+COMPILED = """
+import numpy as np, torch
+from vitrail.data.loader import Batch
+from vitrail.data.mixing import Mix
+from vitrail.models.config import ViTConfig
+from vitrail.models.vit import ViT
+from vitrail.training.objectives import Classification
+
+torch.manual_seed(0)
+model = ViT(ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=3))
+torch.nn.init.normal_(model.head.weight)
+plain, compiled = Classification(model, label_smoothing=0.1), Classification(model, label_smoothing=0.1)
+graphs = []
+def counting(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+compiled.compile(backend=counting, fullgraph=True)
+for step in range(3):
+    targets = torch.randint(3, (8,))
+    mix = Mix(targets.flip(0), torch.rand(8))
+    batch = Batch(torch.randn(8, 3, 16, 16), targets, np.arange(8), mix=mix)
+    torch.testing.assert_close(compiled(batch), plain(batch))
+assert len(graphs) == 1, len(graphs)
+"""
