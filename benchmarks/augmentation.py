@@ -45,12 +45,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=list(CASES), help="one case")
     args = parser.parse_args()
     pixels = photographs(args.batch, args.size)
     versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     print(f"{processor_name()}, {versions}, batch {args.batch} of {args.size} px, n = {args.rounds}")
     print("ms a batch, median (minimum to maximum); the ratio is theirs / ours, round by round\n")
-    for name, config in CASES.items():
+    for name, config in CASES.items() if args.only is None else [(args.only, CASES[args.only])]:
         ours = our_way(config, pixels.float() / 255)
         for kind, theirs in their_ways(name, pixels).items():
             ours(0), theirs(0)  # loads libraries
