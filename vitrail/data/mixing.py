@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.config import AugmentConfig
@@ -69,13 +69,6 @@ def erased_boxes(draws: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndar
     return np.stack([left, top, left + wide, top + tall], axis=1)
 
 
-def inside(boxes: np.ndarray, size: tuple[int, int]) -> Bool[Tensor, "B H W"]:
-    """Return which pixels lie in boxes (left, top, right, bottom) [B, 4], on the host."""
-    left, top, right, bottom = torch.from_numpy(boxes)[:, :, None].unbind(1)
-    rows, columns = torch.arange(size[0]), torch.arange(size[1])
-    return ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
-
-
 def mix_pairs_(
     images: Float[Tensor, "B C H W"],
     targets: Int[Tensor, " B"],
@@ -103,15 +96,13 @@ def mix_pairs_(
     rest = 1 - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / (size[0] * size[1])
     shares = torch.from_numpy(np.where(mixed, np.where(cut, rest, blend), 1.0)).to(images)
     others = torch.from_numpy(partner).to(images.device)
-    made = []
     if len(blended := np.flatnonzero(mixed & ~cut)):
         here = torch.from_numpy(blended).to(images.device)
-        made.append((here, images[others[here]].lerp_(images[here], shares[here][:, None, None, None])))
-    if len(put := np.flatnonzero(mixed & cut)):
-        here, where = torch.from_numpy(put).to(images.device), inside(boxes[put], size)[:, None]
-        made.append((here, torch.where(where.to(images.device), images[others[here]], images[here])))
-    for here, pictures in made:
-        images[here] = pictures
+        images[here] = images[others[here]].lerp_(images[here], shares[here][:, None, None, None])
+    for one in np.flatnonzero(mixed & cut & (first == np.arange(len(places)))):  # a box is a small part: swap it alone
+        left, top, right, bottom = boxes[one].astype(int).tolist()
+        both = images[[int(one), int(partner[one])], :, top:bottom, left:right]
+        images[[int(one), int(partner[one])], :, top:bottom, left:right] = both.flip(0)
     mixed_here = torch.from_numpy(mixed).to(images.device)
     return images, Mix(torch.where(mixed_here, targets[others], targets), shares)
 
