@@ -43,7 +43,9 @@ def main() -> None:
             print(f"seed {seed}: exact {top1['exact'][-1]:.4f}, fast {top1['fast'][-1]:.4f}", flush=True)
     difference = np.asarray(top1["fast"]) - np.asarray(top1["exact"])
     error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("nan")
-    print(f"fast - exact: {100 * difference.mean():+.2f} points, standard error {100 * error:.2f}, n = {len(difference)}")
+    print(
+        f"fast - exact: {100 * difference.mean():+.2f} points, standard error {100 * error:.2f}, n = {len(difference)}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from vitrail.config import AugmentConfig, RunConfig
 from vitrail.console import Talk
 from vitrail.data.augment import draw
 from vitrail.data.loader import Batch
-from vitrail.data.mixing import Mix, beta, cut_boxes, mix_pairs
+from vitrail.data.mixing import Mix, beta, cut_boxes, mix_pairs_
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.training import parallel
@@ -37,7 +39,7 @@ def some(count: int = 16, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, np.n
 
 def mixed(config: AugmentConfig, count: int = 16, seed: int = 0) -> tuple[Tensor, Mix]:
     images, targets, drawn = some(count, seed)
-    out, mix = mix_pairs(images, targets, np.arange(count), config, drawn)
+    out, mix = mix_pairs_(images.clone(), targets, np.arange(count), config, drawn)
     assert mix is not None
     return out, mix
 
@@ -62,8 +64,8 @@ def test_a_tiny_alpha_mixes_nothing_but_still_gives_numbers():
 
 def test_off_is_the_same_pictures_and_no_mix():
     images, targets, drawn = some()
-    out, mix = mix_pairs(images, targets, np.arange(16), AugmentConfig(), drawn)
-    assert out is images
+    out, mix = mix_pairs_(images.clone(), targets, np.arange(16), AugmentConfig(), drawn)
+    assert torch.equal(out, images)
     assert mix is None
 
 
@@ -127,7 +129,9 @@ def test_label_mass_is_conserved(config):
 def test_with_both_on_each_takes_about_half_and_the_chance_leaves_the_rest_alone():
     count = 2000
     images, targets, drawn = some(count)
-    out, mix = mix_pairs(images, targets, np.arange(count), AugmentConfig(mixup=1.0, cutmix=1.0, mix_chance=0.6), drawn)
+    out, mix = mix_pairs_(
+        images.clone(), targets, np.arange(count), AugmentConfig(mixup=1.0, cutmix=1.0, mix_chance=0.6), drawn
+    )
     assert mix is not None
     drawn = {name: np.repeat(values[::2], 2) for name, values in drawn.items()}
     chosen, cut = torch.from_numpy(drawn["mix"] < 0.6), torch.from_numpy(drawn["mix_way"] < 0.5)
@@ -147,7 +151,7 @@ def test_a_picture_whose_partner_failed_stays_as_it_is():
     for lost in range(8):
         left = np.delete(np.arange(8), lost)
         some_draws = {name: values[left] for name, values in drawn.items()}
-        out, mix = mix_pairs(images[left], targets[left], left, AugmentConfig(mixup=1.0), some_draws)
+        out, mix = mix_pairs_(images[left], targets[left], left, AugmentConfig(mixup=1.0), some_draws)
         assert mix is not None
         for number, place in enumerate(left):
             alone = place == lost ^ 1
@@ -222,3 +226,36 @@ def test_an_odd_batch_leaves_no_folder_behind(make_folder, tmp_path, tiny):
     with pytest.raises(ValueError, match="try --batch-size 16"):
         train(make_folder(tmp_path / "data"), out=tmp_path / "run", talk=QUIET, **odd)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_objective_computes_mixed_batches_in_one_graph():
+    # In a process of its own: the executed shape annotations of the tests are no part of what users compile.
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+COMPILED = """
+import numpy as np, torch
+from vitrail.data.loader import Batch
+from vitrail.data.mixing import Mix
+from vitrail.models.config import ViTConfig
+from vitrail.models.vit import ViT
+from vitrail.training.objectives import Classification
+
+torch.manual_seed(0)
+model = ViT(ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=3))
+torch.nn.init.normal_(model.head.weight)
+plain, compiled = Classification(model, label_smoothing=0.1), Classification(model, label_smoothing=0.1)
+graphs = []
+def counting(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+compiled.compile(backend=counting, fullgraph=True)
+for step in range(3):
+    targets = torch.randint(3, (8,))
+    mix = Mix(targets.flip(0), torch.rand(8))
+    batch = Batch(torch.randn(8, 3, 16, 16), targets, np.arange(8), mix=mix)
+    torch.testing.assert_close(compiled(batch), plain(batch))
+assert len(graphs) == 1, len(graphs)
+"""

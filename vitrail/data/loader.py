@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitrail.config import AugmentConfig
 from vitrail.data.augment import augment_batch, crop_boxes, draw
-from vitrail.data.mixing import Mix, erase, mix_pairs
+from vitrail.data.mixing import Mix, erase_, mix_pairs_
 from vitrail.data.order import Order
 from vitrail.data.pictures import Outcome, Pictures, attempt
 from vitrail.data.regions import Box
@@ -193,7 +193,7 @@ class TrainStream:
         chosen = torch.from_numpy(indices)
         targets = self.targets[chosen].to(self.device, non_blocking=True)
         weights = None if self.weights is None else self.weights[chosen].to(self.device)
-        images, mix = mix_pairs(images, targets, places, self.augment, draws, weights)
+        images, mix = mix_pairs_(images, targets, places, self.augment, draws, weights)
         return Batch(images, targets, indices, weights=weights, mix=mix)
 
     def finish(
@@ -203,9 +203,7 @@ class TrainStream:
         preprocess = self.pictures.preprocess
         images = out if isinstance(out, Tensor) else torch.from_numpy(out)
         preprocess.normalise(augment_batch(pixels, self.augment, draws, boxes, preprocess.image_size), out=images)
-        erased = erase(images, self.augment, draws)
-        if erased is not images:
-            images.copy_(erased)
+        erase_(images, self.augment, draws)
 
 
 def only(draws: dict[str, np.ndarray], places: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitrail.config import AugmentConfig
@@ -39,26 +39,24 @@ class Mix:
         return Mix(self.partners[start:stop], self.shares[start:stop], weights)
 
 
-def erase(
+def erase_(
     images: Float[Tensor, "B C H W"], config: AugmentConfig, draws: dict[str, np.ndarray]
 ) -> Float[Tensor, "B C H W"]:
-    """Fill a box of some normalised pictures with zeros, the data's mean, or with noise of its deviation.
+    """Fill a box of some normalised pictures, in place, with zeros, the data's mean, or with noise of its deviation.
 
     Source: Zhong et al. 2020, algorithm 1; a box that would be longer than the picture is cut off instead of drawn again.
     """
-    erased = draws["erase"] < config.erasing
-    if not erased.any():
-        return images
-    size = (images.shape[2], images.shape[3])
-    where = torch.from_numpy(erased)[:, None, None] & inside(erased_boxes(draws, size), size)
-    filled = torch.zeros((), dtype=images.dtype)
-    if config.erasing_fill == "noise":
-        # A generator for each picture, on the host: the same noise on every device and beside any other picture.
-        filled = torch.zeros(images.shape, dtype=images.dtype)
-        for place in np.flatnonzero(erased):
+    chosen = np.flatnonzero(draws["erase"] < config.erasing)
+    boxes = erased_boxes(draws, (images.shape[2], images.shape[3])).astype(int)
+    for place in chosen:
+        left, top, right, bottom = boxes[place].tolist()
+        box = images[place, :, top:bottom, left:right]
+        if config.erasing_fill == "mean":
+            box.zero_()
+        else:  # a generator for each picture, on the host: the same noise on every device and beside any other picture
             generator = torch.Generator().manual_seed(int(draws["erase_noise"][place] * 2**53))
-            filled[place] = torch.randn(images.shape[1:], generator=generator)
-    return torch.where(where[:, None].to(images.device), filled.to(images.device), images)
+            box.copy_(torch.randn(box.shape, generator=generator))
+    return images
 
 
 def erased_boxes(draws: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
@@ -74,14 +72,7 @@ def erased_boxes(draws: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndar
     return np.stack([left, top, left + wide, top + tall], axis=1)
 
 
-def inside(boxes: np.ndarray, size: tuple[int, int]) -> Bool[Tensor, "B H W"]:
-    """Return which pixels lie in boxes (left, top, right, bottom) [B, 4], on the host."""
-    left, top, right, bottom = torch.from_numpy(boxes)[:, :, None].unbind(1)
-    rows, columns = torch.arange(size[0]), torch.arange(size[1])
-    return ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
-
-
-def mix_pairs(
+def mix_pairs_(
     images: Float[Tensor, "B C H W"],
     targets: Int[Tensor, " B"],
     places: np.ndarray,
@@ -89,7 +80,7 @@ def mix_pairs(
     draws: dict[str, np.ndarray],
     weights: Float[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B C H W"], Mix | None]:
-    """Mix neighbours: blended (Zhang et al. 2018) or one put into a box of the other (Yun et al. 2019).
+    """Mix neighbours in place: blended (Zhang et al. 2018) or one put into a box of the other (Yun et al. 2019).
 
     Args:
         places: [B] ascending places in the process's share of the batch; one that is missing leaves its partner unmixed.
@@ -109,17 +100,16 @@ def mix_pairs(
     rest = 1 - (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / (size[0] * size[1])
     shares = torch.from_numpy(np.where(mixed, np.where(cut, rest, blend), 1.0)).to(images)
     others = torch.from_numpy(partner).to(images.device)
-    theirs = images[others]
-    out = images
-    if (mixed & ~cut).any():
-        blended = torch.from_numpy(mixed & ~cut).to(images.device)[:, None, None, None]
-        out = torch.where(blended, torch.lerp(theirs, images, shares[:, None, None, None]), out)
-    if (mixed & cut).any():
-        where = torch.from_numpy(mixed & cut)[:, None, None] & inside(boxes, size)
-        out = torch.where(where[:, None].to(images.device), theirs, out)
+    if len(blended := np.flatnonzero(mixed & ~cut)):
+        here = torch.from_numpy(blended).to(images.device)
+        images[here] = images[others[here]].lerp_(images[here], shares[here][:, None, None, None])
+    for one in np.flatnonzero(mixed & cut & (first == np.arange(len(places)))):  # a box is a small part: swap it alone
+        left, top, right, bottom = boxes[one].astype(int).tolist()
+        both = images[[int(one), int(partner[one])], :, top:bottom, left:right]
+        images[[int(one), int(partner[one])], :, top:bottom, left:right] = both.flip(0)
     mixed_here = torch.from_numpy(mixed).to(images.device)
     theirs_weigh = None if weights is None else torch.where(mixed_here, weights[others], weights)
-    return out, Mix(torch.where(mixed_here, targets[others], targets), shares, theirs_weigh)
+    return images, Mix(torch.where(mixed_here, targets[others], targets), shares, theirs_weigh)
 
 
 def pairs(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vitrail.config import AugmentConfig
@@ -20,6 +20,8 @@ from vitrail.data.preprocess import unit_scale
 BINS = 31  # steps of strength from nothing to the strongest, in both papers' code
 _NOTHING_ON_GREY = ("color", "greyscale")
 SIGMAS = tuple(each / 10 for each in range(1, 21))  # of a blur, pixels: DeiT III's 0.1 to 2, in steps
+
+_CHUNK = 2  # pictures
 
 # Operation → torchvision's function `tv` on uint8 pixels [B, C, H, W] at a strength. Shears are tan(angle).
 OPERATIONS: dict[str, Callable[[Any, Tensor, float], Tensor]] = {
@@ -90,7 +92,7 @@ def apply_policy(
         return pictures
     from torchvision.transforms.v2 import functional
 
-    pixels = (pictures * 255).round_().clamp_(0, 255).to(torch.uint8)
+    pixels = to_levels(pictures)
     for turn in decide(config, draws, channels=pixels.shape[1], size=(pixels.shape[2], pixels.shape[3])):
         groups: dict[tuple[str, float], list[int]] = {}
         for place, operation in enumerate(turn):
@@ -100,6 +102,15 @@ def apply_policy(
                 chosen = torch.tensor(places, device=pixels.device)
                 pixels[chosen] = OPERATIONS[name](functional, pixels[chosen], strength)
     return unit_scale(pixels)
+
+
+def to_levels(pictures: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
+    """Round values 0..1 to 0..255, a few pictures at a time on a CPU: they stay in its cache between the operations."""
+    pixels = torch.empty_like(pictures, dtype=torch.uint8)
+    few = _CHUNK if pictures.device.type == "cpu" else max(1, len(pictures))
+    for values, levels in zip(pictures.split(few), pixels.split(few), strict=True):
+        levels.copy_((values * 255).round_().clamp_(0, 255))
+    return pixels
 
 
 def decide(

@@ -1,0 +1,131 @@
+"""Policies, erasing and mixing on a batch, against torchvision's transforms picture by picture: milliseconds a batch.
+
+    python benchmarks/augmentation.py [--size 224] [--batch 64] [--rounds 7]
+
+Ours and theirs in turn, each round with other random numbers, in one process. Both begin and end with what they would in a
+training: ours with floats in 0..1 after crop and colour, theirs with 8-bit pictures, and both end with a batch of floats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from vitrail.config import AugmentConfig
+from vitrail.data.augment import draw
+from vitrail.data.mixing import erase_, mix_pairs_
+from vitrail.data.policies import apply_policy
+from vitrail.machine import processor_name
+
+POLICIES = {
+    "randaugment": v2.RandAugment(),
+    "trivialaugment": v2.TrivialAugmentWide(),
+    "three_augment": v2.RandomChoice([v2.Grayscale(3), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(13, (0.1, 2.0))]),
+}
+CASES: dict[str, AugmentConfig] = {
+    **{name: AugmentConfig(policy=name) for name in POLICIES},
+    "erasing 0.25": AugmentConfig(erasing=0.25),
+    "erasing 0.25, noise": AugmentConfig(erasing=0.25, erasing_fill="noise"),
+    "mixup 0.8": AugmentConfig(mixup=0.8),
+    "cutmix 1": AugmentConfig(cutmix=1.0),
+}
+
+
+def main() -> None:
+    """Print median times and the median ratio of neighbouring runs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=list(CASES), help="one case")
+    args = parser.parse_args()
+    pixels = photographs(args.batch, args.size)
+    versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    print(f"{processor_name()}, {versions}, batch {args.batch} of {args.size} px, n = {args.rounds}")
+    print("ms a batch, median (minimum to maximum); the ratio is theirs / ours, round by round\n")
+    for name, config in CASES.items() if args.only is None else [(args.only, CASES[args.only])]:
+        ours = our_way(config, pixels.float() / 255)
+        for kind, theirs in their_ways(name, pixels).items():
+            ours(0), theirs(0)  # loads libraries
+            times = np.asarray(
+                [[timed(each, number) for each in (ours, theirs)] for number in range(1, args.rounds + 1)]
+            )
+            ratio = times[:, 1] / times[:, 0]
+            print(f"{name:<20} ours {told(times[:, 0] * 1000)}  {kind} {told(times[:, 1] * 1000)}  ratio {told(ratio)}")
+
+
+def photographs(count: int, size: int) -> Tensor:
+    """Return pictures with detail at several scales, uint8 [B, 3, S, S]."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.rand(count, 3, side, side, generator=generator) for side in (4, 16, size)]
+    grown = [torch.nn.functional.interpolate(each, (size, size), mode="bilinear") for each in layers]
+    return ((0.5 * grown[0] + 0.3 * grown[1] + 0.2 * grown[2]) * 255).to(torch.uint8)
+
+
+def our_way(config: AugmentConfig, pictures: Tensor) -> Callable[[int], Tensor]:
+    """Return a function of the round's number."""
+    count = len(pictures)
+    targets, places = torch.arange(count) % 10, np.arange(count)
+
+    def change(number: int) -> Tensor:
+        draws = draw(0, np.full(count, number), places)
+        # In place, as on a training's own batch: where nothing else makes a new one, a copy stands for it.
+        changed = apply_policy(pictures, config, draws) if config.policy != "none" else pictures.clone()
+        changed = erase_(changed, config, draws)
+        return mix_pairs_(changed, targets, places, config, draws)[0]
+
+    return change
+
+
+def their_ways(name: str, pixels: Tensor) -> dict[str, Callable[[int], Tensor]]:
+    """Return torchvision's ways to do the same, as functions of the round's number."""
+    floats, targets = pixels.float() / 255, torch.arange(len(pixels)) % 10
+    if name in POLICIES:
+        files = [PIL.Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
+        policy, ending = POLICIES[name], v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+        return {
+            "torchvision, tensors": lambda number: seeded(
+                number, lambda: batch(ending(policy(each)) for each in pixels)
+            ),
+            "torchvision, Pillow": lambda number: seeded(number, lambda: batch(ending(policy(each)) for each in files)),
+        }
+    if name.startswith("erasing"):
+        change = v2.RandomErasing(0.25, value="random" if "noise" in name else 0)  # pyright: ignore[reportArgumentType]
+        return {"torchvision": lambda number: seeded(number, lambda: batch(change(each) for each in floats))}
+    mix = v2.MixUp(alpha=0.8, num_classes=10) if name.startswith("mixup") else v2.CutMix(alpha=1.0, num_classes=10)
+    return {"torchvision, one draw a batch": lambda number: seeded(number, lambda: mix(floats, targets)[0])}
+
+
+def batch(pictures: object) -> Tensor:
+    """Return pictures as one tensor."""
+    return torch.stack(list(pictures))  # pyright: ignore[reportArgumentType]
+
+
+def seeded(number: int, do: Callable[[], Tensor]) -> Tensor:
+    """Do something with the round's random numbers."""
+    torch.manual_seed(number)
+    return do()
+
+
+def timed(do: Callable[[int], Tensor], number: int) -> float:
+    """Return seconds."""
+    started = time.perf_counter()
+    do(number)
+    return time.perf_counter() - started
+
+
+def told(values: np.ndarray) -> str:
+    """Return median and range."""
+    return f"{statistics.median(values.tolist()):.2f} ({values.min():.2f} to {values.max():.2f})"
+
+
+if __name__ == "__main__":
+    main()
