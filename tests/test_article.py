@@ -253,8 +253,9 @@ def test_settings_on_the_pages_exist():
     known = own | {name for name, _ in flatten(RunConfig)}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])", page.read_text(encoding="utf-8")))
-        # `--out`, `--top`, `--split`, `--to` and `--html` are of predict, eval, export and check.
-        assert {name.replace("-", "_") for name in named} <= known | {"out", "top", "split", "to", "html"}
+        # Those of predict, eval, export, check and shard.
+        others = {"out", "top", "split", "to", "html", "show_augmentation", "size", "bytes"}
+        assert {name.replace("-", "_") for name in named} <= known | others
 
 
 def test_what_is_not_there_yet_is_not_there_yet():
