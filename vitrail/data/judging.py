@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -64,7 +64,7 @@ def judging_batches(
 def start_reading(pictures: Pictures, chunk: np.ndarray) -> list[Future[list[Outcome]]]:
     """Start the threads on some pictures."""
 
-    def read(places: Sequence[int]) -> list[Outcome]:
+    def read(places: range) -> list[Outcome]:
         return [attempt(lambda place: pictures.for_judging(int(chunk[place])), place) for place in places]
 
-    return pictures.submit(read, len(chunk), min(8, -(-len(chunk) // 8)))
+    return pictures.submit(read, len(chunk), max(1, min(8, -(-len(chunk) // 8))))

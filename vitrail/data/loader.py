@@ -6,8 +6,7 @@ import dataclasses
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -25,7 +24,6 @@ from vitrail.data.regions import Box
 T = TypeVar("T")
 
 _CACHE_BYTES = 5 * 2**19  # of float pictures that a thread works on at once; from 4 MB on it is three times slower
-_SMALLEST_RUN = 32  # pictures in a task, where so many are small enough: one by one, calls cost more than pixels
 
 
 @dataclass(frozen=True)
@@ -62,19 +60,17 @@ class Batch:
         )
 
 
-class _Step(NamedTuple):
-    """A batch that is being made.
+Made = tuple[
+    Tensor, np.ndarray
+]  # normalised pictures [n, C, S, S] and their places in the batch; failed ones are not there
 
-    Attributes:
-        boxes: crops that are yet to be taken, of pictures in memory.
-        images: on a CPU, what the threads fill; elsewhere they only read, and the device does the rest.
-    """
+
+class _Step(NamedTuple):
+    """A batch that is being made; `wait` gives its pictures."""
 
     indices: np.ndarray
     draws: dict[str, np.ndarray]
-    boxes: np.ndarray | None
-    futures: list[Future[list[Outcome]]]
-    images: np.ndarray | None
+    wait: Callable[[], Made]
 
 
 class TrainStream:
@@ -130,83 +126,119 @@ class TrainStream:
         return dataclasses.replace(batch, patch_size=int(random.choice(self.patch_sizes)))
 
     def begin(self, step: int) -> _Step:
-        """Start the threads on a batch."""
+        """Start the threads on a batch. On a CPU they do all of a picture's work; else they read, and the device does the rest."""
         occasions, places = self.order.at(step, self.rank, self.ranks)
         indices = self.part[places]
         draws = draw(self.seed, occasions, places)
-        preprocess, stored, sizes = self.pictures.preprocess, self.pictures.stored, self.pictures.sizes
-        count, side = len(indices), preprocess.image_size
-        boxes = None
-        if stored is not None:
-            size = stored.shape[2:]
-            if self.augment.crop_scale < 1 or size != (side, side):
-                boxes = crop_boxes(self.augment, draws, np.tile(size, (count, 1)))
-        elif self.augment.crop_scale < 1:
+        make = self.from_files if self.pictures.stored is None else self.from_memory
+        return _Step(indices, draws, make(indices, draws))
+
+    def end(self, step: _Step) -> Batch:
+        """Wait for a batch's pictures and do what concerns several of them."""
+        images, places = step.wait()
+        indices = step.indices[places]
+        chosen = torch.from_numpy(indices)
+        targets = self.targets[chosen].to(self.device, non_blocking=True)
+        weights = None if self.weights is None else self.weights[chosen].to(self.device)
+        images, mix = mix_pairs_(images, targets, places, self.augment, only(step.draws, places), weights)
+        return Batch(images, targets, indices, weights=weights, mix=mix)
+
+    def from_memory(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Made]:
+        """Augment stored pictures, crop included."""
+        stored, side = self.pictures.stored, self.pictures.preprocess.image_size
+        assert stored is not None
+        boxes, count, size = None, len(indices), stored.shape[2:]
+        if self.augment.crop_scale < 1 or size != (side, side):
+            boxes = crop_boxes(self.augment, draws, np.tile(size, (count, 1)))
+        images = self.room(count)
+
+        def make(places: range) -> None:
+            part = slice(places.start, places.stop)
+            pixels = torch.from_numpy(stored[indices[part]]).to(self.device, non_blocking=True)
+            self.finish(pixels, only(draws, part), None if boxes is None else boxes[part], images[part])
+
+        if self.device.type == "cpu":
+            # One by one, calls would cost more than pixels; independent of the number of threads, as all is.
+            futures = self.pictures.submit(make, count, self.run(max(-(-count // 8), min(64, -(-count // 2)))))
+        else:
+            futures = []
+            make(range(count))
+
+        def wait() -> Made:
+            for future in futures:
+                future.result()
+            return images, np.arange(count)
+
+        return wait
+
+    def from_files(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Made]:
+        """Decode, crop and resize, then do the rest; a file that fails is left out."""
+        sizes, count, boxes = self.pictures.sizes, len(indices), None
+        if self.augment.crop_scale < 1:
             assert sizes is not None
             boxes = crop_boxes(self.augment, draws, sizes[indices])
-        later = boxes if stored is not None else None
+        on_cpu = self.device.type == "cpu"
+        images = self.room(count) if on_cpu else None
 
         def read(place: int) -> np.ndarray:
             index = int(indices[place])
-            if stored is not None:
-                return stored[index]
-            if boxes is None:
+            if boxes is None or sizes is None:
                 return self.pictures.for_judging(index)
-            assert sizes is not None
             high, wide = sizes[index].tolist()
             box = Box(*boxes[place].tolist())
             # The size differs from the listed one in the cache, or when the file was replaced.
             return self.pictures.for_training(index, lambda width, height: box.scaled(width / wide, height / high))
 
-        images = None
-        if self.device.type == "cpu":  # NumPy asks for huge pages, a fourth of the cost of fresh memory
-            images = np.empty((count, preprocess.channels, side, side), np.float32)
-
-        def make(places: Sequence[int]) -> list[Outcome]:
+        def make(places: range) -> list[Outcome]:
             found = [attempt(read, place) for place in places]
-            read_ones = {number: each for number, each in enumerate(found) if isinstance(each, np.ndarray)}
-            if images is not None and read_ones:
-                good = list(read_ones)
-                pixels, rows = np.stack(list(read_ones.values())), np.asarray(places)[good]
-                part = images[places[0] : places[0] + len(good)]  # without the failed ones, which `end` leaves out
-                self.finish(torch.from_numpy(pixels), only(draws, rows), None if later is None else later[rows], part)
-                for number, image in zip(good, part, strict=True):
-                    found[number] = image
+            pixels = {place: each for place, each in zip(places, found, strict=True) if isinstance(each, np.ndarray)}
+            if images is None or not pixels:
+                return found
+            part = slice(places.start, places.stop) if len(pixels) == len(places) else np.asarray(list(pixels))
+            made = images[part]  # a view where all were read, else a copy
+            self.finish(torch.from_numpy(np.stack(list(pixels.values()))), only(draws, part), None, made)
+            images[part] = made
             return found
 
-        # Independent of the number of threads, so that nothing can depend on it.
-        run = min(max(1, _CACHE_BYTES // (4 * preprocess.channels * side * side)), max(-(-count // 8), _SMALLEST_RUN))
-        return _Step(indices, draws, later, self.pictures.submit(make, count, run), images)
+        futures = self.pictures.submit(make, count, self.run(-(-count // 8)))
 
-    def end(self, step: _Step) -> Batch:
-        """Wait for a batch's pictures and do what is left."""
-        found, places = self.pictures.collect(step.futures, step.indices)
-        self.pictures.check_some_left(len(places), len(step.indices))
-        indices, draws = step.indices[places], only(step.draws, places)
-        if step.images is None:
-            side = self.pictures.preprocess.image_size
-            images = torch.empty((len(found), len(found[0]), side, side), device=self.device)
-            pixels = torch.from_numpy(np.stack(found)).to(self.device, non_blocking=True)
-            self.finish(pixels, draws, None if step.boxes is None else step.boxes[places], images)
-        else:
-            images = torch.from_numpy(step.images if len(found) == len(step.images) else np.stack(found))
-        chosen = torch.from_numpy(indices)
-        targets = self.targets[chosen].to(self.device, non_blocking=True)
-        weights = None if self.weights is None else self.weights[chosen].to(self.device)
-        images, mix = mix_pairs_(images, targets, places, self.augment, draws, weights)
-        return Batch(images, targets, indices, weights=weights, mix=mix)
+        def wait() -> Made:
+            pixels, places = self.pictures.collect(futures, indices)
+            self.pictures.check_some_left(len(places), count)
+            if images is not None:
+                return images if len(places) == count else images[torch.from_numpy(places)], places
+            made = self.room(len(places))
+            onto = torch.from_numpy(np.stack(pixels)).to(self.device, non_blocking=True)
+            self.finish(onto, only(draws, places), None, made)
+            return made, places
 
-    def finish(
-        self, pixels: Tensor, draws: dict[str, np.ndarray], boxes: np.ndarray | None, out: np.ndarray | Tensor
-    ) -> None:
-        """Augment and normalise pictures [B, C, H, W] on their device, into `out`."""
+        return wait
+
+    def room(self, count: int) -> Tensor:
+        """Return memory for a batch; on a CPU from NumPy, which asks for huge pages, a fourth of the cost of others."""
         preprocess = self.pictures.preprocess
-        images = out if isinstance(out, Tensor) else torch.from_numpy(out)
-        preprocess.normalise(augment_batch(pixels, self.augment, draws, boxes, preprocess.image_size), out=images)
-        erase_(images, self.augment, draws)
+        shape = (count, preprocess.channels, preprocess.image_size, preprocess.image_size)
+        if self.device.type == "cpu":
+            return torch.from_numpy(np.empty(shape, np.float32))
+        return torch.empty(shape, device=self.device)
+
+    def run(self, wanted: int) -> int:
+        """Return how many pictures a thread works on at once: as many as wanted, if the caches hold them."""
+        preprocess = self.pictures.preprocess
+        return max(1, min(wanted, _CACHE_BYTES // (4 * preprocess.channels * preprocess.image_size**2)))
+
+    def finish(self, pixels: Tensor, draws: dict[str, np.ndarray], boxes: np.ndarray | None, out: Tensor) -> None:
+        """Augment and normalise pictures [B, C, H, W] on their device, into `out`.
+
+        Args:
+            boxes: crops that are yet to be taken.
+        """
+        preprocess = self.pictures.preprocess
+        preprocess.normalise(augment_batch(pixels, self.augment, draws, boxes, preprocess.image_size), out=out)
+        erase_(out, self.augment, draws)
 
 
-def only(draws: dict[str, np.ndarray], places: np.ndarray) -> dict[str, np.ndarray]:
+def only(draws: dict[str, np.ndarray], places: np.ndarray | slice) -> dict[str, np.ndarray]:
     """Return the random numbers of some of a batch's pictures."""
     return {name: values[places] for name, values in draws.items()}
 

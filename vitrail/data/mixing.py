@@ -47,6 +47,8 @@ def erase_(
     Source: Zhong et al. 2020, algorithm 1; a box that would be longer than the picture is cut off instead of drawn again.
     """
     chosen = np.flatnonzero(draws["erase"] < config.erasing)
+    if not len(chosen):
+        return images
     boxes = erased_boxes(draws, (images.shape[2], images.shape[3])).astype(int)
     for place in chosen:
         left, top, right, bottom = boxes[place].tolist()

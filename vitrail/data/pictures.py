@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import PIL.Image
@@ -18,6 +19,7 @@ from vitrail.data.preprocess import Preprocess
 from vitrail.data.regions import Choose, Cut
 from vitrail.data.sources import Source
 
+R = TypeVar("R")
 Outcome = np.ndarray | PictureError | OSError  # of reading one picture
 
 
@@ -52,14 +54,12 @@ class Pictures:
         self.num_threads = self.workers or os.cpu_count() or 1
         self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode", initializer=work_alone)
 
-    def submit(
-        self, task: Callable[[Sequence[int]], list[Outcome]], count: int, run: int
-    ) -> list[Future[list[Outcome]]]:
+    def submit(self, task: Callable[[range], R], count: int, run: int) -> list[Future[R]]:
         """Start `task` on the threads for the places 0 … count - 1 of a batch, `run` of them at a time.
 
         A task a picture would cost a tenth of an ImageNet picture's decoding, and more than a small one's.
         """
-        return [self.pool.submit(task, range(start, min(start + run, count))) for start in range(0, count, max(1, run))]
+        return [self.pool.submit(task, range(start, min(start + run, count))) for start in range(0, count, run)]
 
     def collect(self, futures: list[Future[list[Outcome]]], indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """Return the pictures that were read, each of its own size, and their places; one that failed is noted."""
