@@ -20,7 +20,7 @@ import pytest
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data import remote
+from vitrail.data import remote, stores
 from vitrail.data.places import ShardPictures
 from vitrail.data.sources import open_source
 from vitrail.data.write_shards import write_shards
@@ -324,7 +324,7 @@ def test_s3_gives_the_same_bytes(shards, s3, by_port):
 
 @pytest.mark.parametrize("times", [1, 4])
 def test_s3_over_a_line_that_is_cut(shards, s3, by_port, times, monkeypatch):
-    monkeypatch.setattr(remote, "_BLOCK_BYTES", 50_000)
+    monkeypatch.setattr(stores, "BLOCK_BYTES", 50_000)
     with (proxy := CuttingProxy(s3, after=40_000, times=times)), serving(proxy):
         by_port(proxy.server_address[1])
         check_equal(opened(f"s3://bucket/birds/{WORD}"), shards)

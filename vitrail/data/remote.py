@@ -1,50 +1,28 @@
-"""Files at an address, fetched once to the cache folder: whole, by several threads, and going on after a cut.
-
-`http://` and `https://` are read by Python itself, everything else (`s3://`, `gs://`, `hf://`, …) through fsspec.
-"""
+"""Files at an address, fetched once to the cache folder: whole, by several threads, and going on after a cut."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import os
-import re
 import shutil
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
-import vitrail
 from vitrail.data.problems import first_line
 from vitrail.data.progress import Advance
+from vitrail.data.stores import FsspecStore, Refused, Remote, Store, store_of
 from vitrail.files import cache_folder
 from vitrail.lookup import some
 
 TRIES = 6  # in a row that bring nothing new
 PAUSE_S = 0.5  # after the first failure; each further one waits twice as long
-TIMEOUT_S = 30
 _THREADS = 8
-_BLOCK_BYTES = 8 << 20  # asked for at once where a store is read by ranges
-_MARKS = (
-    "ETag",
-    "etag",
-    "md5",
-    "blob_id",
-    "generation",
-    "LastModified",
-    "last_modified",
-    "mtime",
-    "updated",
-    "created",
-)
 _SPARE_BYTES = 256 << 20  # left free on the disk
 
 
@@ -54,138 +32,6 @@ class Missing(ValueError):
 
 class Denied(ValueError):
     """A file must not be read; some stores answer so to what is not there."""
-
-
-class _Refused(Exception):
-    """An answer that another try would not change."""
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file at an address.
-
-    Attributes:
-        size: its length in bytes.
-        mark: what its store says changes when its content does; empty where it says nothing.
-    """
-
-    url: str
-    size: int
-    mark: str
-
-    @property
-    def digest(self) -> str:
-        """What the file is known by: another content has another digest."""
-        return hashlib.blake2b(f"{self.url}\0{self.size}\0{self.mark}".encode(), digest_size=12).hexdigest()
-
-    @property
-    def place(self) -> Path:
-        """Where its copy is, or will be."""
-        stem = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(urlsplit(self.url).path))[-60:]
-        return cache_folder() / "shards" / f"{self.digest}-{stem}"
-
-
-class Store(Protocol):
-    """How files of one kind of address are read."""
-
-    def look_up(self, url: str) -> Remote:
-        """Return what is at an address; raises `FileNotFoundError` where nothing is."""
-        ...
-
-    def pieces(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
-        """Yield the file from byte `start`, as (place, bytes); from byte 0 where the store can do no other."""
-        ...
-
-
-class HttpStore:
-    """`http://` and `https://`, with ranges where the server knows them."""
-
-    def look_up(self, url: str) -> Remote:
-        # Not HEAD: addresses that were signed for reading refuse it.
-        with self._open(url, {"Range": "bytes=0-0"}) as answer:
-            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-            length = total if answer.status == 206 else answer.headers.get("Content-Length", "")
-            if not length.isdecimal():
-                raise _Refused("the server does not say how long the file is, so that a cut would not be noticed")
-            return Remote(url, int(length), _mark(answer.headers))
-
-    def pieces(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        with self._open(remote.url, headers) as answer:
-            if _mark(answer.headers) != remote.mark:
-                raise _Refused("the file was changed while it was fetched; type the command again")
-            place = start if answer.status == 206 else 0
-            if answer.status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise _Refused(f"the server sent another range than byte {start:,} and on")
-            while block := answer.read(1 << 20):
-                yield place, block
-                place += len(block)
-
-    def _open(self, url: str, headers: dict[str, str]) -> Any:
-        own = {"User-Agent": f"vitrail/{vitrail.__version__}", "Accept-Encoding": "identity"}
-        try:
-            return urllib.request.urlopen(urllib.request.Request(url, headers=own | headers), timeout=TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code in (404, 410):
-                    raise FileNotFoundError(url) from None
-                text = f"the server answers {error.code} {error.reason}"
-            if error.code in (401, 403):
-                raise PermissionError(text) from None
-            if error.code == 416:
-                raise _Refused("the file is empty") from None
-            if error.code in (408, 429) or error.code >= 500:
-                raise OSError(text) from None
-            raise _Refused(text) from None
-
-
-class FsspecStore:
-    """Whatever fsspec knows, by ranges of a few megabytes."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec
-
-        scheme = urlsplit(url).scheme
-        try:
-            self.files, _ = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            extra = "'vitrail[s3]'" if scheme in ("s3", "s3a") else _package(error)
-            raise ValueError(
-                f"{url}: addresses of {scheme}:// need another package; type pip install {extra}"
-            ) from None
-        except ValueError as error:
-            raise ValueError(
-                f"{url}: {first_line(error)}; expected http://, https://, s3://, or what fsspec knows"
-            ) from None
-        self.files.invalidate_cache()
-
-    def look_up(self, url: str) -> Remote:
-        info = self.files.info(self.files._strip_protocol(url))
-        if info.get("size") is None:
-            raise _Refused("the store does not say how long the file is, so that a cut would not be noticed")
-        marks = (info.get(key) for key in _MARKS)
-        return Remote(url, int(info["size"]), next((str(mark) for mark in marks if mark), ""))
-
-    def pieces(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
-        path = self.files._strip_protocol(remote.url)
-        for place in range(start, remote.size, _BLOCK_BYTES):
-            end = min(place + _BLOCK_BYTES, remote.size)
-            block = self.files.cat_file(path, start=place, end=end)
-            if len(block) != end - place:
-                raise OSError(f"bytes {place:,} to {end:,} were asked for, and {len(block):,} came")
-            yield place, block
-        self.files.invalidate_cache()
-        if self.look_up(remote.url) != remote:
-            raise _Refused("the file was changed while it was fetched; type the command again")
-
-
-def store_of(url: str) -> Store:
-    """Return how an address is read.
-
-    Raises:
-        ValueError: nothing here knows this kind of address, or its package is not installed.
-    """
-    return HttpStore() if urlsplit(url).scheme in ("http", "https") else FsspecStore(url)
 
 
 def listed(pattern: str) -> list[str]:
@@ -305,12 +151,12 @@ def fetch_one(remote: Remote, store: Store, count: Callable[[int], None], stoppe
 
             def go_on() -> None:
                 if stopped.is_set():
-                    raise _Refused("stopped")
+                    raise Refused("stopped")
                 if handle.tell() > remote.size:
                     handle.truncate(0)
                 for place, block in store.pieces(remote, handle.tell()) if handle.tell() < remote.size else ():
                     if stopped.is_set():
-                        raise _Refused("stopped")
+                        raise Refused("stopped")
                     assert place <= handle.tell()
                     if place < handle.tell():
                         count(place - handle.tell())
@@ -342,7 +188,7 @@ def _persist(url: str, do: Callable[[], Any], reached: Callable[[], int] = lambd
             raise Missing(f"{url}: no such file") from None
         except PermissionError as error:
             raise Denied(f"{url}: must not be read: {first_line(error)}; give this machine the right to") from None
-        except (_Refused, NotImplementedError) as error:
+        except (Refused, NotImplementedError) as error:
             raise ValueError(f"{url}: cannot be read: {first_line(error)}") from None
         except (OSError, http.client.HTTPException) as error:
             reason: Exception = error
@@ -363,16 +209,6 @@ def _persist(url: str, do: Callable[[], Any], reached: Callable[[], int] = lambd
                 "connection, and type the command again: it goes on from what is there"
             )
         time.sleep(PAUSE_S * 2 ** (failures - 1))
-
-
-def _mark(headers: Any) -> str:
-    return headers.get("ETag") or headers.get("Last-Modified") or ""
-
-
-def _package(error: Exception) -> str:
-    """Return the package that fsspec's message asks for."""
-    words = re.findall(r"[Ii]nstall (?:the )?[`'\"]?([A-Za-z0-9_-]+)", str(error))
-    return words[0] if words else "fsspec[full]"
 
 
 def _draft(remote: Remote) -> Path:
