@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-BATCH = 64
+BATCH = 128
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -123,30 +123,31 @@ def compare(data: str, side: int, interpolation: str, form: str, workers: int, r
     )
 
 
-def peak(what: Callable[[], object]) -> int:
-    """Return the peak of the proportional set sizes of this process and its children while `what` runs, in bytes."""
-    most, stop = 0, threading.Event()
+def peak(what: Callable[[], object]) -> np.ndarray:
+    """Return the peaks of the proportional set sizes of this process and its children while `what` runs, in bytes.
 
-    def total() -> int:
-        pids, children = (
-            [os.getpid()],
-            subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True),
-        )
-        pids += [int(pid) for pid in children.stdout.split()]
-        found = 0
-        for pid in pids:
-            with contextlib.suppress(OSError, StopIteration):
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                found += 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    Two of them: of all pages, and without those of mapped files, which the system can take back.
+    """
+    stop = threading.Event()
+
+    def total() -> np.ndarray:
+        children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True)
+        found = np.zeros(2)
+        for pid in [os.getpid(), *map(int, children.stdout.split())]:
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    size = 1024 * int(line.split()[1]) if line.startswith("Pss") else 0
+                    found += size * np.asarray([line.startswith("Pss:"), line.startswith(("Pss_Anon:", "Pss_Shmem:"))])
         return found
+
+    before = most = total()
 
     def watch() -> None:
         nonlocal most
         while not stop.is_set():
-            most = max(most, total())
+            most = np.maximum(most, total())
             time.sleep(0.02)
 
-    before = total()
     thread = threading.Thread(target=watch)
     thread.start()
     what()
@@ -162,7 +163,8 @@ def memory(data: str, side: int, interpolation: str, who: str) -> None:
     import vitrail.training.prepare  # noqa: F401
 
     one_pass = theirs(data, side, interpolation, 8) if who == "torchvision" else ours(data, side, interpolation, who, 0)
-    print(json.dumps({"who": who, "MB": round(peak(lambda: [one_pass(0), one_pass(1)]) / 1e6)}), flush=True)
+    all_pages, own = (peak(lambda: [one_pass(0), one_pass(1)]) / 1e6).round().astype(int).tolist()
+    print(json.dumps({"who": who, "MB": all_pages, "MB without mapped files": own}), flush=True)
 
 
 def lines() -> Iterator[str]:
