@@ -279,3 +279,19 @@ def test_each_picture_of_a_batch_is_changed_by_its_own_draws():
     for place in range(5):
         one = {name: values[place : place + 1] for name, values in drawn.items()}
         torch.testing.assert_close(augment_batch(batch[place : place + 1], config, one, None, 8)[0], together[place])
+
+
+def test_a_crop_alone_is_the_same_with_every_fill_but_black():
+    """No sample lies further out than half a pixel, where a mirror and the edge are one."""
+    pictures = torch.rand(6, 3, 9, 13)
+    draws = draw(0, np.zeros(6, dtype=int), np.arange(6))
+    boxes = crop_boxes(AugmentConfig(crop_scale=0.2), draws, np.tile((9, 13), (6, 1)))
+    one, other = (
+        augment_batch(pictures, AugmentConfig(crop_scale=0.2, fill=fill), draws, boxes, 16)
+        for fill in ("mirror", "edge")
+    )
+    maps = torch.from_numpy(geometry(AugmentConfig(crop_scale=0.2), draws, boxes, (9, 13))).float()
+    grid = F.affine_grid(maps, [6, 3, 16, 16], align_corners=False)
+    reflected = F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, reflected, rtol=0, atol=1e-5)

@@ -108,15 +108,18 @@ class TrainStream:
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of steps `start` … `stop - 1`."""
-        if self.pictures.stored is not None:
-            yield from ahead((self.at(step, self.end(self.begin(step))) for step in range(start, stop)), self.device)
-            return
+        made = self.made(start, stop)
+        yield from made if self.device.type == "cpu" or self.pictures.stored is None else ahead(made)
+
+    def made(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yield batches; while one is trained on, the threads decode the next two, or augment the next one in memory."""
         waiting: deque[_Step] = deque()
-        for step in range(start, stop + 2):  # two batches are being decoded while one is trained on
+        depth = 2 if self.pictures.stored is None else 1
+        for step in range(start, stop + depth):
             if step < stop:
                 waiting.append(self.begin(step))
-            if step >= start + 2 and waiting:
-                yield self.at(step - 2, self.end(waiting.popleft()))
+            if step >= start + depth:
+                yield self.at(step - depth, self.end(waiting.popleft()))
 
     def at(self, step: int, batch: Batch) -> Batch:
         """Return the batch with its step's patch size: the same on all processes, each as likely (FlexiViT, section 3)."""
@@ -243,11 +246,8 @@ def only(draws: dict[str, np.ndarray], places: np.ndarray | slice) -> dict[str, 
     return {name: values[places] for name, values in draws.items()}
 
 
-def ahead(items: Iterator[T], device: torch.device) -> Iterator[T]:
-    """Prepare one item ahead on a thread where the device computes on its own; on a CPU that would only compete."""
-    if device.type == "cpu":
-        yield from items
-        return
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Prepare items ahead on a thread, for a device that computes on its own."""
     ready: queue.Queue = queue.Queue(maxsize=2)
     stopped = threading.Event()
 
