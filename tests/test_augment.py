@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from vitrail.config import AugmentConfig
-from vitrail.data.augment import augment_batch, crop_boxes, draw
+from vitrail.data.augment import augment_batch, crop_boxes, draw, geometry
 
 MIDDLE = 0.5  # the draw that leaves a symmetric change out
 
@@ -283,15 +284,14 @@ def test_each_picture_of_a_batch_is_changed_by_its_own_draws():
 
 def test_a_crop_alone_is_the_same_with_every_fill_but_black():
     """No sample lies further out than half a pixel, where a mirror and the edge are one."""
-    pictures = torch.rand(6, 3, 9, 13)
-    draws = draw(0, np.zeros(6, dtype=int), np.arange(6))
-    boxes = crop_boxes(AugmentConfig(crop_scale=0.2), draws, np.tile((9, 13), (6, 1)))
+    noise = torch.rand(6, 3, 9, 13)
+    drawn = draw(0, np.zeros(6, dtype=int), np.arange(6))
+    boxes = crop_boxes(AugmentConfig(crop_scale=0.2), drawn, np.tile((9, 13), (6, 1)))
     one, other = (
-        augment_batch(pictures, AugmentConfig(crop_scale=0.2, fill=fill), draws, boxes, 16)
-        for fill in ("mirror", "edge")
+        augment_batch(noise, AugmentConfig(crop_scale=0.2, fill=fill), drawn, boxes, 16) for fill in ("mirror", "edge")
     )
-    maps = torch.from_numpy(geometry(AugmentConfig(crop_scale=0.2), draws, boxes, (9, 13))).float()
+    maps = torch.from_numpy(geometry(AugmentConfig(crop_scale=0.2), drawn, boxes, (9, 13))).float()
     grid = F.affine_grid(maps, [6, 3, 16, 16], align_corners=False)
-    reflected = F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
+    reflected = F.grid_sample(noise, grid, padding_mode="reflection", align_corners=False)
     assert torch.equal(one, other)
     torch.testing.assert_close(one, reflected, rtol=0, atol=1e-5)
