@@ -167,3 +167,14 @@ def test_weights_of_classes_that_nothing_uses_are_refused():
         build_config("auto", CIFAR, {"data.source": "x", "optim.effective_beta": 0.9})
     config = build_config("auto", CIFAR, {"optim.effective_beta": 0.9, "optim.class_weights": "effective"})[0]
     assert config.optim.effective_beta == 0.9
+
+
+def test_auto_decodes_large_pictures_smaller_from_scratch():
+    facts = Facts(1000, 2, 300, False, 3, "", "cpu", False, (500, 500))
+    config, choices = build_config("auto", facts, {})
+    assert (config.model.image_size, config.data.decode) == (128, "fast")
+    assert any(choice.setting == "data.decode" and "300 px" in choice.reason for choice in choices)
+    assert build_config("auto", dataclasses.replace(facts, side=200), {})[0].data.decode == "exact"
+    assert build_config("auto", facts, {"augment.crop_scale": 1.0})[0].data.decode == "exact"
+    with pytest.raises(ValueError, match=r"data.decode 'fast' has no effect with augment.crop_scale"):
+        build_config("auto", facts, {"augment.crop_scale": 1.0, "data.decode": "fast"})
