@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -25,6 +26,8 @@ from vitrail.data.sources import open_source
 from vitrail.models.config import ViTConfig
 from vitrail.training.loop import report_dropped
 from vitrail.training.prepare import CheckedData, check_data, ready_data
+from vitrail.training.session import train
+from vitrail.weights.store import load_tensors
 
 
 def photo(seed: int, width: int, height: int) -> Image.Image:
@@ -180,8 +183,6 @@ def loaded(folder: Path, **data) -> tuple[RunConfig, CheckedData]:
 
 
 def batches(config: RunConfig, checked: CheckedData, start: int = 0, stop: int = 9):
-    import torch
-
     from vitrail.training.parallel import World
 
     data = ready_data(checked, config)
@@ -191,8 +192,6 @@ def batches(config: RunConfig, checked: CheckedData, start: int = 0, stop: int =
 @pytest.mark.parametrize("decode", ["exact", "fast"])
 def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, tmp_path):
     """An empty cache, a half full one and a full one, threads or not, and one without a place for most pictures."""
-    import torch
-
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "one"))
     config, checked = loaded(folder, decode=decode, cache_side=32)
     data, first = batches(config, checked)
@@ -217,8 +216,6 @@ def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, 
 
 def test_what_was_kept_badly_is_decoded_again(folder, monkeypatch, tmp_path):
     """A process that was killed, or a disk that lies: a place whose checksum does not hold is no picture."""
-    import torch
-
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     config, checked = loaded(folder, cache_side=32)
     data, first = batches(config, checked)
@@ -293,12 +290,25 @@ def test_kept_sizes():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("given", "message"),
     [
-        ({"data": DataConfig(cache_side=16)}, "less than model.image_size 224.*try 256"),
-        ({"data": DataConfig(cache_side=256), "augment": AugmentConfig()}, "crop_scale is 1"),
+        ({"data.cache_side": 16}, "less than model.image_size 32.*try 37"),
+        ({"data.cache_side": 40, "augment.crop_scale": 1.0}, "crop_scale is 1"),
     ],
 )
-def test_a_cache_that_cannot_be_is_refused(changes, message):
+def test_a_cache_that_cannot_be_is_refused_before_a_folder_is_made(folder, tmp_path, tiny, given, message):
     with pytest.raises(ValueError, match=message):
-        RunConfig(**{"augment": AugmentConfig(crop_scale=0.5), **changes})
+        train(folder, out=tmp_path / "run", talk=Talk(quiet=True), **{**tiny, "model.image_size": 32, **given})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_training_gives_the_same_weights_from_an_empty_and_from_a_full_cache(
+    folder, tmp_path, tiny, monkeypatch, capsys
+):
+    ways = {**tiny, "batch_size": 4, "model.image_size": 32, "data.cache_side": 40, "data.decode": "fast"}
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
+    whole = train(folder, out=tmp_path / "whole", talk=Talk(), **ways)
+    assert "training pictures are kept decoded in" in " ".join(capsys.readouterr().out.split())
+    again = train(folder, out=tmp_path / "again", talk=Talk(quiet=True), **ways)
+    one, other = (load_tensors(each.folder / "model.safetensors")[0] for each in (whole, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)

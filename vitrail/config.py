@@ -357,16 +357,6 @@ class RunConfig:
                 "preprocess.resize 'aspect' judges pictures in their own aspect ratio, but training needs squares: set "
                 "augment.crop_scale below 1 for random crops"
             )
-        if self.data.cache_side and self.augment.crop_scale == 1:
-            raise ValueError(
-                f"data.cache_side {self.data.cache_side} keeps pictures for random crops, but augment.crop_scale is 1; set it "
-                "below 1, or leave the cache out"
-            )
-        if 0 < self.data.cache_side < self.model.image_size:
-            raise ValueError(
-                f"data.cache_side is {self.data.cache_side}, less than model.image_size {self.model.image_size}, so that crops "
-                f"would be enlarged; try {round(self.model.image_size * 8 / 7)}"
-            )
         self._check_pretrained()
         if self.encoder_weights and self.model.encoder in ENCODER_NAMES:
             raise ValueError(

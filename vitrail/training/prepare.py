@@ -146,6 +146,21 @@ def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
     return TrainData(checked.source, checked.splits, pictures)
 
 
+def check_cache(config: RunConfig) -> None:
+    """Raise a ValueError when a cache was asked for that no training could use."""
+    side, size = config.data.cache_side, config.model.image_size
+    if side and config.augment.crop_scale == 1:
+        raise ValueError(
+            f"data.cache_side {side} keeps pictures for random crops, but augment.crop_scale is 1; set it below 1, or leave "
+            "the cache out"
+        )
+    if 0 < side < size:
+        raise ValueError(
+            f"data.cache_side is {side}, less than model.image_size {size}, so that crops would be enlarged; try "
+            f"{round(size * 8 / 7)}"
+        )
+
+
 def tell_of_cache(data: TrainData, config: DataConfig, talk: Talk) -> None:
     """Say where training pictures are kept decoded, or why they are not."""
     cache, total = data.pictures.cache, len(data.splits.parts["train"])

@@ -29,7 +29,7 @@ from vitrail.training.finish import finish
 from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
 from vitrail.training.precision import autocast, pick_device, supports_bf16
-from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data, tell_of_cache
+from vitrail.training.prepare import CheckedData, TrainData, check_cache, check_data, ready_data, tell_of_cache
 from vitrail.training.run import Run, check_new, create_run, has_folds, machine, new_folder, newest_folder, open_run
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
@@ -236,6 +236,7 @@ def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, 
     """
     autocast(config, pick_device(config.device))
     choose_kernels(config, pick_device(config.device), measuring=False)  # raises what a wish rules out
+    check_cache(config)
     samples = config.batch_size // world.size // config.optim.accumulate
     if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:
         raise ValueError(
