@@ -171,7 +171,7 @@ def told(config: AugmentConfig, draws: dict[str, np.ndarray], size: np.ndarray, 
             words.append(f"{word} ×{1 + drawn(column, getattr(config, name)):.2f}")
     for [(name, strength)] in decide(config, draws, channels=shape[0], size=(shape[1], shape[2])):
         if name != "identity":
-            words.append(name.replace("_", " ") + (f" {strength:.2f}"[:5].rstrip(".") if strength else ""))
+            words.append(name.replace("_", " ") + (f" {strength:.2g}" if strength else ""))
     words += ["erased"] * bool(draws["erase"][0] < config.erasing)
     return textwrap.wrap(", ".join(words), 22)
 
