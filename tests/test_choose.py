@@ -158,6 +158,7 @@ for each in threads: each.join()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
 def test_threads_and_processes_lose_none_of_each_other_s_measurements(tmp_path):
     cache = tmp_path / "kernels.json"

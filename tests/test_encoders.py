@@ -61,6 +61,7 @@ def backbone_of(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     return {name.removeprefix(start): each for name, each in load_file(path).items() if name.startswith(start)}
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_keeps_weights_and_statistics_to_the_bit(make_folder, tmp_path, settings, cnn_file):
     data = make_folder(tmp_path / "data")
     freezing = {"optim.freeze": ("patch_embed.backbone",), "encoder_weights": str(cnn_file), "optim.ema_decay": 0.5}
@@ -75,6 +76,7 @@ def test_a_frozen_encoder_keeps_weights_and_statistics_to_the_bit(make_folder, t
     assert load(run).preprocess.mean == (0.485, 0.456, 0.406), "pretrained nets expect ImageNet's normalisation"
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_moves_weights_and_statistics(make_folder, tmp_path, settings, cnn_file):
     data = make_folder(tmp_path / "data")
     run = train(data, out=tmp_path / "run", talk=QUIET, encoder_weights=str(cnn_file), **settings).folder

@@ -99,6 +99,7 @@ def test_two_towers_give_the_one_of_pictures(tmp_path, photographs):
     assert_same_logits(imported, peer, SQUASH, photographs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "patch"), [("vit_base_r50_s16_224", 16), ("vit_large_r50_s32_224", 32)])
 def test_hybrids(tmp_path, photographs, name, patch):
     model = redrawn(timm.create_model(name, img_size=64, **SHAPE))

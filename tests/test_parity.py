@@ -266,6 +266,7 @@ def test_timm_dinov3_with_rotary_positions(height, width, ours, theirs):
     agree(twin(peer, config, rules), peer, torch.randn(2, 3, height, width))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "encoder", "patch", "mlp_ratio"),
     [

@@ -325,6 +325,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_probe_of_digits(tmp_path, cache, capsys):
     out = tmp_path / "p.json"
     assert run(["probe", "nano2", "digits", "--out", str(out)]) == 0

@@ -331,6 +331,7 @@ def test_s3_over_a_line_that_is_cut(shards, s3, by_port, times, monkeypatch):
         assert proxy.cuts == times
 
 
+@pytest.mark.slow
 def test_train_from_s3(shards, s3, by_port, tmp_path, capsys):
     by_port(s3)
     word, out = f"s3://bucket/birds/{WORD}", tmp_path / "run"

@@ -524,6 +524,7 @@ def told(folder: Path) -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_train_eval_probe_check_and_resume_on_shards(make_folder, tmp_path, capsys, monkeypatch):
     folder = make_folder(tmp_path / "shapes", count=12)
     monkeypatch.chdir(tmp_path)

@@ -356,6 +356,7 @@ def test_blocks_must_count_from_0(tmp_path, number):
         open_weights(tmp_path / "a.safetensors", {"num_heads": 3, "mean": 0.5, "std": 0.5})
 
 
+@pytest.mark.slow
 def test_many_names_that_do_not_fit_are_a_short_error(tmp_path):
     extra = {f"blocks.{i}.norm1.weight": torch.ones(48) for i in range(3000)}
     save_file({**extra, **state(VisionTransformer(**SHAPE))}, tmp_path / "a.safetensors")
