@@ -252,3 +252,19 @@ def test_folds_stay_what_they_are():
         "1f2e3687a87eacb3445c4db4a5aa131f",
         "9faf9bbfe39a8cd01764dc91d5831c8b",
     ]
+
+
+def test_a_group_that_is_taken_out_for_one_class_is_out_for_the_others():
+    """Three groups, of which two share three rare classes: none of their pictures can be judged in every fold."""
+    common = [(group, label, count) for group, count in ((0, 4), (1, 2), (2, 2)) for label in range(20)]
+    rare = [(group, label, 1) for group in (1, 2) for label in (20, 21, 22)]
+    groups, targets = (
+        np.repeat([row[column] for row in common + rare], [row[2] for row in common + rare]) for column in (0, 1)
+    )
+    for seed in range(3):
+        numbers = fold_numbers(np.arange(len(targets)), targets, groups, 2, seed)
+        folds = {group: set(numbers[groups == group].tolist()) for group in range(3)}
+        assert all(len(each) == 1 for each in folds.values())
+        judged = set().union(*folds.values()) - {-1}
+        for fold in judged:  # what is trained on beside each fold has every class
+            assert set(targets[numbers != fold]) == set(range(23))

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
 from vitrail.console import Talk
 from vitrail.data.cache import PictureCache, kept_sizes
-from vitrail.data.decode import PictureError
+from vitrail.data.decode import PictureError, read_picture
 from vitrail.data.jpeg import FACTORS, decode_jpeg, jpeg_header
 from vitrail.data.preprocess import INTERPOLATIONS
 from vitrail.data.regions import Box, Cut, by_pillow, by_torch, shrunk
@@ -312,3 +312,44 @@ def test_a_training_gives_the_same_weights_from_an_empty_and_from_a_full_cache(
     again = train(folder, out=tmp_path / "again", talk=Talk(quiet=True), **ways)
     one, other = (load_tensors(each.folder / "model.safetensors")[0] for each in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+def test_small_turned_pictures_are_kept_as_they_are(decode, tmp_path, monkeypatch):
+    """A turned picture that is not resized is a view with its axes swapped."""
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
+    for number in range(16):
+        place = tmp_path / "data" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number:02d}.jpg").write_bytes(jpeg(photo(number, 40, 28), 1 + number // 2))
+    config, checked = loaded(tmp_path / "data", decode=decode, cache_side=32)
+    data, first = batches(config, checked)
+    _, second = batches(config, checked)
+    cache = data.pictures.cache
+    assert cache is not None
+    for index in data.splits.parts["train"].tolist():
+        np.testing.assert_array_equal(cache.read(index), np.asarray(data.source.read(index, "RGB")))
+    assert all(torch.equal(one.images, two.images) for one, two in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("padding", [1, 2, 5])
+def test_exif_behind_padding_is_found(padding):
+    """A marker may be preceded by any number of 0xFF."""
+    data = jpeg(photo(0, 40, 20), 6)
+    at = data.index(b"\xff\xe1")
+    padded = data[:at] + b"\xff" * padding + data[at:]
+    header = jpeg_header(padded)
+    assert header is None or header.turn == 6
+    assert read_picture(padded).size == read_picture(data).size == (20, 40)
+
+
+def test_a_picture_of_one_pixel_can_be_cropped_fast(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        photo(0, 1, 1).save(tmp_path / name / "one.png")
+    source = open_source(str(tmp_path))
+    for left in (0.0, 0.4, 0.7):
+        found = Cut(8, "bilinear", "RGB", fast=True).read(
+            source, 0, lambda width, height, left=left: Box(left, left, 0.3, 0.3)
+        )
+        assert found.shape == (3, 8, 8)

@@ -151,6 +151,7 @@ def test_a_relative_table_is_read_from_anywhere(pictures, monkeypatch):
         ("path;label\na.png;x\n", r"'path;label'; its columns seem to be divided by another sign than ','"),
         ("path,class\na.png,x\n", "no column 'label'"),
         ("path,path,label\na.png,a.png,x\n", "column 'path' twice"),
+        ("path,label,weight,weight\na.png,x,1,5\n", "column 'weight' twice"),
         ("path,label\na.png,x\nb.png,\n", r"line 3: no label for 'b\.png'"),
         ("path,label\na.png,x\nb.png,  \n", "line 3: no label"),
         ("path,label\n,x\n", "line 2: no path"),

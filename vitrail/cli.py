@@ -97,6 +97,7 @@ _DATA = (
     "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group][,weight]; tar "
     "shards: a folder of them, 'train-{000..123}.tar', s3://…, https://…; torchvision:NAME; hf:NAME-or-folder; or digits"
 )
+_NOT_OF_CHECK = ("source", "memory_bytes", "sampling", "folds", "fold", "decode", "cache_side", "cache_bytes")
 _START = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {_MODEL}"
 MODELS = ("micro4", "s16", "s16-local7")  # small pictures, photographs, large pictures with local attention
 
@@ -281,7 +282,7 @@ def check_options() -> type:
     """Return the options of `vitrail check`: its own, and the settings of data and augmentation, as `vitrail train`'s."""
     data = dataclasses.make_dataclass(
         "data",
-        settings_of(DataConfig, skip=("source", "memory_bytes", "sampling", "folds", "fold"), otherwise=""),
+        settings_of(DataConfig, skip=_NOT_OF_CHECK, otherwise=""),
         frozen=True,
     )
     augment = dataclasses.make_dataclass("augment", settings_of(AugmentConfig), frozen=True)

@@ -146,9 +146,8 @@ def augment_batch(
     size = (pictures.shape[2], pictures.shape[3])
     if boxes is not None or config.rotation or config.shift:
         maps = torch.from_numpy(geometry(config, draws, boxes, size)).to(pictures.device, torch.float32)
-        # A crop alone reaches no further than half a pixel out, where a mirror shows the edge, at a fourth of the cost more.
-        turned = config.rotation or config.shift
-        fill = _PADDING[config.fill] if turned or config.fill == "black" else "border"
+        # A crop alone reaches no further than half a pixel out; a mirror shows the edge there too, at a fourth more cost.
+        fill = _PADDING[config.fill] if config.rotation or config.shift else "border"
         grid = sampling_grid(maps, out_size)
         pictures = F.grid_sample(unit_scale(pictures), grid, padding_mode=fill, align_corners=False)
     else:

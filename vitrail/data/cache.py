@@ -28,6 +28,7 @@ from vitrail.data.sources import Source
 from vitrail.files import filled_folder
 
 FORMAT = 1  # raise it when the same picture would be kept otherwise
+_SPARE_BYTES = 2**28  # left on the disk: a checkpoint may have to go there
 _HEAD = 8  # bytes before each picture: whether it is there, and its checksum
 
 
@@ -75,7 +76,7 @@ class PictureCache:
         self._file = os.open(self.folder / "pixels", os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         # A file of no bytes cannot be mapped.
-        mapped = mmap.mmap(self._file, self.num_bytes, access=mmap.ACCESS_COPY) if self.num_bytes else b""
+        mapped = mmap.mmap(self._file, self.num_bytes, access=mmap.ACCESS_READ) if self.num_bytes else b""
         self._map = np.frombuffer(mapped, np.uint8)
         self._checked = np.zeros(len(sizes), dtype=bool)
 
@@ -126,7 +127,7 @@ class PictureCache:
         high, wide = kept_sizes(size[None], self.side)[0].tolist()
         as_listed = bool((size == self.sizes[index]).all())
         if pixels.shape[:2] == (high, wide):
-            return np.array(pixels), as_listed  # a copy: the thread's next picture takes the memory
+            return np.array(pixels, order="C"), as_listed  # a copy: the thread's next picture takes the memory
         resized = self.cut.resize(pixels, box, (wide, high))
         return (np.ascontiguousarray(resized.transpose(1, 2, 0)) if len(resized) == 3 else resized[0]), as_listed
 
@@ -140,6 +141,10 @@ class PictureCache:
             return
         head = np.asarray([1, zlib.crc32(pixels.data)], dtype=np.uint32).tobytes()
         try:
+            left = os.fstatvfs(self._file)
+            if left.f_bavail * left.f_frsize < _SPARE_BYTES:
+                self.full = f"{self.folder}: less than {_SPARE_BYTES // 2**20} MiB are left on its disk"
+                return
             for place, content in ((start + _HEAD, pixels.data.cast("B")), (start, head)):
                 while len(content):
                     written = os.pwrite(self._file, content, place)

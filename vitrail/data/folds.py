@@ -43,9 +43,11 @@ def fold_numbers(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fold
     # Groups of several classes may have brought all of a small class into one fold.
     for label in np.flatnonzero((sizes > 1) & ((filled > 0).sum(axis=0) == 1)):
         fold = int(filled[:, label].argmax())
-        if filled[fold, label] == sizes[label]:
+        if filled[fold, label] == sizes[label]:  # an earlier class's turn may have taken some of it out already
             chosen = groups[pool[(classes == label) & (numbers == fold)]][0]
-            numbers[groups[pool] == chosen] = -1
+            out = groups[pool] == chosen
+            filled[fold] -= np.bincount(classes[out], minlength=len(sizes))
+            numbers[out] = -1
     return numbers
 
 

@@ -18,7 +18,7 @@ FACTORS = (8, 4, 2)  # libjpeg has fast code for these; 7/8, 6/8, 5/8 and 3/8 co
 _ORIENTATION = 274
 _KEPT_BYTES = 64 * 2**20  # a larger picture's pixels are not kept for the next one
 _XMP_ORIENTATION = b"tiff:Orientation"
-_EXIF = b"Exif\0\0"
+_EXIF, _SCAN = b"Exif\0\0", b"\xff\xda"
 
 
 class Jpeg(NamedTuple):
@@ -62,7 +62,12 @@ def jpeg_header(data: bytes) -> Jpeg | None:
 def _turn(data: bytes) -> int:
     """Return the orientation that Pillow would find in EXIF; 0 where only Pillow knows."""
     exif, at = b"", 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+    while data[at : at + 2] != _SCAN:
+        if data[at : at + 1] != b"\xff":
+            return 0
+        if data[at + 1 : at + 2] == b"\xff":  # padding before a marker
+            at += 1
+            continue
         length = int.from_bytes(data[at + 2 : at + 4], "big")
         if length < 2:
             return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -60,9 +61,8 @@ class Batch:
         )
 
 
-Made = tuple[
-    Tensor, np.ndarray
-]  # normalised pictures [n, C, S, S] and their places in the batch; failed ones are not there
+# Normalised pictures [n, C, S, S] and their places in the batch; failed ones are not there.
+Made = tuple[Tensor, np.ndarray]
 
 
 class _Step(NamedTuple):
@@ -247,24 +247,28 @@ def only(draws: dict[str, np.ndarray], places: np.ndarray | slice) -> dict[str, 
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Prepare items ahead on a thread, for a device that computes on its own."""
+    """Prepare items ahead on a thread, for a GPU, which computes on its own."""
     ready: queue.Queue = queue.Queue(maxsize=2)
     stopped = threading.Event()
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def put(item: T | None, error: BaseException | None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((item, error), timeout=0.2)
+                return
 
     def fill() -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)  # a thread begins on the first one
             for item in items:
-                while not stopped.is_set():
-                    try:
-                        ready.put((item, None), timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
+                put(item, None)
                 if stopped.is_set():
                     return
-            ready.put((None, None))
+            put(None, None)
         except BaseException as error:
-            ready.put((None, error))
+            put(None, error)
 
     thread = threading.Thread(target=fill, name="batches", daemon=True)
     thread.start()

@@ -54,10 +54,12 @@ class Order:
 
     def epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (occasion, place in the part) of every turn of one epoch."""
-        if number not in self._epochs:
-            self._epochs = {epoch: made for epoch, made in self._epochs.items() if epoch >= number - 1}
-            self._epochs[number] = self.natural(number) if not self.members else self.by_class(number)
-        return self._epochs[number]
+        made = self._epochs.get(number)
+        if made is None:
+            made = self.natural(number) if not self.members else self.by_class(number)
+            # One assignment: the diagnosis of a step may ask from another thread.
+            self._epochs = {epoch: each for epoch, each in self._epochs.items() if epoch >= number - 1} | {number: made}
+        return made
 
     def natural(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Every place once."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from vitrail.data.listing import Paths
 from vitrail.data.places import PART_NAMES, PackedPictures, flip_reason
+from vitrail.data.problems import Problem
 from vitrail.files import cache_folder, replacing
 
 _BATCH = 256
@@ -86,6 +87,9 @@ def open_packed(
         counts.append(len(column))
         paths.extend(f"{file.stem}/{row:06d}" for row in range(len(column)))
     labels, targets = classes_of(values, class_names(schemas[0], columns[0][1]))
+    used = {name for pair in columns for name in pair}
+    idle = tuple(dict.fromkeys(name for schema in schemas for name in schema.names if name not in used))
+    problems = [Problem("warning", "name", idle, f"{name}: columns {', '.join(idle[:10])}: not read")] if idle else []
     packed, starts = pack(files, [str(picture) for picture, _ in columns])
     return PackedPictures(
         name=name,
@@ -94,6 +98,7 @@ def open_packed(
         targets=targets,
         split=np.repeat(np.asarray(parts), counts) if known else None,
         divided_by=DIVIDED_BY,
+        problems=tuple(problems),
         flip_reason=flip_reason(labels),
         packed=packed,
         starts=starts,

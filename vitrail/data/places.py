@@ -203,9 +203,12 @@ class ShardPictures(EncodedPictures):
         with open(shard.file, "rb", buffering=0) as handle:
             found = os.fstat(handle.fileno())
             if (found.st_size, found.st_mtime_ns) != shard.state:
-                raise OSError(f"{shard.word}: was changed after it was listed; start again")
+                raise ValueError(f"{shard.word}: was changed after it was listed; start again")
             handle.seek(int(self.starts[index]))
-            return handle.read(size)
+            content = handle.read(size)
+            while 0 < len(content) < size and (more := handle.read(size - len(content))):
+                content += more
+            return content
 
     def location(self, index: int) -> str:
         shard = self.shards[self.shard(index)]

@@ -144,7 +144,7 @@ def by_torch(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation:
     import torch
     import torch.nn.functional as F
 
-    left, top = round(box.left), round(box.top)
+    left, top = min(round(box.left), pixels.shape[1] - 1), min(round(box.top), pixels.shape[0] - 1)
     right, bottom = max(left + 1, round(box.left + box.width)), max(top + 1, round(box.top + box.height))
     part = torch.from_numpy(np.array(pixels[top:bottom, left:right], order="C")).permute(2, 0, 1)[None]
     if (part.shape[3], part.shape[2]) == size:

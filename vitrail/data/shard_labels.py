@@ -164,7 +164,7 @@ def names_of(whole: _Together, classes: tuple[str, ...] | None) -> tuple[np.ndar
 
 def number_name(cls: str, classes: tuple[str, ...] | None) -> str | None:
     """Return the class's name that a .cls means; None for a number that there is no name for."""
-    if classes is None or not cls.isdecimal() or cls in classes:
+    if classes is None or not cls.isdecimal():
         return cls
     return classes[int(cls)] if int(cls) < len(classes) else None
 

@@ -24,9 +24,8 @@ from vitrail.data.shard_index import index_of
 from vitrail.data.shard_labels import Classes, joined
 from vitrail.lookup import some
 
-_THREADS = (
-    2  # more of them wait for each other: 6 took twice the time of 1 on a local disk, one waits for a network disk
-)
+# More of them wait for each other: 6 took twice the time of 1 on a local disk; one waits for a network disk.
+_THREADS = 2
 CLASSES = "classes.json"  # beside the shards: class names in the order of the numbers in .cls
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 

@@ -209,6 +209,7 @@ def read_table(place: Path) -> Table:
         )
     rows = READERS[place.suffix.lower()](place, COLUMNS)
     check_columns(place, rows)
+    check_once(place, rows)
     table = Table(str(place), root, rows.line_word, rows.columns)
     with closing(rows.values) as values:
         for line, row in values:
@@ -238,6 +239,11 @@ def check_columns(place: Path, rows: Rows) -> None:
                 if rows.line_word == "line" and place.suffix.lower() == ".csv"
                 else f"{place}: has no column {column!r}, but {names or 'none'}; rename the column that holds it"
             )
+
+
+def check_once(place: Path, rows: Rows) -> None:
+    """Raise a ValueError when a column that is read is there twice."""
+    for column in COLUMNS:
         if rows.columns.count(column) > 1:
             raise ValueError(f"{place}: has the column {column!r} twice; rename one of them")
 

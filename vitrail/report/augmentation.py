@@ -70,7 +70,7 @@ def write_sheet(data: DataConfig, path: Path, *, recipe: str = "auto", given: Ma
         refuse_idle(config, given)
     else:
         config, _ = build_config(recipe, facts_of(checked, "auto"), given)
-    config = dataclasses.replace(config, data=data)
+    config = dataclasses.replace(config, data=dataclasses.replace(data, decode=config.data.decode))
     buffer = io.BytesIO()
     sheet(checked, ready_data(checked, config), config, recipe).save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())

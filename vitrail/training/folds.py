@@ -54,8 +54,8 @@ def train_folds(
     else:
         if not left_before_a_start(folder):
             check_new(folder)
-        settings = {name: value for name, value in given.items() if name.startswith("data.")}
-        count = override(recipe_file(recipe or "auto") or RunConfig(), settings).data.folds
+        settings = {name.removeprefix("data."): value for name, value in given.items() if name.startswith("data.")}
+        count = override((recipe_file(recipe or "auto") or RunConfig()).data, settings).folds
     evaluations = []
     for number in range(count):
         place, own = folder / f"fold-{number}", {**given, "data.fold": number}

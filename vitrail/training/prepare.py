@@ -128,7 +128,8 @@ def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
     )
     if stored is not None:
         pictures.is_ready = is_identity(preprocess, (stored.shape[2], stored.shape[3]))
-        fits = len(stored) * preprocess.channels * side**2 <= config.data.memory_bytes
+        value_bytes = 4 if preprocess.resampler == "fractions" else 1
+        fits = len(stored) * preprocess.channels * side**2 * value_bytes <= config.data.memory_bytes
         if not pictures.is_ready and config.augment.crop_scale == 1.0:
             # Without crops, training sees the very pictures that are judged: prepare them once.
             done = np.stack([pictures.for_judging(index) for index in range(len(stored))]) if fits else None

@@ -140,8 +140,8 @@ def begin(
     if opened and "pretrained" in given:
         given = {**given, "pretrained": pinned(given["pretrained"], opened.report.origin)}
     refuse_early(recipe, given, source_header)
-    data_settings = {name: value for name, value in given.items() if name.startswith("data.")}
-    data_config = override(base or RunConfig(), {**data_settings, "data.source": source}).data
+    data_settings = {name.removeprefix("data."): value for name, value in given.items() if name.startswith("data.")}
+    data_config = override((base or RunConfig()).data, {**data_settings, "source": source})
     channels = channels_of(base, given, source_header)
     checked = check_data(data_config, talk, channels=channels)
     refuse_idle_fractions(checked, given)
@@ -248,6 +248,11 @@ def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, 
         raise ValueError(
             f"batch_size {config.batch_size} is global and must be a multiple of the {world.size} processes; "
             f"try --batch-size {-(-config.batch_size // world.size) * world.size}"
+        )
+    if config.augment.mixes and config.augment.repeats == config.batch_size:
+        raise ValueError(
+            f"augment.mixup and augment.cutmix mix neighbours of a batch, but with augment.repeats {config.augment.repeats} and "
+            f"batch_size {config.batch_size} all of it is one picture; lower augment.repeats"
         )
     if config.augment.mixes and config.batch_size // world.size % 2:
         raise ValueError(
