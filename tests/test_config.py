@@ -178,3 +178,9 @@ def test_auto_decodes_large_pictures_smaller_from_scratch():
     assert build_config("auto", facts, {"augment.crop_scale": 1.0})[0].data.decode == "exact"
     with pytest.raises(ValueError, match=r"data.decode 'fast' has no effect with augment.crop_scale"):
         build_config("auto", facts, {"augment.crop_scale": 1.0, "data.decode": "fast"})
+
+
+@pytest.mark.parametrize("name", ["augment.mixup", "augment.cutmix", "log.save_minutes"])
+def test_what_is_no_number_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is nan; expected 0 or more"):
+        override(RunConfig(), {name: float("nan")})

@@ -21,6 +21,8 @@ from vitrail.cli import run as vitrail
 from vitrail.config import DataConfig, load_config
 from vitrail.console import Talk
 from vitrail.data.folds import fold_numbers
+from vitrail.data.sources import open_source
+from vitrail.data.splits import make_splits
 from vitrail.evaluation.evaluate import evaluate
 from vitrail.training import folds as folds_module
 from vitrail.training.session import Result, train
@@ -268,3 +270,13 @@ def test_a_group_that_is_taken_out_for_one_class_is_out_for_the_others():
         judged = set().union(*folds.values()) - {-1}
         for fold in judged:  # what is trained on beside each fold has every class
             assert set(targets[numbers != fold]) == set(range(23))
+
+
+def test_more_folds_than_can_be_filled_are_refused_before_one_is_trained(make_folder, tmp_path):
+    root = make_folder(tmp_path / "shapes", count=3)
+    source = open_source(str(root))
+    good, alone = np.ones(9, dtype=bool), np.arange(9)
+    with pytest.raises(
+        ValueError, match=r"data\.folds is 10, but \d+ of them .* 9 pictures in 9 groups .*; lower data\.folds"
+    ):
+        make_splits(source, DataConfig(source=str(root), folds=10), good, alone)

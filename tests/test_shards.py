@@ -614,3 +614,15 @@ def test_shards_of_webdatasets_own_writers(tmp_path):
     source = opened(tmp_path / "t.tar")
     assert source.labels == ("a", "b")
     assert [source.read(index, "L").getpixel((0, 0)) for index in range(3)] == [0, 40, 80]
+
+
+def test_a_gap_in_a_folder_of_shards_is_warned_of(tmp_path):
+    for number in (0, 2, 3, 6):
+        tar(tmp_path / f"train-{number:03d}.tar", with_cls(number, 10 + number))
+    [problem] = opened(tmp_path).problems
+    assert [Path(path).name for path in problem.paths] == ["train-001.tar", "train-004.tar", "train-005.tar"]
+    assert "are missing: are pictures lost?" in problem.message
+    assert opened(tmp_path / "train-{000,002,003,006}.tar").problems == ()
+    (tmp_path / "train-000.tar").unlink()
+    (tmp_path / "train-006.tar").unlink()
+    assert opened(tmp_path).problems == ()

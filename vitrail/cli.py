@@ -287,7 +287,7 @@ def check_options() -> type:
     )
     augment = dataclasses.make_dataclass("augment", settings_of(AugmentConfig), frozen=True)
     own = [
-        ("data_source", Annotated[Positional[str], arg(help="digits, or a folder of class folders", metavar="DATA")]),
+        ("data_source", Annotated[Positional[str], arg(help=_DATA, metavar="DATA")]),
         ("out", Annotated[str | None, arg(help="write all findings as JSON", metavar="FILE")], None),
         ("html", Annotated[str | None, arg(help="write a page with the pictures in question", metavar="FILE")], None),
         ("quick", Annotated[bool, arg(help="read headers and compare bytes, but decode nothing")], False),

@@ -449,5 +449,5 @@ def seed_range(name: str, value: int) -> None:
 
 def at_least(name: str, value: float, least: float) -> None:
     """Raise a ValueError unless `value` is `least` or more."""
-    if value < least:
+    if not value >= least:  # so that what is no number is refused too
         raise ValueError(f"{name} is {value}; expected {least} or more")

@@ -13,12 +13,14 @@ import posixpath
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from vitrail.data import remote
 from vitrail.data.places import PART_NAMES, PARTS, Shard, ShardPictures, file_identity
+from vitrail.data.problems import Problem
 from vitrail.data.progress import Bar, no_bar
 from vitrail.data.shard_index import index_of
 from vitrail.data.shard_labels import Classes, joined
@@ -66,7 +68,27 @@ def open_shards(
             advance(len(indexes), len(shards))
     name = word if is_address(word) else Path(word).resolve().name
     parts = [part_in_name(each) for each in shards]
-    return joined(name, shards, indexes, classes=classes, parts=parts, limit_pixels=limit_pixels, damaged=damaged)
+    found = joined(name, shards, indexes, classes=classes, parts=parts, limit_pixels=limit_pixels, damaged=damaged)
+    # Braces say themselves which shards are meant.
+    missing = [] if "{" in word else gaps([each.word for each in shards])
+    return replace(found, problems=(*found.problems, *missing))
+
+
+def gaps(words: Sequence[str]) -> list[Problem]:
+    """Warn of numbers that are missing between those of shards with the same name."""
+    numbers: dict[tuple[str, int], list[int]] = {}
+    for word in words:
+        if number := re.search(r"(\d+)\.tar$", word):
+            numbers.setdefault((word[: number.start()], len(number[1])), []).append(int(number[1]))
+    missing = [
+        f"{start}{number:0{width}d}.tar"
+        for (start, width), each in numbers.items()
+        for number in sorted(set(range(min(each), max(each))) - set(each))[:100]
+    ]
+    if not missing:
+        return []
+    text = f"between the shards that are there, {some(missing)} are missing: are pictures lost?"
+    return [Problem("warning", "name", tuple(missing), text)]
 
 
 def expand(word: str) -> list[str]:

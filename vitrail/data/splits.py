@@ -72,6 +72,7 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
                 rule += f"; {name}: a stratified {fraction:.0%} of train{mark}" if source.split is not None else ""
         if config.folds:
             numbers = fold_numbers(pool, source.targets, groups, config.folds, config.split_seed)
+            refuse_empty(source, numbers, groups[pool], config.folds)
             problems = fold_problems(source.labels, source.targets[pool], numbers, config.folds)
             parts["val"], pool = pool[numbers == config.fold], pool[numbers != config.fold]
             rule += f"; val: fold {config.fold} of {config.folds} (from 0), stratified"
@@ -80,6 +81,16 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
         rule += f"; {len(np.unique(source.groups[source.groups >= 0])):,} groups kept whole"
     parts = {name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])}
     return Splits(parts, fingerprint(source, parts), rule, tuple(problems))
+
+
+def refuse_empty(source: Source, numbers: np.ndarray, groups: np.ndarray, folds: int) -> None:
+    """Raise a ValueError when a fold would have nothing to judge, before any of them is trained."""
+    empty = folds - len(np.unique(numbers[numbers >= 0]))
+    if empty:
+        what = f"{len(numbers):,} pictures in {len(np.unique(groups)):,} groups (a picture alone is one)"
+        raise ValueError(
+            f"data.folds is {folds}, but {empty} of them would have no picture: {source.name} has {what}; lower data.folds"
+        )
 
 
 def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -172,10 +183,10 @@ def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> l
         empty = [source.labels[i] for i in np.flatnonzero(counts == 0)]
         raise ValueError(f"{source.name}: no pictures to train on for {len(empty)} classes: {', '.join(empty[:10])}")
     if judged not in splits.parts:
-        raise ValueError(
-            f"{source.name}: no pictures for validation ({len(train)} for training); add val/ folders, more pictures "
-            "(at least two a class), or raise --data.val_fraction"
-        )
+        why = "add val/ folders, more pictures (at least two a class), or raise --data.val_fraction"
+        if source.groups is not None:
+            why += "; groups are never divided, and one that holds a whole class must be trained on"
+        raise ValueError(f"{source.name}: no pictures for validation ({len(train)} for training); {why}")
     return [*splits.problems, *class_problems(source, splits)]
 
 

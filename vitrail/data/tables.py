@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -309,7 +310,10 @@ def idle_columns(place: Path, columns: Sequence[str]) -> list[Problem]:
     if not extra:
         return []
     word = "column" if len(extra) == 1 else "columns"
-    return [Problem("warning", "name", extra, f"{place}: {word} {', '.join(extra[:10])}: not read")]
+    meant = {each: get_close_matches(each.strip().lower(), COLUMNS, 1) for each in extra}
+    clues = [f"{each!r} as {found[0]!r}" for each, found in meant.items() if found and found[0] not in columns]
+    clue = f" (did you mean {', '.join(clues)}? Names are read as they stand here)" if clues else ""
+    return [Problem("warning", "name", extra, f"{place}: {word} {', '.join(extra[:10])}: not read{clue}")]
 
 
 def missing_classes(labels: tuple[str, ...], targets: np.ndarray, split: np.ndarray | None) -> list[Problem]:
