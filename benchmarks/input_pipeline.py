@@ -2,8 +2,8 @@
 
     python benchmarks/input_pipeline.py DATA [--side 224] [--rounds 5] [--forms exact fast cached memory] [--workers 2]
 
-DATA is a folder of class folders (without train/ and val/), which both read. Both give shuffled batches of float tensors, cropped (random resized crop,
-area 8 to 100 %), mirrored at random and normalised; interpolation is the same. Ours decodes on as many threads as the
+DATA is a folder of class folders (without train/ and val/), which both read. Both give shuffled batches of float tensors,
+cropped (random resized crop, area 8 to 100 %), mirrored at random and normalised; interpolation is the same. Ours decodes on as many threads as the
 peer has worker processes. Both run in this process's cores, alternating, a whole pass a round after one to warm up; the
 peer's worker start is not counted (persistent workers). "cached" is what the second epoch and later ones read;
 "memory" are small pictures of one size, which Vitrail keeps decoded.
@@ -11,7 +11,8 @@ peer's worker start is not counted (persistent workers). "cached" is what the se
     python benchmarks/input_pipeline.py DATA --memory
 
 measures the peak memory of the input path alone: the process and its workers, as the sum of proportional set sizes
-(shared pages counted once), above what importing takes; the peer with 8 workers, as NUMBERS are quoted.
+(shared pages counted once), above what is taken after listing; the peer with 8 workers. DATA should hold some thousand
+pictures, or the peer's workers have less to hold than they would.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,48 +123,49 @@ def compare(data: str, side: int, interpolation: str, form: str, workers: int, r
     )
 
 
-def peak(what: Callable[[], object]) -> np.ndarray:
-    """Return the peaks of the proportional set sizes of this process and its children while `what` runs, in bytes.
+def memory(command: list[str]) -> None:
+    """Print the peak memory of two passes in a process of its own, watched from this one.
 
-    Two of them: of all pages, and without those of mapped files, which the system can take back.
+    The sum of proportional set sizes of the process and its children, less that after listing: of all pages, and
+    without those of mapped files, which the system can take back.
     """
-    stop = threading.Event()
-
-    def total() -> np.ndarray:
-        children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True)
-        found = np.zeros(2)
-        for pid in [os.getpid(), *map(int, children.stdout.split())]:
-            with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                    size = 1024 * int(line.split()[1]) if line.startswith("Pss") else 0
-                    found += size * np.asarray([line.startswith("Pss:"), line.startswith(("Pss_Anon:", "Pss_Shmem:"))])
-        return found
-
-    before = most = total()
-
-    def watch() -> None:
-        nonlocal most
-        while not stop.is_set():
-            most = np.maximum(most, total())
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        who = child.stdout.readline().strip()  # it is ready
+        before = most = total(child.pid)
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        while child.poll() is None:
+            most = np.maximum(most, total(child.pid))
             time.sleep(0.02)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    what()
-    stop.set()
-    thread.join()
-    return most - before
+    all_pages, own = ((most - before) / 1e6).round().astype(int).tolist()
+    print(json.dumps({"who": who, "MB": all_pages, "MB without mapped files": own}), flush=True)
 
 
-def memory(data: str, side: int, interpolation: str, who: str) -> None:
-    """Print the peak memory of two passes (run in a process of its own)."""
+def total(parent: int) -> np.ndarray:
+    """Return the two sums of a process and its children."""
+    children = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
+    found = np.zeros(2)
+    for pid in [parent, *map(int, children.stdout.split())]:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                size = 1024 * int(line.split()[1]) if line.startswith("Pss") else 0
+                found += size * np.asarray([line.startswith("Pss:"), line.startswith(("Pss_Anon:", "Pss_Shmem:"))])
+    return found
+
+
+def two_passes(data: str, side: int, interpolation: str, who: str) -> None:
+    """List the files (ours looks at them), wait for a word, read two passes: what `memory` watches."""
     import torchvision.transforms.v2  # noqa: F401 - importing is not the input path
 
     import vitrail.training.prepare  # noqa: F401
 
     one_pass = theirs(data, side, interpolation, 8) if who == "torchvision" else ours(data, side, interpolation, who, 0)
-    all_pages, own = (peak(lambda: [one_pass(0), one_pass(1)]) / 1e6).round().astype(int).tolist()
-    print(json.dumps({"who": who, "MB": all_pages, "MB without mapped files": own}), flush=True)
+    print(who, flush=True)
+    sys.stdin.readline()
+    one_pass(0)
+    one_pass(1)
 
 
 def lines() -> Iterator[str]:
@@ -189,14 +190,14 @@ def main() -> None:
     options.add_argument("--who", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.who:
-        memory(chosen.data, chosen.side, chosen.interpolations[0], chosen.who)
+        two_passes(chosen.data, chosen.side, chosen.interpolations[0], chosen.who)
         return
     print("\n".join(lines()))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["VITRAIL_CACHE"] = cache
         if chosen.memory:
             for who in ("torchvision", *chosen.forms):
-                subprocess.run([sys.executable, *sys.argv, "--who", who], check=True)
+                memory([sys.executable, *sys.argv, "--who", who])
             return
         for interpolation in chosen.interpolations:
             for form in chosen.forms:
