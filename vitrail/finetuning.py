@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vitrail.config import PreprocessConfig, at_least
-from vitrail.recipes import Choice, Facts, augmentation, averaging, is_uneven, speed
+from vitrail.recipes import Choice, Facts, augmentation, averaging, sampling, speed
 from vitrail.settings import leaves
 
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
@@ -74,7 +74,7 @@ def auto(facts: Facts, given: Mapping[str, Any], source: ModelHeader) -> list[Ch
     return [
         *duration(facts, given, source.architecture.embed_dim, adapters=adapters),
         *augmentation_of_few(facts),
-        *sampling(facts, given),
+        *sampling(facts, given, from_scratch=False),
         *speed(dataclasses.replace(facts, side=size)),
     ]
 
@@ -105,18 +105,6 @@ def duration(facts: Facts, given: Mapping[str, Any], width: int, *, adapters: bo
     if float(given.get("epochs", epochs)) > 100:
         choices.append(Choice("log.eval_every", "1 %", "a hundred judgements are enough"))
     return choices
-
-
-def sampling(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
-    """Leave uneven classes as they are, and say so: corrections were measured from scratch only."""
-    if not is_uneven(facts) or given.get("optim.class_weights", "none") != "none":
-        return []
-    smallest, largest = facts.class_sizes
-    reason = (
-        f"classes have {smallest:,} to {largest:,} pictures, left as they are, since nothing was measured from trained "
-        "weights; sqrt shows rare ones more often"
-    )
-    return [Choice("data.sampling", "natural", reason)]
 
 
 def augmentation_of_few(facts: Facts) -> list[Choice]:

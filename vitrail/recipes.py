@@ -213,7 +213,7 @@ def auto(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
     depth_of = {choice.setting: choice.value for choice in choices} | dict(given)
     choices += duration(facts, depth_of)
     choices += augmentation(facts)
-    choices += sampling(facts, given)
+    choices += sampling(facts, given, from_scratch=True)
     choices += reading(facts, depth_of)
     choices += speed(facts)
     return choices
@@ -228,16 +228,20 @@ def reading(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
     return [Choice("data.decode", "fast", why)]
 
 
-def sampling(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
-    """Show rare classes more often where classes are uneven, unless the user corrects that in the loss."""
+def sampling(facts: Facts, given: Mapping[str, Any], *, from_scratch: bool) -> list[Choice]:
+    """Show rare classes more often where classes are uneven, unless the user corrects that in the loss.
+
+    From trained weights they are left as they are, since nothing was measured there, and that is said.
+    """
     if not is_uneven(facts) or given.get("optim.class_weights", "none") != "none":
         return []
     smallest, largest = facts.class_sizes
-    reason = (
-        f"classes have {smallest:,} to {largest:,} pictures: rare ones come more often; where it was measured, more of them "
-        "were found, at about the same accuracy"
-    )
-    return [Choice("data.sampling", "sqrt", reason)]
+    uneven = f"classes have {smallest:,} to {largest:,} pictures"
+    if not from_scratch:
+        why = "left as they are, since nothing was measured from trained weights; sqrt shows rare ones more often"
+        return [Choice("data.sampling", "natural", f"{uneven}, {why}")]
+    why = "rare ones come more often; where it was measured, more of them were found, at about the same accuracy"
+    return [Choice("data.sampling", "sqrt", f"{uneven}: {why}")]
 
 
 def is_uneven(facts: Facts) -> bool:

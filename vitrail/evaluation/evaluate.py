@@ -13,8 +13,6 @@ from vitrail.config import DataConfig
 from vitrail.console import Talk
 from vitrail.data.pictures import Pictures
 from vitrail.data.preprocess import Preprocess
-from vitrail.data.problems import stop_on_errors
-from vitrail.data.scan import scan_source
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, fingerprint, load_splits, make_splits
 from vitrail.evaluation.classifier import Classifier, load
@@ -22,7 +20,7 @@ from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
 from vitrail.lookup import unknown
 from vitrail.training.attention import tune
-from vitrail.training.prepare import is_identity
+from vitrail.training.prepare import is_identity, look_at
 
 PARTS = ("test", "val", "train", "all")
 
@@ -61,21 +59,9 @@ def evaluate(
     warn_of_patches(classifier, talk)
     data = dataclasses.replace(data or DataConfig(), source=source)
     opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
-    with talk.bar(f"looking at {len(opened.paths):,} pictures") as advance:
-        scan = scan_source(
-            opened,
-            damaged=data.damaged,
-            near_duplicates=bool(classifier.header.split.get("near_duplicates", True)),
-            memory_bytes=data.memory_bytes,
-            workers=data.workers,
-            channels=classifier.preprocess.channels,
-            advance=advance,
-        )
-    for problem in (*opened.problems, *scan.problems):
-        # A class without pictures is an error to a training; here it is told after the judgement.
-        if problem.severity == "warning":
-            talk.warn(problem.message)
-    stop_on_errors(scan.problems)
+    data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
+    # A class without pictures is an error of the listing to a training; here it is told after the judgement.
+    scan = look_at(opened, data, talk, channels=classifier.preprocess.channels)
     targets = to_model_labels(opened, classifier.labels)
     if split == "all":
         everything = {"all": np.flatnonzero(scan.good)}

@@ -17,7 +17,7 @@ from vitrail.data.kept import KeptRows
 from vitrail.data.looks import KeptLooks
 from vitrail.data.pictures import Pictures
 from vitrail.data.problems import stop_on_errors
-from vitrail.data.scan import Scan, scan_source
+from vitrail.data.scan import Scan
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, check_trainable, make_splits
 from vitrail.evaluation.classifier import Classifier, load
@@ -28,6 +28,7 @@ from vitrail.evaluation.linear import TOLERANCE, fit_logistic, fit_ridge
 from vitrail.evaluation.spectrum import decompose
 from vitrail.models.variants import is_variant
 from vitrail.training.attention import tune
+from vitrail.training.prepare import look_at
 from vitrail.weights.store import ModelHeader, save_model, versions
 from vitrail.weights.words import model_file
 
@@ -180,21 +181,7 @@ def look(
     kept = KeptLooks(opened, mode, limit_pixels=data.limit_pixels, workers=data.workers)
     if fresh:
         kept.rows.clear()
-    with talk.bar(f"looking at {len(opened.paths):,} pictures") as advance:
-        scan = scan_source(
-            opened,
-            kept=kept,
-            damaged=data.damaged,
-            near_duplicates=data.near_duplicates,
-            memory_bytes=data.memory_bytes,
-            workers=data.workers,
-            channels=classifier.preprocess.channels,
-            advance=advance,
-        )
-    for problem in (*opened.problems, *scan.problems):
-        if problem.severity == "warning":
-            talk.warn(problem.message)
-    stop_on_errors(scan.problems)
+    scan = look_at(opened, data, talk, channels=classifier.preprocess.channels, kept=kept)
     return opened, scan, data, kept.keys
 
 

@@ -13,6 +13,7 @@ from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Talk, byte_size
 from vitrail.data.cache import PictureCache
 from vitrail.data.loader import TrainStream
+from vitrail.data.looks import KeptLooks
 from vitrail.data.pictures import Pictures
 from vitrail.data.preprocess import Preprocess, preprocess_of
 from vitrail.data.problems import Problem, stop_on_errors
@@ -85,21 +86,8 @@ def check_data(config: DataConfig, talk: Talk, *, channels: int = 0, recorded: P
         config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=talk.bar
     )
     stop_on_errors(source.problems)
-    with talk.bar(f"looking at {len(source.paths):,} pictures") as advance:
-        scan = scan_source(
-            source,
-            damaged=config.damaged,
-            near_duplicates=config.near_duplicates,
-            memory_bytes=config.memory_bytes,
-            workers=config.workers,
-            channels=channels,
-            advance=advance,
-        )
+    scan = look_at(source, config, talk, channels=channels)
     problems = [*source.problems, *scan.problems]
-    for problem in problems:
-        if problem.severity == "warning":
-            talk.warn(problem.message)
-    stop_on_errors(problems)
     splits = (
         load_splits(source, recorded, scan.good) if recorded else make_splits(source, config, scan.good, scan.groups)
     )
@@ -107,6 +95,36 @@ def check_data(config: DataConfig, talk: Talk, *, channels: int = 0, recorded: P
     for problem in found:
         talk.warn(problem.message)
     return CheckedData(source, scan, splits, tuple([*problems, *found]))
+
+
+def look_at(
+    source: Source, config: DataConfig, talk: Talk, *, channels: int = 0, kept: KeptLooks | None = None
+) -> Scan:
+    """Look at every picture of a source, and warn of what was found in listing and in looking.
+
+    Args:
+        channels: 3 or 1 fixes the pixel format; 0 lets the pictures decide.
+        kept: earlier looks, which are taken where a file is unchanged.
+
+    Raises:
+        ValueError: a file is broken and was to be reported.
+    """
+    with talk.bar(f"looking at {len(source.paths):,} pictures") as advance:
+        scan = scan_source(
+            source,
+            kept=kept,
+            damaged=config.damaged,
+            near_duplicates=config.near_duplicates,
+            memory_bytes=config.memory_bytes,
+            workers=config.workers,
+            channels=channels,
+            advance=advance,
+        )
+    for problem in (*source.problems, *scan.problems):
+        if problem.severity == "warning":
+            talk.warn(problem.message)
+    stop_on_errors(scan.problems)
+    return scan
 
 
 def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
