@@ -91,6 +91,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except RuntimeError:
+        if path.exists():
+            raise
+        raise ValueError(
+            f"{path}: was removed while it was read"
+        ) from None  # it is opened a second time for its tensors
     except (SafetensorError, OSError) as error:
         if path.suffix != ".safetensors":
             raise ValueError(
