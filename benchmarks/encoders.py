@@ -27,6 +27,8 @@ import torch
 from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Talk
 from vitrail.data.loader import Batch
+from vitrail.data.setup import CheckedData, check_data, ready_data
+from vitrail.distributed import World
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import headline
 from vitrail.machine import processor_name
@@ -35,8 +37,6 @@ from vitrail.recipes import build_config
 from vitrail.training.loop import start_state, update
 from vitrail.training.loop import train as train_loop
 from vitrail.training.objectives import Classification
-from vitrail.training.parallel import World
-from vitrail.training.prepare import CheckedData, check_data, ready_data
 from vitrail.training.run import create_run, open_run
 from vitrail.training.session import facts_of
 from vitrail.weights.store import load_model, versions

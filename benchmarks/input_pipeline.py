@@ -40,9 +40,9 @@ def ours(data: str, side: int, interpolation: str, form: str, workers: int) -> C
     """Return a function that reads one pass, by its number, and returns how many pictures it got."""
     from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
     from vitrail.console import Talk
+    from vitrail.data.setup import check_data, ready_data
+    from vitrail.distributed import World
     from vitrail.models.config import ViTConfig
-    from vitrail.training.parallel import World
-    from vitrail.training.prepare import check_data, ready_data
 
     config = RunConfig(
         data=DataConfig(
@@ -159,7 +159,7 @@ def two_passes(data: str, side: int, interpolation: str, who: str) -> None:
     """List the files (ours looks at them), wait for a word, read two passes: what `memory` watches."""
     import torchvision.transforms.v2  # noqa: F401 - importing is not the input path
 
-    import vitrail.training.prepare  # noqa: F401
+    import vitrail.data.setup  # noqa: F401
 
     one_pass = theirs(data, side, interpolation, 8) if who == "torchvision" else ours(data, side, interpolation, who, 0)
     print(who, flush=True)

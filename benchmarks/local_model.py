@@ -31,9 +31,9 @@ from benchmarks.local_attention import memory_status
 from vitrail.kernels.choose import choose
 from vitrail.kernels.table import Kernels
 from vitrail.machine import processor_name
+from vitrail.models.kernel_choice import attention_cases
 from vitrail.models.variants import variant_config
 from vitrail.models.vit import ViT
-from vitrail.training.attention import cases_of
 
 WAYS = ("local", "masked", "global", "matmul")
 
@@ -71,7 +71,7 @@ def build(way: str, dtype: str, args: argparse.Namespace) -> Callable[[], None]:
     elif way == "matmul":
         model.kernels = Kernels(global_attention="matmul")
     else:
-        cases = cases_of(config, (config.image_size, config.patch_size), "cpu", dtype, training=True)
+        cases = attention_cases(config, (config.image_size, config.patch_size), "cpu", dtype, training=True)
         model.kernels = choose(cases, cache=None)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images, targets = torch.rand(1, 3, config.image_size, config.image_size), torch.tensor([3])

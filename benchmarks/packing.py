@@ -18,10 +18,10 @@ from collections.abc import Callable
 
 import torch
 
+from vitrail.device import supports_bf16
 from vitrail.machine import processor_name
 from vitrail.models.variants import variant_config
 from vitrail.models.vit import ViT
-from vitrail.training.precision import supports_bf16
 
 
 def main() -> None:

@@ -32,7 +32,6 @@ from vitrail.evaluation.linear import fit_logistic, fit_ridge
 from vitrail.evaluation.probe import divide, linear, load_frozen, look, probe, top1
 from vitrail.evaluation.spectrum import decompose
 from vitrail.machine import processor_name
-from vitrail.training.attention import tune
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def main() -> None:
     os.environ["VITRAIL_CACHE"] = tempfile.mkdtemp()
     device, quiet = torch.device("cpu"), Talk(quiet=True)
     classifier = load_frozen(args.model, quiet)
-    tune(classifier, measuring=True)
+    classifier = classifier.tuned(measuring=True)
     source, scan, data, _ = look(classifier, DataConfig(source=args.data), quiet, fresh=True)
     parts, _ = divide(args.model, classifier, source, scan, data)
     train, judged = parts.parts["train"], parts.parts["test" if "test" in parts.parts else "val"]

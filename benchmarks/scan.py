@@ -16,8 +16,8 @@ import numpy as np
 from vitrail.config import DataConfig
 from vitrail.console import Talk
 from vitrail.data.duplicates import THUMBNAIL, hashes
+from vitrail.data.setup import check_data
 from vitrail.machine import processor_name
-from vitrail.training.prepare import check_data
 
 
 def main() -> None:

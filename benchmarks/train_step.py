@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.config import OptimConfig
+from vitrail.device import supports_bf16
 from vitrail.machine import processor_name
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.training.optim import build_optimizer, clip_gradient
-from vitrail.training.precision import supports_bf16
 
 CLASSES = 1000
 

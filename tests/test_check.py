@@ -77,7 +77,7 @@ def test_a_good_set_has_nothing_to_warn_of(tmp_path, capsys):
 
 def test_the_fingerprint_is_that_of_a_training(tmp_path):
     from vitrail.console import Talk
-    from vitrail.training.prepare import check_data
+    from vitrail.data.setup import check_data
 
     root = fill(tmp_path / "good")
     trained = check_data(DataConfig(source=str(root)), Talk(quiet=True)).splits.fingerprint

@@ -19,8 +19,8 @@ from vitrail.kernels import choose as choosing
 from vitrail.kernels.choose import cache_file, choose, fastest, machine_key, measure, timings
 from vitrail.kernels.table import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, rule
 from vitrail.models.config import ViTConfig
+from vitrail.models.kernel_choice import attention_cases, training_cases
 from vitrail.models.variants import variant_config
-from vitrail.training.attention import cases_of, cases_of_run
 from vitrail.training.run import is_draft, open_run
 from vitrail.training.session import train
 
@@ -221,7 +221,7 @@ def test_a_model_uses_what_was_chosen(monkeypatch):
 
     assert kernels_of(Kernels()) == [("tiles", 6), ("fused", 3)]
     assert kernels_of(Kernels(global_attention="matmul", local_attention="plain")) == [("plain", 6), ("matmul", 3)]
-    cases = list(cases_of(model.config, (32, 2), "cpu", "float32", training=False))
+    cases = list(attention_cases(model.config, (32, 2), "cpu", "float32", training=False))
     assert kernels_of(Kernels({case.key: "matmul" for case in cases})) == [("matmul", 6), ("matmul", 3)]
     assert len(cases) == 2, "each attention of the pattern once"
 
@@ -236,7 +236,7 @@ def test_the_cases_of_a_run_are_those_that_training_meets(changes, monkeypatch):
         model.train()(torch.rand(2, 3, 32, 32), patch)
     with torch.inference_mode():
         model.eval()(torch.rand(2, 3, 32, 32))
-    assert sorted(met) == sorted(case.key for case in cases_of_run(config, "cpu"))
+    assert sorted(met) == sorted(case.key for case in training_cases(config.model, config.precision, "cpu"))
 
 
 def _noting(met):

@@ -318,7 +318,7 @@ def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys
 
 def test_every_step_has_its_patch_size(make_folder, tmp_path, tiny):
     from vitrail.data.loader import TrainStream
-    from vitrail.training.prepare import check_data, ready_data
+    from vitrail.data.setup import check_data, ready_data
 
     data = make_folder(tmp_path / "data", count=8)
     config, _ = build_config("auto", FACTS, {**tiny, "data.source": str(data), "model.patch_sizes": (4, 8)})

@@ -22,10 +22,10 @@ from vitrail.data.mixing import Mix
 from vitrail.data.pictures import Pictures
 from vitrail.data.places import ArrayPictures
 from vitrail.data.preprocess import Preprocess
+from vitrail.data.setup import TrainData, check_data, is_identity, ready_data
 from vitrail.data.sources import digits as all_digits
 from vitrail.data.sources import open_source
 from vitrail.models.config import ViTConfig
-from vitrail.training.prepare import TrainData, check_data, is_identity, ready_data
 
 CPU = torch.device("cpu")
 EVERYTHING = AugmentConfig(

@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from vitrail import distributed as parallel
 from vitrail.config import AugmentConfig, RunConfig
 from vitrail.console import Talk
 from vitrail.data.augment import draw
@@ -22,7 +23,6 @@ from vitrail.data.loader import Batch
 from vitrail.data.mixing import Mix, beta, cut_boxes, mix_pairs_
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.training import parallel
 from vitrail.training.objectives import Classification
 from vitrail.training.session import check_runnable, train
 

@@ -22,12 +22,12 @@ from vitrail.data.decode import PictureError, read_picture
 from vitrail.data.jpeg import FACTORS, decode_jpeg, jpeg_header
 from vitrail.data.preprocess import INTERPOLATIONS
 from vitrail.data.regions import Box, Cut, by_pillow, by_torch, shrunk
+from vitrail.data.setup import CheckedData, check_data, ready_data
 from vitrail.data.sources import open_source
 from vitrail.models.config import ViTConfig
+from vitrail.tensor_files import load_tensors
 from vitrail.training.loop import report_dropped
-from vitrail.training.prepare import CheckedData, check_data, ready_data
 from vitrail.training.session import train
-from vitrail.weights.store import load_tensors
 
 
 def photo(seed: int, width: int, height: int) -> Image.Image:
@@ -183,7 +183,7 @@ def loaded(folder: Path, **data) -> tuple[RunConfig, CheckedData]:
 
 
 def batches(config: RunConfig, checked: CheckedData, start: int = 0, stop: int = 9):
-    from vitrail.training.parallel import World
+    from vitrail.distributed import World
 
     data = ready_data(checked, config)
     return data, list(data.stream(config, torch.device("cpu"), World()).batches(start, stop))

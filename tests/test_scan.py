@@ -13,10 +13,11 @@ from vitrail.config import DataConfig
 from vitrail.console import Talk
 from vitrail.data.decode import read_picture
 from vitrail.data.duplicates import THUMBNAIL, candidates, duplicate_pairs, hashes
-from vitrail.data.scan import Scan, has_colour, ordered_map, scan_source
+from vitrail.data.scan import Scan, has_colour, scan_source
+from vitrail.data.setup import check_data
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import save_splits
-from vitrail.training.prepare import check_data
+from vitrail.threads import ordered_map
 
 
 def photo(seed: int, width: int = 48, height: int = 32) -> Image.Image:

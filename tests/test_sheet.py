@@ -14,9 +14,9 @@ from vitrail.cli import run as vitrail
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
 from vitrail.console import Talk
 from vitrail.data.loader import TrainStream
+from vitrail.data.setup import check_data, ready_data
 from vitrail.models.config import ViTConfig
 from vitrail.report.augmentation import chosen, views
-from vitrail.training.prepare import check_data, ready_data
 
 ALL = AugmentConfig(
     crop_scale=0.4,

@@ -15,6 +15,7 @@ from torch import nn
 from vitrail.cli import run as vitrail
 from vitrail.config import OptimConfig, RunConfig
 from vitrail.console import Talk
+from vitrail.data.class_weights import class_weights, loss_weights, mean_weights
 from vitrail.data.loader import Batch
 from vitrail.data.places import ArrayPictures
 from vitrail.models.config import ViTConfig
@@ -25,7 +26,6 @@ from vitrail.training.loop import update
 from vitrail.training.objectives import Classification
 from vitrail.training.optim import build_optimizer
 from vitrail.training.session import train
-from vitrail.training.weighting import class_weights, loss_weights, mean_weights
 
 SIZES = np.asarray([60, 12, 3, 0])
 TARGETS = np.repeat(np.arange(4), SIZES)

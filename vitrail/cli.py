@@ -364,7 +364,7 @@ def refuse_sheetless(options: Any) -> None:
 
 def do_train(options: Any) -> int:
     """Train, then say what came out and what to type next."""
-    from vitrail.training import parallel
+    from vitrail import distributed
     from vitrail.training.session import train
     from vitrail.training.signals import Stopped
 
@@ -383,7 +383,7 @@ def do_train(options: Any) -> int:
         talk.say(f"{stop}; everything is saved. Go on with:\n  {stop.command}")
         return 128 + stop.number
     finally:
-        parallel.leave()
+        distributed.leave()
     for part, judged in result.evaluation.items():
         name = {"val": "validation", "test": "test"}[part]
         right = round(judged["top1"] * judged["num_images"])
@@ -408,11 +408,10 @@ def recall_note(judged: Mapping[str, Any]) -> str:
 
 def do_predict(options: Predict) -> int:
     """Predict, and print or write a row per picture."""
+    from vitrail.device import pick_device
     from vitrail.evaluation.classifier import load
     from vitrail.evaluation.evaluate import tell_of_weights, warn_of_patches
     from vitrail.evaluation.tables import check_ending, find_pictures, write_table
-    from vitrail.training.attention import tune
-    from vitrail.training.precision import pick_device
 
     if options.out is not None:
         check_ending(Path(options.out))
@@ -422,7 +421,7 @@ def do_predict(options: Predict) -> int:
     classifier = classifier.at(image_size=options.image_size, patch_size=options.patch_size, resize=options.resize)
     tell_of_weights(classifier, Talk())
     warn_of_patches(classifier, Talk())
-    tune(classifier, measuring=False)
+    classifier = classifier.tuned(measuring=False)
     rows = classifier.predict(find_pictures(options.paths), top=5 if options.top is None else options.top)
     talk = Talk()
     if options.out is not None:
@@ -440,9 +439,9 @@ def do_predict(options: Predict) -> int:
 
 def do_eval(options: Eval) -> int:
     """Judge, print the headline, write all of it."""
+    from vitrail.device import pick_device
     from vitrail.evaluation.evaluate import evaluate
     from vitrail.files import write_text
-    from vitrail.training.precision import pick_device
 
     if options.out is not None and not Path(options.out).parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {Path(options.out).parent}")
@@ -490,9 +489,9 @@ def do_export(options: Export) -> int:
 
 def do_probe(options: Probe) -> int:
     """Probe, print each accuracy with its seconds, write all of it."""
+    from vitrail.device import pick_device
     from vitrail.evaluation.probe import probe
     from vitrail.files import write_text
-    from vitrail.training.precision import pick_device
 
     if options.out is not None and not Path(options.out).parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {Path(options.out).parent}")
@@ -571,8 +570,8 @@ def do_models(options: Models) -> int:
 
     from vitrail.models.cost import num_macs, num_parameters
     from vitrail.models.drawing import draw
+    from vitrail.models.kernel_choice import remark_on_window
     from vitrail.models.variants import LISTED, SUFFIXES, variant_config
-    from vitrail.training.attention import remark_on_window
 
     if options.name is not None:
         config = variant_config(options.name)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from vitrail.device import supports_bf16
 from vitrail.kernels.choose import cache_file, fastest, machine_key, timings, writable
 from vitrail.kernels.table import Case, candidates
 from vitrail.machine import memory_bytes, processor_name
+from vitrail.models.kernel_choice import attention_cases
 from vitrail.models.variants import variant_config
-from vitrail.training.attention import cases_of
-from vitrail.training.precision import supports_bf16
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _attention(configs: dict[str, Any], device: torch.device, fresh: bool) -> li
         # Local attention is for grids that are much larger than its window.
         sides = (config.image_size, 2 * config.image_size) if config.window else (config.image_size,)
         for side, dtype, training in itertools.product(sides, precisions, (True, False)):
-            for case in cases_of(config, (side, config.patch_size), device.type, dtype, training=training):
+            for case in attention_cases(config, (side, config.patch_size), device.type, dtype, training=training):
                 found.append(Finding("attention", f"{name}: {case.key}", _choice(case, fresh)))
     if device.type == "cpu":
         found.append(

@@ -21,10 +21,11 @@ from vitrail.data.names import label_problems, level_problem
 from vitrail.data.places import ArrayPictures, FilePictures
 from vitrail.data.problems import Problem
 from vitrail.data.progress import Advance, Bar, no_bar
-from vitrail.data.scan import Scan, broken, ordered_map, scan_source
+from vitrail.data.scan import Scan, broken, scan_source
 from vitrail.data.shards import is_shards
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import check_trainable, class_problems, make_splits
+from vitrail.threads import ordered_map
 
 _BROKEN = ("unreadable", "damaged", "refused")
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from vitrail.data.decode import PictureError
-from vitrail.data.scan import ordered_map
 from vitrail.data.sources import Source
 from vitrail.files import cache_folder
-from vitrail.weights.store import load_tensors, save_tensors
+from vitrail.tensor_files import load_tensors, save_tensors
+from vitrail.threads import ordered_map
 
 _KEY = np.dtype("V16")
 _PIECES = 32  # more files than this are joined into one

@@ -6,11 +6,8 @@ Decoding is the cost, so small pictures of one size stay in memory from this pas
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -22,6 +19,7 @@ from vitrail.data.duplicates import THUMBNAIL, duplicate_pairs, group_pairs, gro
 from vitrail.data.places import ArrayPictures, FilePictures
 from vitrail.data.problems import Kind, Problem
 from vitrail.data.sources import Source
+from vitrail.threads import ordered_map
 
 if TYPE_CHECKING:
     from vitrail.data.forms import Forms
@@ -200,27 +198,6 @@ def has_colour(source: Source) -> bool:
         if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
             return True
     return False
-
-
-def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Map over threads and yield results in order, with a bounded number in flight.
-
-    Items are handed over in runs: a task a picture would cost more than a small JPEG's decode.
-    """
-    number = workers or os.cpu_count() or 1
-    iterator = iter(items)
-    with ThreadPoolExecutor(number) as pool:
-
-        def submit():
-            run = list(islice(iterator, 32))
-            return pool.submit(lambda: [function(each) for each in run]) if run else None
-
-        waiting = [submit() for _ in range(2 * number)]
-        while waiting:
-            future = waiting.pop(0)
-            if future is not None:
-                waiting.append(submit())
-                yield from future.result()
 
 
 def broken(source: Source, index: int, error: PictureError | OSError, damaged: str) -> Problem:

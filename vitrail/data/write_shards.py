@@ -24,11 +24,12 @@ from vitrail.data.forms import ENDINGS
 from vitrail.data.places import PARTS
 from vitrail.data.problems import Problem, stop_on_errors
 from vitrail.data.progress import Bar, no_bar
-from vitrail.data.scan import broken, ordered_map
+from vitrail.data.scan import broken
 from vitrail.data.shards import CLASSES
 from vitrail.data.sources import Source, open_source
 from vitrail.data.tar import BLOCK, END
 from vitrail.files import new_folder, write_text
+from vitrail.threads import ordered_map
 
 WITHOUT_PARTS = "pictures"
 _RECORD = 20 * BLOCK  # tar programs write whole records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,9 +16,10 @@ import torch
 
 from vitrail.data.decode import PictureError, as_decoded, read_picture
 from vitrail.data.preprocess import Preprocess
-from vitrail.data.scan import ordered_map
+from vitrail.models.kernel_choice import inference_kernels
 from vitrail.models.variants import is_variant, variant_config
 from vitrail.models.vit import ViT
+from vitrail.threads import ordered_map
 from vitrail.weights.imported import LoadReport
 from vitrail.weights.store import ModelHeader, build_model
 from vitrail.weights.words import open_weights
@@ -124,6 +126,20 @@ class Classifier:
     def to(self, device: str | torch.device) -> Classifier:
         """Return the classifier on a device."""
         return dataclasses.replace(self, model=self.model.to(device))
+
+    def tuned(self, *, measuring: bool) -> Classifier:
+        """Return the classifier with the attention kernels that are fastest for its image size on its device.
+
+        Args:
+            measuring: measure what is not known of this machine yet; if not, only what is known counts.
+        """
+        model = copy.copy(self.model)  # the same weights
+        patch_size = self.patch_size or model.config.patch_size
+        device = next(model.parameters()).device.type
+        model.kernels = inference_kernels(
+            model.config, self.preprocess.image_size, patch_size, device, measuring=measuring
+        )
+        return dataclasses.replace(self, model=model)
 
     def at(
         self, *, image_size: int | None = None, patch_size: int | None = None, resize: str | None = None

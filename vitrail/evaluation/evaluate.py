@@ -13,14 +13,13 @@ from vitrail.config import DataConfig
 from vitrail.console import Talk
 from vitrail.data.pictures import Pictures
 from vitrail.data.preprocess import Preprocess
+from vitrail.data.setup import is_identity, look_at
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, fingerprint, load_splits, make_splits
 from vitrail.evaluation.classifier import Classifier, load
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
 from vitrail.lookup import unknown
-from vitrail.training.attention import tune
-from vitrail.training.prepare import is_identity, look_at
 
 PARTS = ("test", "val", "train", "all")
 
@@ -54,7 +53,7 @@ def evaluate(
     """
     classifier = load(model).to(device).at(image_size=image_size, patch_size=patch_size, resize=resize)
     classifier.check_classifies()
-    tune(classifier, measuring=True)
+    classifier = classifier.tuned(measuring=True)
     tell_of_weights(classifier, talk)
     warn_of_patches(classifier, talk)
     data = dataclasses.replace(data or DataConfig(), source=source)

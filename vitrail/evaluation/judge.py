@@ -13,9 +13,9 @@ from torch import nn
 
 from vitrail.data.judging import MixedBatch, judging_batches
 from vitrail.data.pictures import Pictures
+from vitrail.distributed import World
 from vitrail.evaluation.metrics import Outputs
 from vitrail.models.vit import ViT
-from vitrail.training.parallel import World
 
 # One batch size everywhere, and fp32: `vitrail eval` computes the very bits that training's judgement computed.
 BATCH = 256

@@ -18,6 +18,7 @@ from vitrail.data.looks import KeptLooks
 from vitrail.data.pictures import Pictures
 from vitrail.data.problems import stop_on_errors
 from vitrail.data.scan import Scan
+from vitrail.data.setup import look_at
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, check_trainable, make_splits
 from vitrail.evaluation.classifier import Classifier, load
@@ -27,8 +28,6 @@ from vitrail.evaluation.knn import knn_predict, neighbours
 from vitrail.evaluation.linear import TOLERANCE, fit_logistic, fit_ridge
 from vitrail.evaluation.spectrum import decompose
 from vitrail.models.variants import is_variant
-from vitrail.training.attention import tune
-from vitrail.training.prepare import look_at
 from vitrail.weights.store import ModelHeader, save_model, versions
 from vitrail.weights.words import model_file
 
@@ -62,7 +61,7 @@ def probe(
     classifier = load_frozen(model, talk).to(device).at(image_size=image_size)
     if save is not None:
         check_save(save, model)
-    tune(classifier, measuring=True)
+    classifier = classifier.tuned(measuring=True)
     watch.lap("model")
     data = dataclasses.replace(data or DataConfig(), source=source)
     opened, scan, data, keys = look(classifier, data, talk, fresh=fresh)

@@ -14,11 +14,12 @@ from torch import Tensor
 from vitrail.lookup import some
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import sincos2d
+from vitrail.tensor_files import save_tensors
 from vitrail.weights.hf_config import swiglu_width
 from vitrail.weights.hf_pictures import to_processor
 from vitrail.weights.hf_tables import ACTIVATIONS, FAMILIES, Family
 from vitrail.weights.rules import to_theirs
-from vitrail.weights.store import ModelHeader, save_tensors
+from vitrail.weights.store import ModelHeader
 
 # The name that transformers prefers, of several for one activation.
 _ACTIVATIONS = {

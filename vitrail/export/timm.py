@@ -15,10 +15,11 @@ from vitrail.data.preprocess import Preprocess
 from vitrail.files import write_text
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import sincos2d
+from vitrail.tensor_files import save_tensors
 from vitrail.weights.fit import mlp_ratio
 from vitrail.weights.layouts import split_heads
 from vitrail.weights.rules import to_theirs
-from vitrail.weights.store import ModelHeader, save_tensors
+from vitrail.weights.store import ModelHeader
 from vitrail.weights.timm_modules import describe
 
 # Names of timm's registry whose arguments can be anything else: what they fix is why they were taken.

@@ -21,11 +21,11 @@ from vitrail.console import Talk
 from vitrail.data.augment import crop_boxes, draw
 from vitrail.data.loader import TrainStream
 from vitrail.data.policies import decide
+from vitrail.data.setup import CheckedData, TrainData, check_data, ready_data
 from vitrail.files import write_bytes
 from vitrail.recipes import build_config, recipe_file, refuse_idle
 from vitrail.report.page import clip
 from vitrail.settings import leaves, override
-from vitrail.training.prepare import CheckedData, TrainData, check_data, ready_data
 
 ROWS, EPOCHS = 8, 8
 _CELL, _GAP, _MARGIN, _LINE = 144, 12, 24, 15  # pixels

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vitrail.models.vit import ViT
-from vitrail.weights.store import FORMAT, load_tensors, save_tensors
+from vitrail.tensor_files import load_tensors, save_tensors
+from vitrail.weights.store import FORMAT
 
 
 @dataclass

@@ -12,11 +12,11 @@ import numpy as np
 
 from vitrail.config import RunConfig, load_config
 from vitrail.console import Talk
+from vitrail.distributed import World
 from vitrail.evaluation.metrics import by_class
 from vitrail.files import write_text
 from vitrail.recipes import recipe_file
 from vitrail.settings import override
-from vitrail.training.parallel import World
 from vitrail.training.run import FIRST_FOLD, check_new
 from vitrail.training.session import Result, begin, go_on
 

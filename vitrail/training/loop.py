@@ -14,23 +14,22 @@ from vitrail.config import RunConfig, to_steps
 from vitrail.console import Talk, TrainingDisplay
 from vitrail.data.loader import Batch
 from vitrail.data.preprocess import preprocess_of
+from vitrail.data.setup import TrainData
+from vitrail.device import autocast, pick_device
+from vitrail.distributed import World
 from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import headline
 from vitrail.models.lora import merged
-from vitrail.training.attention import run_kernels
 from vitrail.training.checkpoints import Progress, State, load_state, save_state
 from vitrail.training.diagnosis import check_finite, check_outputs
 from vitrail.training.frozen import running_statistics
 from vitrail.training.meter import Meter
 from vitrail.training.objectives import Classification
 from vitrail.training.optim import clip_gradient, set_lr, update_average
-from vitrail.training.parallel import World
-from vitrail.training.precision import autocast, pick_device
-from vitrail.training.prepare import TrainData
 from vitrail.training.run import Run
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped, StopRequest
-from vitrail.training.start import first_learning, learning, let_learn, start_state
+from vitrail.training.start import first_learning, learning, let_learn, run_kernels, start_state
 from vitrail.weights.adapt import Start
 from vitrail.weights.store import ModelHeader, save_model, versions
 
@@ -110,7 +109,9 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
             save = judged or stopping or late
             if log or judged or save or now - shown_at > _SHOW_SECONDS:
                 pending = meter.settle()
-                check_finite(step + 1 - len(pending[0]), *pending, state.model, stream, autocast(config, device))
+                check_finite(
+                    step + 1 - len(pending[0]), *pending, state.model, stream, autocast(config.precision, device)
+                )
                 means, shown_at = meter.means(), now
                 remaining_s = (rhythm.total - step) * (now - started_at) / (step - start)
                 display.update(step, means["train/loss"], means["train/top1"], meter.images_per_s(), remaining_s)
@@ -165,7 +166,7 @@ def update(
         # Gradients cross processes once a step, with the last part.
         shared = isinstance(wrapped, nn.parallel.DistributedDataParallel) and number + 1 < parts
         with wrapped.no_sync() if shared else contextlib.nullcontext():  # pyright: ignore[reportCallIssue]
-            with autocast(config, device):
+            with autocast(config.precision, device):
                 losses = wrapped(part)
             (losses["loss"] * share).backward()
         loss, correct = loss + losses["loss"].detach() * share, correct + losses["correct"]

@@ -14,28 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitrail import distributed
 from vitrail.config import RunConfig
 from vitrail.console import Talk, duration
+from vitrail.data.class_weights import loss_weights, mean_weights
+from vitrail.data.setup import CheckedData, TrainData, check_cache, check_data, ready_data, tell_of_cache
 from vitrail.data.sources import same_source
 from vitrail.data.splits import save_splits
+from vitrail.device import autocast, pick_device, supports_bf16
+from vitrail.distributed import World
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.cost import num_parameters
+from vitrail.models.kernel_choice import remark_on_window
 from vitrail.recipes import Choice, Facts, build_config, recipe_file
 from vitrail.report.page import build_report
 from vitrail.settings import leaves, override
-from vitrail.training import parallel
-from vitrail.training.attention import choose_kernels, remark_on_window
 from vitrail.training.finish import finish
 from vitrail.training.loop import rhythm_of
 from vitrail.training.loop import train as train_loop
-from vitrail.training.precision import autocast, pick_device, supports_bf16
-from vitrail.training.prepare import CheckedData, TrainData, check_cache, check_data, ready_data, tell_of_cache
 from vitrail.training.run import Run, check_new, create_run, has_folds, machine, new_folder, newest_folder, open_run
 from vitrail.training.schedules import Schedule
 from vitrail.training.signals import Stopped
 from vitrail.training.start import (
     channels_of,
     check_start,
+    choose_kernels,
     meaning,
     note_of,
     noted_start,
@@ -43,7 +46,6 @@ from vitrail.training.start import (
     pinned,
     ready_start,
 )
-from vitrail.training.weighting import loss_weights, mean_weights
 from vitrail.weights.adapt import Start, refuse_misfit
 from vitrail.weights.store import ModelHeader, versions
 
@@ -101,7 +103,7 @@ def train(
         ValueError: the data, a setting or the folder cannot be used; the message says what to do.
         Stopped: SIGINT or SIGTERM came; the state is saved.
     """
-    world = parallel.join()
+    world = distributed.join()
     talk = talk or Talk(quiet=not world.is_main)
     source = os.fspath(source)
     given = dict(settings) | ({} if model is None else meaning(model))
@@ -123,7 +125,7 @@ def begin(
     source: str,
     recipe: str,
     given: Mapping[str, Any],
-    world: parallel.World,
+    world: World,
     talk: Talk,
     *,
     told: bool = False,
@@ -177,9 +179,7 @@ def begin(
     return carry_out(config, data, Run(folder, world.is_main), world, talk, start)
 
 
-def go_on(
-    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: parallel.World, talk: Talk
-) -> Result:
+def go_on(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, talk: Talk) -> Result:
     """Go on with a run exactly as it was configured.
 
     Raises:
@@ -228,14 +228,15 @@ def go_on(
     return carry_out(config, data, run, world, talk, start)
 
 
-def check_runnable(config: RunConfig, num_train: int, world: parallel.World, *, schedule: bool = True) -> None:
+def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule: bool = True) -> None:
     """Raise what this machine or the number of steps rules out, before a folder is made.
 
     Raises:
         ValueError: device, precision, processes or schedule do not fit.
     """
-    autocast(config, pick_device(config.device))
-    choose_kernels(config, pick_device(config.device), measuring=False)  # raises what a wish rules out
+    device = pick_device(config.device)
+    autocast(config.precision, device)
+    choose_kernels(config, device, measuring=False)  # raises what a wish rules out
     check_cache(config)
     samples = config.batch_size // world.size // config.optim.accumulate
     if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:
@@ -280,7 +281,7 @@ def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> Non
             raise ValueError(f"data.{part}_fraction has no effect: {checked.source.name} has its own {part} part")
 
 
-def carry_out(config: RunConfig, data: TrainData, run: Run, world: parallel.World, talk: Talk, start: Start) -> Result:
+def carry_out(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk, start: Start) -> Result:
     """Train to the end and finish."""
     if remark := remark_on_window(config.model):
         talk.say(remark)

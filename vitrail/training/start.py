@@ -13,12 +13,16 @@ from torch import nn
 
 from vitrail.config import RunConfig
 from vitrail.console import Talk
+from vitrail.distributed import World
+from vitrail.kernels.table import Kernels
+from vitrail.models.kernel_choice import training_kernels
 from vitrail.models.lora import add_adapters, is_adapter
 from vitrail.models.variants import is_variant
 from vitrail.models.vit import ViT
 from vitrail.training.checkpoints import Progress, State
 from vitrail.training.frozen import batch_norms, freeze, slow_statistics, within
 from vitrail.training.optim import build_optimizer
+from vitrail.training.run import Run
 from vitrail.weights.adapt import Start, adapt
 from vitrail.weights.imported import Imported, LoadReport
 from vitrail.weights.store import ModelHeader, build_model
@@ -182,3 +186,37 @@ def let_learn(model: nn.Module, all_learning: Mapping[str, nn.Parameter], now: M
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in all_learning:
             module.train(f"{name}.weight" in now)
+
+
+def run_kernels(config: RunConfig, device: torch.device, run: Run, world: World) -> Kernels:
+    """Return the kernels of a run: those it began with, else measured now and noted in `run.json`.
+
+    All processes use what the main one found.
+
+    Raises:
+        ValueError: a kernel that the configuration or the run names cannot compute this model here.
+    """
+    kernels = Kernels()
+    if run.is_main:
+        known = run.info().get("kernels")
+        kernels = choose_kernels(config, device, known=known)
+        if dict(kernels.chosen) != known:
+            run.note(kernels=dict(kernels.chosen))
+    return world.from_main(kernels)
+
+
+def choose_kernels(config: RunConfig, device: torch.device, *, known: Any = None, measuring: bool = True) -> Kernels:
+    """Return the kernels for a configuration on a device, those in `known` as they are.
+
+    Raises:
+        ValueError: a kernel that the configuration names cannot compute this model here.
+    """
+    return training_kernels(
+        config.model,
+        config.precision,
+        device.type,
+        global_attention=config.kernels.global_attention,
+        local_attention=config.kernels.local_attention,
+        known=known,
+        measuring=measuring,
+    )

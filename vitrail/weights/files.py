@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitrail.lookup import some
-from vitrail.weights.store import load_tensors
+from vitrail.tensor_files import load_tensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.lookup import some
+from vitrail.tensor_files import load_tensors
 from vitrail.weights.files import read_pickle
-from vitrail.weights.store import load_tensors
 
 # In the order of preference; an index names the shards.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import vitrail
 from vitrail.data.preprocess import Preprocess
-from vitrail.files import replacing
 from vitrail.lookup import some
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.settings import from_dict, to_dict
+from vitrail.tensor_files import load_tensors, save_tensors
 
 FORMAT = 2  # 2: decoder concat pools before its linear layer, in 1 it pooled after it
 
@@ -62,48 +60,6 @@ def save_model(path: Path, weights: Mapping[str, Tensor], header: ModelHeader) -
         "versions": dict(header.versions),
     }
     save_tensors(path, weights, {"vitrail": json.dumps(content)})
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and text atomically as safetensors.
-
-    Raises:
-        OSError: the file could not be written; an earlier file stays as it was.
-    """
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as draft:
-        try:
-            save_file(ready, draft, {"format": "pt", **metadata})
-        except SafetensorError as error:
-            needed = sum(tensor.nbytes for tensor in ready.values())
-            raise OSError(f"{path}: could not be written ({needed / 1e6:.0f} MB needed): {error}") from None
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors and the text of a safetensors file.
-
-    Raises:
-        ValueError: the file is missing, cut off, or no safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned: tensors inside the file's memory are not aligned, which oneDNN computes in another order.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except RuntimeError:
-        if path.exists():
-            raise
-        raise ValueError(
-            f"{path}: was removed while it was read"
-        ) from None  # it is opened a second time for its tensors
-    except (SafetensorError, OSError) as error:
-        if path.suffix != ".safetensors":
-            raise ValueError(
-                f"{path}: is no model; expected a run folder, a model file (.safetensors), weights (.pth, .pt, .bin, .ckpt, "
-                ".npz), a folder of transformers or timm, hf:NAME, timm:NAME or torchvision:NAME"
-            ) from None
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def load_model(path: Path) -> tuple[ViT, ModelHeader]:

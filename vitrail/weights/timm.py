@@ -23,13 +23,13 @@ from vitrail.data.preprocess import INTERPOLATIONS, Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.weights import layouts
 from vitrail.weights.bare import others_names
+from vitrail.weights.file_kinds import is_timm_folder
 from vitrail.weights.files import read_bare
 from vitrail.weights.fit import Found, fit, plain_labels, with_zero_rows
 from vitrail.weights.hub import snapshot
 from vitrail.weights.imported import Imported
 from vitrail.weights.rules import to_ours
 from vitrail.weights.timm_modules import describe
-from vitrail.weights.words import is_timm_folder
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from vitrail.weights.files import SUFFIXES
+from vitrail.weights.file_kinds import is_bare, is_timm_folder, is_transformers_folder
 from vitrail.weights.imported import Imported, LoadReport
 from vitrail.weights.store import read_model
 
@@ -68,37 +65,6 @@ def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | No
         raise ValueError(f"{name}: a model file says all of itself; {', '.join(described)} cannot be given with it")
     weights, header = read_model(path)
     return Imported(header, weights, LoadReport(name, loaded=len(weights)))
-
-
-def is_transformers_folder(path: Path) -> bool:
-    """Whether a path is a folder with a model of transformers, and not a run."""
-    if not (path / "config.json").is_file() or (path / "run.json").exists():
-        return False
-    try:
-        settings = json.loads((path / "config.json").read_bytes())
-    except ValueError:
-        return True
-    return isinstance(settings, dict) and "model_type" in settings
-
-
-def is_bare(path: Path) -> bool:
-    """Whether a file holds weights and says nothing of their model: another kind than ours, or without our header."""
-    if not path.is_file() or path.suffix != ".safetensors":
-        return path.is_file() and path.suffix in SUFFIXES
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "vitrail" not in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False  # broken: whoever reads it says how
-
-
-def is_timm_folder(path: Path) -> bool:
-    """Whether a folder is one that timm wrote: its `config.json` names an architecture of timm's."""
-    try:
-        content = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and isinstance(content.get("architecture"), str)
 
 
 def model_file(name: str) -> Path:

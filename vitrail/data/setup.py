@@ -12,6 +12,7 @@ import torch
 from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Talk, byte_size
 from vitrail.data.cache import PictureCache
+from vitrail.data.class_weights import loss_weights
 from vitrail.data.loader import TrainStream
 from vitrail.data.looks import KeptLooks
 from vitrail.data.pictures import Pictures
@@ -20,8 +21,7 @@ from vitrail.data.problems import Problem, stop_on_errors
 from vitrail.data.scan import Scan, scan_source
 from vitrail.data.sources import Source, open_source
 from vitrail.data.splits import Splits, check_trainable, load_splits, make_splits
-from vitrail.training.parallel import World
-from vitrail.training.weighting import loss_weights
+from vitrail.distributed import World
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from vitrail.config import DEVICE_NAMES, RunConfig, choice
+from vitrail.config import DEVICE_NAMES, choice
 
 
 def pick_device(name: str) -> torch.device:
@@ -36,13 +36,13 @@ def supports_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
-def autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Return the mixed-precision context of a run.
 
     Raises:
         ValueError: bf16 was asked for on a device that would emulate it.
     """
-    if config.precision == "fp32":
+    if precision == "fp32":
         return contextlib.nullcontext()
     if not supports_bf16(device):
         raise ValueError(

@@ -1,0 +1,41 @@
+"""What kind of model a folder or a file holds, told without reading its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from vitrail.weights.files import SUFFIXES
+
+
+def is_transformers_folder(path: Path) -> bool:
+    """Whether a path is a folder with a model of transformers, and not a run."""
+    if not (path / "config.json").is_file() or (path / "run.json").exists():
+        return False
+    try:
+        settings = json.loads((path / "config.json").read_bytes())
+    except ValueError:
+        return True
+    return isinstance(settings, dict) and "model_type" in settings
+
+
+def is_bare(path: Path) -> bool:
+    """Whether a file holds weights and says nothing of their model: another kind than ours, or without our header."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return path.is_file() and path.suffix in SUFFIXES
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "vitrail" not in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # broken: whoever reads it says how
+
+
+def is_timm_folder(path: Path) -> bool:
+    """Whether a folder is one that timm wrote: its `config.json` names an architecture of timm's."""
+    try:
+        content = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("architecture"), str)
