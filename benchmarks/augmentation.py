@@ -20,9 +20,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from vitrail.config import AugmentConfig
-from vitrail.data.augment import draw
-from vitrail.data.mixing import erase_, mix_pairs_
-from vitrail.data.policies import apply_policy
+from vitrail.data.augment.mixup import erase_, mix_pairs_
+from vitrail.data.augment.policies import apply_policy
+from vitrail.data.augment.random_changes import draw
 from vitrail.machine import processor_name
 
 POLICIES = {

@@ -14,7 +14,7 @@ import statistics
 import time
 
 from vitrail.config import DataConfig
-from vitrail.data.check import check_source
+from vitrail.data.check.check import check_source
 
 
 def main() -> None:

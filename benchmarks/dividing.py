@@ -19,9 +19,9 @@ from typing import TypeVar
 import numpy as np
 
 from vitrail.config import DataConfig
-from vitrail.data.listing import Paths
-from vitrail.data.places import ArrayPictures
-from vitrail.data.splits import fingerprint, load_splits, make_splits, save_splits, stratified
+from vitrail.data.datasets.base import ArrayPictures
+from vitrail.data.datasets.string_array import Paths
+from vitrail.data.splits.splits import fingerprint, load_splits, make_splits, save_splits, stratified
 
 T = TypeVar("T")
 

@@ -24,22 +24,22 @@ from typing import Any
 
 import torch
 
+from vitrail.api import facts_of
 from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Talk
-from vitrail.data.loader import Batch
+from vitrail.data.loading.train_loader import Batch
 from vitrail.data.setup import CheckedData, check_data, ready_data
 from vitrail.distributed import World
-from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import headline
+from vitrail.evaluation.predict_logits import judge
 from vitrail.machine import processor_name
 from vitrail.models.cost import num_macs, num_parameters
+from vitrail.objectives.classification import Classification
 from vitrail.recipes import build_config
 from vitrail.training.loop import start_state, update
 from vitrail.training.loop import train as train_loop
-from vitrail.training.objectives import Classification
-from vitrail.training.run import create_run, open_run
-from vitrail.training.session import facts_of
-from vitrail.weights.store import load_model, versions
+from vitrail.training.run_folder import create_run, open_run
+from vitrail.weights.model_file import load_model, versions
 
 CHECKED: CheckedData  # in a worker, from `prepare`
 

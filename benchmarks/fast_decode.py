@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vitrail.api import train
 from vitrail.console import Talk
-from vitrail.training.session import train
 
 
 def main() -> None:

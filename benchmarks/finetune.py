@@ -18,7 +18,7 @@ from typing import Any
 import vitrail
 from vitrail.console import Talk
 from vitrail.machine import processor_name
-from vitrail.weights.store import versions
+from vitrail.weights.model_file import versions
 
 QUIET = Talk(quiet=True)
 # Way → whether it starts from the trained weights, and its settings beside `auto`'s.

@@ -23,7 +23,7 @@ import PIL.Image
 import vitrail
 from vitrail.console import Talk
 from vitrail.machine import processor_name
-from vitrail.weights.store import versions
+from vitrail.weights.model_file import versions
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "natural": {},

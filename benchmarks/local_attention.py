@@ -2,7 +2,7 @@
 
 One picture, 3 heads of 64, window 7 or other, on grids of 14² to 112² patches, without a class token unless `--prefix` says so:
 
-- `ours`: what Vitrail's rule takes (`vitrail/kernels/table.py`): tiles, or a dense form on small grids;
+- `ours`: what Vitrail's rule takes (`vitrail/kernels/registry.py`): tiles, or a dense form on small grids;
 - `masked`: the article's way, PyTorch's fused attention with a dense N×N mask;
 - `fused`: the same kernel without a mask, attention of all to all;
 - `flex`: compiled FlexAttention, forward alone (`--flex`); on CPUs its backward raises NotImplementedError.
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.kernels.table import LOCAL_KERNELS, Case, rule
+from vitrail.kernels.registry import LOCAL_KERNELS, Case, rule
 from vitrail.kernels.window import window_mask
 from vitrail.machine import processor_name
 

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.local_attention import memory_status
-from vitrail.kernels.choose import choose
-from vitrail.kernels.table import Kernels
+from vitrail.kernels.autotune import choose
+from vitrail.kernels.registry import Kernels
 from vitrail.machine import processor_name
 from vitrail.models.kernel_choice import attention_cases
 from vitrail.models.variants import variant_config

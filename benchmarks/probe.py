@@ -26,11 +26,11 @@ import torch
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data.pictures import Pictures
-from vitrail.evaluation.judge import judge
+from vitrail.data.loading.reader import Pictures
 from vitrail.evaluation.linear import fit_logistic, fit_ridge
+from vitrail.evaluation.pca import decompose
+from vitrail.evaluation.predict_logits import judge
 from vitrail.evaluation.probe import divide, linear, load_frozen, look, probe, top1
-from vitrail.evaluation.spectrum import decompose
 from vitrail.machine import processor_name
 
 

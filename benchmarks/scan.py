@@ -15,7 +15,7 @@ import numpy as np
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data.duplicates import THUMBNAIL, hashes
+from vitrail.data.check.duplicates import THUMBNAIL, hashes
 from vitrail.data.setup import check_data
 from vitrail.machine import processor_name
 

@@ -27,7 +27,7 @@ from vitrail.device import supports_bf16
 from vitrail.machine import processor_name
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.training.optim import build_optimizer, clip_gradient
+from vitrail.optim.optimizers import build_optimizer, clip_gradient
 
 CLASSES = 1000
 

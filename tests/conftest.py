@@ -14,7 +14,7 @@ import pytest
 _ANNOTATED = [
     "vitrail.models",
     "vitrail.kernels",
-    *(f"vitrail.data.{name}" for name in ("augment", "mixing", "policies")),
+    "vitrail.data.augment",
 ]
 jaxtyping.install_import_hook(_ANNOTATED, "beartype.beartype")
 
@@ -96,8 +96,8 @@ def tiny() -> dict:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., Path]) -> tuple[Path, Path]:
     """Return (run folder, data folder) of a finished small training."""
+    from vitrail.api import train
     from vitrail.console import Talk
-    from vitrail.training.session import train
 
     place = tmp_path_factory.mktemp("run")
     data = make_folder(place / "shapes")

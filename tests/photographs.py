@@ -14,10 +14,10 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from vitrail.data.decode import read_picture
+from vitrail.data.images.decode import read_picture
 from vitrail.evaluation.classifier import Classifier
-from vitrail.weights.imported import Imported
-from vitrail.weights.store import build_model
+from vitrail.weights.imported_model import Imported
+from vitrail.weights.model_file import build_model
 
 # name → (sample of scikit-learn, width, height, mode, EXIF orientation)
 PICTURES = {

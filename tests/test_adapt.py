@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vitrail.data.preprocess import Preprocess
+from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table
 from vitrail.models.vit import ViT
 from vitrail.weights.adapt import Start, adapt
-from vitrail.weights.imported import Imported, LoadReport
+from vitrail.weights.imported_model import Imported, LoadReport
 from vitrail.weights.labels import match_labels
-from vitrail.weights.store import ModelHeader, build_model
+from vitrail.weights.model_file import ModelHeader, build_model
 
 LABELS = ("ant", "bee", "cat", "dog", "eel")
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)

@@ -15,12 +15,12 @@ import vitrail.cli
 from vitrail import ViT, ViTConfig
 from vitrail.cli import COMMANDS, given_settings, train_options
 from vitrail.config import RunConfig, ScheduleConfig
-from vitrail.export.targets import TARGETS
+from vitrail.config_schema import flatten
+from vitrail.export.formats import TARGETS
 from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES
 from vitrail.models.variants import variant_config
+from vitrail.optim.schedules import Schedule
 from vitrail.recipes import Facts, build_config
-from vitrail.settings import flatten
-from vitrail.training.schedules import Schedule
 from vitrail.training.start import meaning
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from vitrail.config import AugmentConfig
-from vitrail.data.augment import augment_batch, crop_boxes, draw, geometry
+from vitrail.data.augment.random_changes import augment_batch, crop_boxes, draw, geometry
 
 MIDDLE = 0.5  # the draw that leaves a symmetric change out
 

@@ -20,11 +20,11 @@ from sklearn.datasets import load_sample_image
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data.check import Checked, check_source
-from vitrail.data.crops import align, crop_candidates
-from vitrail.data.names import label_problems
+from vitrail.data.check.check import Checked, check_source
+from vitrail.data.check.class_names import label_problems
+from vitrail.data.check.crop_duplicates import align, crop_candidates
 from vitrail.data.problems import Kind
-from vitrail.report.check import TITLES, summary, write_page
+from vitrail.report.check_page import TITLES, summary, write_page
 
 KEYS = {"ok", "num_images", "classes", "problems", "fingerprint", "splits", "modes", "sizes", "form"}
 

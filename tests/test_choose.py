@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 
 import vitrail.cli
 from vitrail import ViT
+from vitrail.api import train
 from vitrail.config import RunConfig
 from vitrail.files import replacing
-from vitrail.kernels import choose as choosing
-from vitrail.kernels.choose import cache_file, choose, fastest, machine_key, measure, timings
-from vitrail.kernels.table import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, rule
+from vitrail.kernels import autotune as choosing
+from vitrail.kernels.autotune import cache_file, choose, fastest, machine_key, measure, timings
+from vitrail.kernels.registry import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, rule
 from vitrail.models.config import ViTConfig
 from vitrail.models.kernel_choice import attention_cases, training_cases
 from vitrail.models.variants import variant_config
-from vitrail.training.run import is_draft, open_run
-from vitrail.training.session import train
+from vitrail.training.run_folder import is_draft, open_run
 
 SMALL = Case("cpu", "float32", True, False, 65, 32)
 LOCAL = Case("cpu", "float32", True, False, 197, 64, (14, 14), 7)

@@ -16,7 +16,7 @@ from conftest import draw_picture
 
 from vitrail.cli import COMMANDS, run, train_options
 from vitrail.config import RunConfig
-from vitrail.settings import flatten
+from vitrail.config_schema import flatten
 
 
 def said(capsys) -> str:

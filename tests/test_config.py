@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrail.config import RunConfig, load_config, parse_duration, save_config, to_steps
+from vitrail.config_schema import from_dict, leaves, override, to_dict
 from vitrail.lookup import pick, unknown
 from vitrail.recipes import RECIPES, Facts, build_config
-from vitrail.settings import from_dict, leaves, override, to_dict
 
 DIGITS = Facts(1438, 10, 8, True, 1, "a mirrored digit is another sign", "cpu", True)
 CIFAR = Facts(45_000, 10, 32, True, 3, "", "cpu", True)

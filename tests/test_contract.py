@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vitrail.data.preprocess import Preprocess
+from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.config import ATTENTION_NAMES, DECODER_NAMES, POSITION_NAMES, ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights.store import ModelHeader, load_model, save_model
+from vitrail.weights.model_file import ModelHeader, load_model, save_model
 
 # r50 has stride 16 at least; the others' small maps leave more patches to get wrong.
 ENCODERS = {"patch": 8, "conv": 8, "r50": 16, "resnet18": 8, "efficientnet_b0": 8, "convnext_atto": 8}

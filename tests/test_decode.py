@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from vitrail.data import decode
-from vitrail.data.decode import PictureError, inspect_picture, is_picture_name, read_picture
+from vitrail.data.images import decode
+from vitrail.data.images.decode import PictureError, inspect_picture, is_picture_name, read_picture
 
 ORIENTED = {  # EXIF orientation -> what to do with the stored rows and columns
     1: lambda p: p,

@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vitrail.api import train
 from vitrail.cli import run as vitrail
 from vitrail.config import RunConfig, save_config
+from vitrail.config_schema import override
 from vitrail.console import Talk
-from vitrail.data.preprocess import Preprocess
+from vitrail.data.images.preprocess import Preprocess
 from vitrail.evaluation.classifier import load
 from vitrail.evaluation.evaluate import evaluate
 from vitrail.models.cnns import build_cnn, feature_strides, load_pretrained
@@ -29,10 +31,8 @@ from vitrail.models.cost import num_macs, num_parameters
 from vitrail.models.variants import variant_config
 from vitrail.models.vit import ViT
 from vitrail.recipes import Facts, build_config
-from vitrail.settings import override
 from vitrail.training.frozen import freeze, running_statistics, slow_statistics
-from vitrail.training.session import train
-from vitrail.weights.store import ModelHeader, load_model, save_model
+from vitrail.weights.model_file import ModelHeader, load_model, save_model
 
 QUIET = Talk(quiet=True)
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=3, embed_dim=24, depth=1, num_heads=3)
@@ -317,7 +317,7 @@ def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys
 
 
 def test_every_step_has_its_patch_size(make_folder, tmp_path, tiny):
-    from vitrail.data.loader import TrainStream
+    from vitrail.data.loading.train_loader import TrainStream
     from vitrail.data.setup import check_data, ready_data
 
     data = make_folder(tmp_path / "data", count=8)

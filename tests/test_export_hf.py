@@ -19,16 +19,16 @@ from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import vitrail
+from vitrail.api import train
 from vitrail.cli import run
 from vitrail.console import Talk
-from vitrail.data.decode import read_picture
-from vitrail.data.preprocess import Preprocess
-from vitrail.export.targets import TARGETS, export
+from vitrail.data.images.decode import read_picture
+from vitrail.data.images.preprocess import Preprocess
+from vitrail.export.formats import TARGETS, export
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.training.session import train
-from vitrail.weights.store import ModelHeader, save_model, versions
-from vitrail.weights.words import open_weights
+from vitrail.weights.model_file import ModelHeader, save_model, versions
+from vitrail.weights.resolve import open_weights
 
 SHAPE = {"image_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}
 LABELS = ("cat", "dog", "unknown bird")
@@ -277,7 +277,7 @@ def test_no_half_of_a_folder_is_left(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitrail.export.hf.save_tensors", full)
+    monkeypatch.setattr("vitrail.weights.formats.hf_writer.save_tensors", full)
     with pytest.raises(OSError, match="No space"):
         export(ours, "hf", out=tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -360,7 +360,7 @@ def test_every_target_writes_what_loads_again(name, tmp_path):
 def test_transformers_itself_is_not_needed(tmp_path):
     save_family("vit", tmp_path / "vit")
     code = (
-        "import sys\nsys.modules['transformers'] = None\nfrom vitrail.export.targets import export\n"
+        "import sys\nsys.modules['transformers'] = None\nfrom vitrail.export.formats import export\n"
         f"export({str(tmp_path / 'vit')!r}, 'hf', out={str(tmp_path / 'out')!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from test_training import QUIET, assert_same_weights, interrupted, lines_of
 
+from vitrail.api import train
 from vitrail.cli import run as vitrail
 from vitrail.config import OptimConfig, RunConfig, load_config
+from vitrail.config_schema import leaves, override
 from vitrail.evaluation.classifier import load
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
+from vitrail.optim.optimizers import build_optimizer, layer_of, num_layers
 from vitrail.recipes import Facts, build_config
-from vitrail.settings import leaves, override
-from vitrail.training.optim import build_optimizer, layer_of, num_layers
-from vitrail.training.session import train
 from vitrail.training.start import learning, let_learn, pinned, ready_start, start_model
-from vitrail.weights.store import load_model
+from vitrail.weights.model_file import load_model
 
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)
 FACTS = Facts(2_000, 5, 480, False, 3, "", "cpu", False)

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_splits import divided, listing, per_class
 
+from vitrail.api import Result, train
 from vitrail.cli import run as vitrail
 from vitrail.config import DataConfig, load_config
 from vitrail.console import Talk
-from vitrail.data.folds import fold_numbers
-from vitrail.data.sources import open_source
-from vitrail.data.splits import make_splits
+from vitrail.data.datasets.open import open_source
+from vitrail.data.splits.kfold import fold_numbers
+from vitrail.data.splits.splits import make_splits
 from vitrail.evaluation.evaluate import evaluate
-from vitrail.training import folds as folds_module
-from vitrail.training.session import Result, train
-from vitrail.weights.store import load_model
+from vitrail.training import cross_validation as folds_module
+from vitrail.weights.model_file import load_model
 
 QUIET = Talk(quiet=True)
 

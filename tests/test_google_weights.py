@@ -12,11 +12,11 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights.google import stacked, to_google
-from vitrail.weights.google_tables import BIG_VISION, VISION_TRANSFORMER
-from vitrail.weights.rules import to_ours, to_theirs
-from vitrail.weights.store import save_model
-from vitrail.weights.words import open_weights
+from vitrail.weights.formats.jax import stacked, to_google
+from vitrail.weights.formats.jax_tables import BIG_VISION, VISION_TRANSFORMER
+from vitrail.weights.key_mapping import to_ours, to_theirs
+from vitrail.weights.model_file import save_model
+from vitrail.weights.resolve import open_weights
 
 SHAPE = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 SIZE = {"image_size": 32, "patch_size": 8}

@@ -25,11 +25,11 @@ from torch.testing import assert_close
 
 import vitrail
 from vitrail.cli import run
-from vitrail.data.decode import read_picture
-from vitrail.data.preprocess import Preprocess
-from vitrail.weights.described import parse_described
-from vitrail.weights.hf_pictures import from_processor, to_processor
-from vitrail.weights.words import open_weights
+from vitrail.data.images.decode import read_picture
+from vitrail.data.images.preprocess import Preprocess
+from vitrail.weights.formats.hf_image_processor import from_processor, to_processor
+from vitrail.weights.resolve import open_weights
+from vitrail.weights.user_spec import parse_described
 
 
 @pytest.fixture(autouse=True, scope="module")

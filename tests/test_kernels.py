@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from vitrail import ViT
 from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES, flex, tiles
 from vitrail.kernels import window as windows
-from vitrail.kernels.kept import Kept
-from vitrail.kernels.table import GLOBAL_KERNELS, LOCAL_KERNELS, Kernels
+from vitrail.kernels.registry import GLOBAL_KERNELS, LOCAL_KERNELS, Kernels
+from vitrail.kernels.tensor_cache import Kept
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 from vitrail.kernels.window import covers, num_pairs, window_mask
 from vitrail.models.attention import GlobalAttention, Layout, LocalAttention

@@ -16,15 +16,15 @@ from torchvision.transforms import InterpolationMode, v2
 
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
 from vitrail.console import Talk
-from vitrail.data.judging import judging_batches
-from vitrail.data.loader import Batch, TrainStream
-from vitrail.data.mixing import Mix
-from vitrail.data.pictures import Pictures
-from vitrail.data.places import ArrayPictures
-from vitrail.data.preprocess import Preprocess
+from vitrail.data.augment.mixup import Mix
+from vitrail.data.datasets.base import ArrayPictures
+from vitrail.data.datasets.open import digits as all_digits
+from vitrail.data.datasets.open import open_source
+from vitrail.data.images.preprocess import Preprocess
+from vitrail.data.loading.eval_loader import judging_batches
+from vitrail.data.loading.reader import Pictures
+from vitrail.data.loading.train_loader import Batch, TrainStream
 from vitrail.data.setup import TrainData, check_data, is_identity, ready_data
-from vitrail.data.sources import digits as all_digits
-from vitrail.data.sources import open_source
 from vitrail.models.config import ViTConfig
 
 CPU = torch.device("cpu")

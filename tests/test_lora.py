@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from test_training import QUIET, assert_same_weights, interrupted
 from torch.testing import assert_close
 
+from vitrail.api import train
 from vitrail.cli import run as vitrail
 from vitrail.config import RunConfig
+from vitrail.config_schema import override
 from vitrail.models.config import ViTConfig
 from vitrail.models.lora import LoraLinear, add_adapters, is_adapter, merged
 from vitrail.models.vit import ViT
-from vitrail.settings import override
-from vitrail.training.session import train
-from vitrail.weights.store import load_model
+from vitrail.weights.model_file import load_model
 
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)
 ALL = ("qkv", "proj", "fc1", "fc2")

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from vitrail import distributed as parallel
+from vitrail.api import check_runnable, train
 from vitrail.config import AugmentConfig, RunConfig
 from vitrail.console import Talk
-from vitrail.data.augment import draw
-from vitrail.data.loader import Batch
-from vitrail.data.mixing import Mix, beta, cut_boxes, mix_pairs_
+from vitrail.data.augment.mixup import Mix, beta, cut_boxes, mix_pairs_
+from vitrail.data.augment.random_changes import draw
+from vitrail.data.loading.train_loader import Batch
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.training.objectives import Classification
-from vitrail.training.session import check_runnable, train
+from vitrail.objectives.classification import Classification
 
 QUIET = Talk(quiet=True)
 SIZE, CLASSES = (12, 9), 5

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrail.config import AugmentConfig, RunConfig
-from vitrail.data.augment import draw
-from vitrail.data.loader import TrainStream
-from vitrail.data.order import Order, shares
-from vitrail.data.pictures import Pictures
-from vitrail.data.preprocess import Preprocess
-from vitrail.data.sources import digits
-from vitrail.settings import override
+from vitrail.config_schema import override
+from vitrail.data.augment.random_changes import draw
+from vitrail.data.datasets.open import digits
+from vitrail.data.images.preprocess import Preprocess
+from vitrail.data.loading.reader import Pictures
+from vitrail.data.loading.sampler import Order, shares
+from vitrail.data.loading.train_loader import TrainStream
 
 SIZES = (60, 25, 12, 3)
 TARGETS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), SIZES))

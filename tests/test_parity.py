@@ -34,10 +34,10 @@ from vit_pytorch.simple_vit import SimpleViT
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.vit import ViT
-from vitrail.weights.hf_config import absent_biases
-from vitrail.weights.hf_tables import FAMILIES
-from vitrail.weights.layouts import EVA, SPLIT_GATE, TIMM, vit_pytorch
-from vitrail.weights.rules import Rule, to_ours
+from vitrail.weights.formats.hf_config import absent_biases
+from vitrail.weights.formats.hf_tables import FAMILIES
+from vitrail.weights.key_mapping import Rule, to_ours
+from vitrail.weights.naming import EVA, SPLIT_GATE, TIMM, vit_pytorch
 
 # A table that importing uses as well, or names that are left out, as regular expressions.
 Rules = list[tuple[str, str | None]] | tuple[Rule, ...]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode, v2
 
 from vitrail.config import AugmentConfig, RunConfig
-from vitrail.data.augment import augment_batch, draw
-from vitrail.data.mixing import ERASED_AREA, ERASED_RATIO, erase_, erased_boxes
-from vitrail.data.policies import BINS, OPERATIONS, SIGMAS, STRONGEST, apply_policy, decide, strength_of
+from vitrail.data.augment.mixup import ERASED_AREA, ERASED_RATIO, erase_, erased_boxes
+from vitrail.data.augment.policies import BINS, OPERATIONS, SIGMAS, STRONGEST, apply_policy, decide, strength_of
+from vitrail.data.augment.random_changes import augment_batch, draw
 from vitrail.models.config import ViTConfig
 from vitrail.recipes import refuse_idle
 

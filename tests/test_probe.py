@@ -17,18 +17,18 @@ from sklearn.linear_model import LogisticRegression
 from vitrail.cli import run
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data import kept as kept_module
-from vitrail.data.kept import KeptRows, picture_keys
-from vitrail.data.sources import open_source
+from vitrail.data.cache import rows as kept_module
+from vitrail.data.cache.rows import KeptRows, picture_keys
+from vitrail.data.datasets.open import open_source
 from vitrail.evaluation import linear
 from vitrail.evaluation.classifier import load
 from vitrail.evaluation.knn import knn_predict, neighbours
 from vitrail.evaluation.linear import GRID, fit_logistic, fit_ridge
+from vitrail.evaluation.pca import decompose
 from vitrail.evaluation.probe import probe
-from vitrail.evaluation.spectrum import decompose
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights.store import load_model, save_model
+from vitrail.weights.model_file import load_model, save_model
 
 CPU = torch.device("cpu")
 
@@ -114,7 +114,7 @@ def test_leave_one_out_equals_leaving_one_out(count, width):
 @pytest.mark.parametrize(("count", "width"), [(500, 12), (30, 64)])
 def test_the_spectrum_is_that_of_standardised_features(count, width, monkeypatch):
     features, targets = blobs(count, width)
-    monkeypatch.setattr("vitrail.evaluation.spectrum._ROWS", 77)
+    monkeypatch.setattr("vitrail.evaluation.pca._ROWS", 77)
     spectrum = decompose(features, targets, 4)
     x = features.double()
     deviation = x.std(dim=0, correction=0)

@@ -15,19 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from vitrail.api import train
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
 from vitrail.console import Talk
-from vitrail.data.cache import PictureCache, kept_sizes
-from vitrail.data.decode import PictureError, read_picture
-from vitrail.data.jpeg import FACTORS, decode_jpeg, jpeg_header
-from vitrail.data.preprocess import INTERPOLATIONS
-from vitrail.data.regions import Box, Cut, by_pillow, by_torch, shrunk
+from vitrail.data.cache.decoded import PictureCache, kept_sizes
+from vitrail.data.datasets.open import open_source
+from vitrail.data.images.decode import PictureError, read_picture
+from vitrail.data.images.jpeg import FACTORS, decode_jpeg, jpeg_header
+from vitrail.data.images.preprocess import INTERPOLATIONS
+from vitrail.data.loading.crop_decode import Box, Cut, by_pillow, by_torch, shrunk
 from vitrail.data.setup import CheckedData, check_data, ready_data
-from vitrail.data.sources import open_source
 from vitrail.models.config import ViTConfig
 from vitrail.tensor_files import load_tensors
 from vitrail.training.loop import report_dropped
-from vitrail.training.session import train
 
 
 def photo(seed: int, width: int, height: int) -> Image.Image:

@@ -20,10 +20,10 @@ import pytest
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data import remote, stores
-from vitrail.data.places import ShardPictures
-from vitrail.data.sources import open_source
-from vitrail.data.write_shards import write_shards
+from vitrail.data.datasets.base import ShardPictures
+from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.webdataset import remote, stores
+from vitrail.data.datasets.write_shards import write_shards
 
 moto_server = pytest.importorskip("moto.server")
 s3fs = pytest.importorskip("s3fs")
@@ -266,7 +266,9 @@ def test_a_changed_shard_is_fetched_anew(shards, tmp_path):
 
 
 def test_two_processes_fetch_each_shard_once(shards, cache):
-    program = "import sys; from vitrail.data.sources import open_source; print(len(open_source(sys.argv[1]).paths))"
+    program = (
+        "import sys; from vitrail.data.datasets.open import open_source; print(len(open_source(sys.argv[1]).paths))"
+    )
     server = Server(shards, ranges=True)
     with serving(server):
         words = [sys.executable, "-c", program, f"{server.url}/{WORD}"]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitrail.report.page import ROWS_LIMIT, build_report, clip, percent, source_hash, wilson
 from vitrail.report.plots import POINTS_LIMIT, pool, running_mean, thin
+from vitrail.report.run_page import ROWS_LIMIT, build_report, clip, percent, source_hash, wilson
 
 HOSTILE = [
     "<script>alert(1)</script>", '" onload="alert(2)', "{{ 7 * 7 }} ${x}$", "漢字の葉", "\udcff broken",

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vitrail.models.config import ViTConfig
-from vitrail.weights.imported import LoadReport
-from vitrail.weights.rules import Form, Rule, to_ours, to_theirs
+from vitrail.weights.imported_model import LoadReport
+from vitrail.weights.key_mapping import Form, Rule, to_ours, to_theirs
 
 CONFIG = ViTConfig(embed_dim=4, num_heads=2, depth=1)
 TRANSPOSED = Form(lambda x, config: x.T, lambda x, config: x.T)

@@ -11,12 +11,12 @@ from PIL import Image
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data.decode import read_picture
-from vitrail.data.duplicates import THUMBNAIL, candidates, duplicate_pairs, hashes
-from vitrail.data.scan import Scan, has_colour, scan_source
+from vitrail.data.check.duplicates import THUMBNAIL, candidates, duplicate_pairs, hashes
+from vitrail.data.check.scan import Scan, has_colour, scan_source
+from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.images.decode import read_picture
 from vitrail.data.setup import check_data
-from vitrail.data.sources import Source, open_source
-from vitrail.data.splits import save_splits
+from vitrail.data.splits.splits import save_splits
 from vitrail.threads import ordered_map
 
 

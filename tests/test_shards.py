@@ -21,16 +21,16 @@ from PIL import Image
 
 from vitrail.cli import run
 from vitrail.config import AugmentConfig, DataConfig
-from vitrail.data.decode import PictureError
-from vitrail.data.loader import Pictures, TrainStream
-from vitrail.data.places import ShardPictures
-from vitrail.data.preprocess import Preprocess
-from vitrail.data.scan import scan_source
-from vitrail.data.shards import is_shards
-from vitrail.data.sources import Source, open_source, run_name, same_source
-from vitrail.data.splits import make_splits
-from vitrail.data.tar import TarReader
-from vitrail.data.write_shards import write_shards
+from vitrail.data.check.scan import scan_source
+from vitrail.data.datasets.base import ShardPictures
+from vitrail.data.datasets.open import Source, open_source, run_name, same_source
+from vitrail.data.datasets.webdataset.shards import is_shards
+from vitrail.data.datasets.webdataset.tar import TarReader
+from vitrail.data.datasets.write_shards import write_shards
+from vitrail.data.images.decode import PictureError
+from vitrail.data.images.preprocess import Preprocess
+from vitrail.data.loading.train_loader import Pictures, TrainStream
+from vitrail.data.splits.splits import make_splits
 
 
 @pytest.fixture(autouse=True)

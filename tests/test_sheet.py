@@ -13,10 +13,10 @@ from PIL import Image
 from vitrail.cli import run as vitrail
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
 from vitrail.console import Talk
-from vitrail.data.loader import TrainStream
+from vitrail.data.loading.train_loader import TrainStream
 from vitrail.data.setup import check_data, ready_data
 from vitrail.models.config import ViTConfig
-from vitrail.report.augmentation import chosen, views
+from vitrail.report.contact_sheet import chosen, views
 
 ALL = AugmentConfig(
     crop_scale=0.4,

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from vitrail.data.decode import PictureError
-from vitrail.data.places import ArrayPictures, FilePictures, flip_reason
-from vitrail.data.sources import open_source
+from vitrail.data.datasets.base import ArrayPictures, FilePictures, flip_reason
+from vitrail.data.datasets.open import open_source
+from vitrail.data.images.decode import PictureError
 
 
 def put(path: Path, level: int = 100) -> None:

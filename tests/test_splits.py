@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrail.config import DataConfig
+from vitrail.data.datasets.open import open_source
 from vitrail.data.problems import Problem
-from vitrail.data.sources import open_source
-from vitrail.data.splits import Splits, check_trainable, fingerprint, load_splits, make_splits, save_splits
+from vitrail.data.splits.splits import Splits, check_trainable, fingerprint, load_splits, make_splits, save_splits
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from PIL import Image
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data import tables
-from vitrail.data.listing import Paths, places, repeated
-from vitrail.data.places import FilePictures
-from vitrail.data.scan import scan_source
-from vitrail.data.sources import open_source, run_name, same_source
-from vitrail.data.splits import load_splits, make_splits, save_splits
+from vitrail.data.check.scan import scan_source
+from vitrail.data.datasets import table as tables
+from vitrail.data.datasets.base import FilePictures
+from vitrail.data.datasets.open import open_source, run_name, same_source
+from vitrail.data.datasets.string_array import Paths, places, repeated
+from vitrail.data.splits.splits import load_splits, make_splits, save_splits
 
 
 def put(path: Path, level: int = 100) -> None:
@@ -303,8 +303,8 @@ def test_groups_are_never_divided_and_shares_come_near(tmp_path_factory, data):
         limit_pixels=1,
         damaged="refuse",
     )
-    from vitrail.data.duplicates import group_pairs
-    from vitrail.data.duplicates import groups as connected
+    from vitrail.data.check.duplicates import group_pairs
+    from vitrail.data.check.duplicates import groups as connected
 
     linked = connected(len(groups), group_pairs(groups))
     config = DataConfig(val_fraction=val, test_fraction=test, split_seed=data.draw(st.integers(0, 5)))

@@ -17,16 +17,16 @@ from timm.layers.mlp import GluMlp
 from torch import nn
 
 from vitrail.cli import run
-from vitrail.data.preprocess import Preprocess
-from vitrail.export.timm import write_timm
+from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights import layouts
-from vitrail.weights.imported import Imported
-from vitrail.weights.rules import to_ours, to_theirs
-from vitrail.weights.store import ModelHeader
-from vitrail.weights.timm_modules import describe
-from vitrail.weights.words import open_weights
+from vitrail.weights import naming as layouts
+from vitrail.weights.formats.timm_modules import describe
+from vitrail.weights.formats.timm_writer import write_timm
+from vitrail.weights.imported_model import Imported
+from vitrail.weights.key_mapping import to_ours, to_theirs
+from vitrail.weights.model_file import ModelHeader
+from vitrail.weights.resolve import open_weights
 
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 SIZE_32 = {"img_size": 32, "patch_size": 8}

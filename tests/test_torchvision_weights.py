@@ -16,9 +16,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 from vitrail.models.config import ViTConfig
-from vitrail.weights.layouts import TORCHVISION
-from vitrail.weights.rules import to_ours, to_theirs
-from vitrail.weights.words import open_weights
+from vitrail.weights.key_mapping import to_ours, to_theirs
+from vitrail.weights.naming import TORCHVISION
+from vitrail.weights.resolve import open_weights
 
 SHAPE = {"patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 80}
 LABELS = ["ant", "bee", "cat", "dog", "elk"]

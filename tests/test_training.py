@@ -16,20 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vitrail.api import train
 from vitrail.config import OptimConfig, RunConfig, ScheduleConfig, load_config
+from vitrail.config_schema import override
 from vitrail.console import Talk
 from vitrail.evaluation.classifier import load
-from vitrail.evaluation.tables import write_table
+from vitrail.evaluation.prediction_tables import write_table
 from vitrail.models.vit import ViT
-from vitrail.settings import override
+from vitrail.optim.optimizers import build_optimizer, clip_gradient, update_average
+from vitrail.optim.schedules import Schedule
 from vitrail.training import loop
 from vitrail.training.diagnosis import NotFinite
 from vitrail.training.loop import rhythm_of
-from vitrail.training.optim import build_optimizer, clip_gradient, update_average
-from vitrail.training.schedules import Schedule
-from vitrail.training.session import train
 from vitrail.training.signals import Stopped
-from vitrail.weights.store import load_model
+from vitrail.weights.model_file import load_model
 
 QUIET = Talk(quiet=True)
 

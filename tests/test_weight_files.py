@@ -22,10 +22,10 @@ from vit_pytorch.simple_vit import SimpleViT
 
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights import layouts
-from vitrail.weights.files import read_pickle
-from vitrail.weights.rules import to_ours, to_theirs
-from vitrail.weights.words import open_weights
+from vitrail.weights import naming as layouts
+from vitrail.weights.formats.state_dict_files import read_pickle
+from vitrail.weights.key_mapping import to_ours, to_theirs
+from vitrail.weights.resolve import open_weights
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 CROP = Compose(

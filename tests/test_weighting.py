@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vitrail.api import train
 from vitrail.cli import run as vitrail
 from vitrail.config import OptimConfig, RunConfig
+from vitrail.config_schema import override
 from vitrail.console import Talk
-from vitrail.data.class_weights import class_weights, loss_weights, mean_weights
-from vitrail.data.loader import Batch
-from vitrail.data.places import ArrayPictures
+from vitrail.data.datasets.base import ArrayPictures
+from vitrail.data.loading.class_weights import class_weights, loss_weights, mean_weights
+from vitrail.data.loading.train_loader import Batch
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.settings import override
-from vitrail.training.checkpoints import Progress, State
+from vitrail.objectives.classification import Classification
+from vitrail.optim.optimizers import build_optimizer
 from vitrail.training.loop import update
-from vitrail.training.objectives import Classification
-from vitrail.training.optim import build_optimizer
-from vitrail.training.session import train
+from vitrail.training.state import Progress, State
 
 SIZES = np.asarray([60, 12, 3, 0])
 TARGETS = np.repeat(np.arange(4), SIZES)

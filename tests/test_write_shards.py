@@ -13,10 +13,10 @@ from PIL import Image
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data import write_shards as writing
-from vitrail.data.places import ArrayPictures
-from vitrail.data.sources import open_source
-from vitrail.data.write_shards import write_shards
+from vitrail.data.datasets import write_shards as writing
+from vitrail.data.datasets.base import ArrayPictures
+from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.write_shards import write_shards
 
 
 @pytest.fixture(autouse=True)

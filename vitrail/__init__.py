@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vitrail.api import train
     from vitrail.config import RunConfig
     from vitrail.evaluation.classifier import Classifier, Prediction, load
     from vitrail.models.config import ViTConfig
     from vitrail.models.vit import ViT
-    from vitrail.training.session import train
 
 _PLACES = {
     "ViT": "vitrail.models.vit",
@@ -24,7 +24,7 @@ _PLACES = {
     "Classifier": "vitrail.evaluation.classifier",
     "Prediction": "vitrail.evaluation.classifier",
     "load": "vitrail.evaluation.classifier",
-    "train": "vitrail.training.session",
+    "train": "vitrail.api",
 }
 
 __all__ = ["Classifier", "Prediction", "RunConfig", "ViT", "ViTConfig", "__version__", "load", "train"]

@@ -18,10 +18,10 @@ from tyro.conf import Positional, arg
 
 import vitrail
 from vitrail.config import UNEVEN, AugmentConfig, DataConfig, RunConfig
+from vitrail.config_schema import field_types
 from vitrail.console import Talk, printable
 from vitrail.lookup import unknown
 from vitrail.models.config import ViTConfig
-from vitrail.settings import field_types
 
 OK, USER_ERROR, USAGE_ERROR = 0, 1, 2
 
@@ -313,9 +313,9 @@ def check_options() -> type:
 
 def do_check(options: Any) -> int:
     """Look for all that is known to spoil a training; print a summary, write all of it."""
-    from vitrail.data.check import check_source
+    from vitrail.data.check.check import check_source
     from vitrail.files import write_text
-    from vitrail.report.check import summary, write_page
+    from vitrail.report.check_page import summary, write_page
 
     places = (("--out", options.out), ("--html", options.html), ("--out-sheet", options.out_sheet))
     for name, path in places:
@@ -340,7 +340,7 @@ def do_check(options: Any) -> int:
             talk.say(f"next:    vitrail check {data} --html check.html   (a page with the pictures in question)")
         return fail(f"{number:,} errors; mend them first" if number > 1 else "1 error; mend it first")
     if options.show_augmentation:
-        from vitrail.report.augmentation import write_sheet
+        from vitrail.report.contact_sheet import write_sheet
 
         place = options.out_sheet or "augmentation.png"
         given = given_settings(options.augment, "augment.")
@@ -365,7 +365,7 @@ def refuse_sheetless(options: Any) -> None:
 def do_train(options: Any) -> int:
     """Train, then say what came out and what to type next."""
     from vitrail import distributed
-    from vitrail.training.session import train
+    from vitrail.api import train
     from vitrail.training.signals import Stopped
 
     talk = Talk(quiet=os.environ.get("RANK", "0") != "0")
@@ -411,7 +411,7 @@ def do_predict(options: Predict) -> int:
     from vitrail.device import pick_device
     from vitrail.evaluation.classifier import load
     from vitrail.evaluation.evaluate import tell_of_weights, warn_of_patches
-    from vitrail.evaluation.tables import check_ending, find_pictures, write_table
+    from vitrail.evaluation.prediction_tables import check_ending, find_pictures, write_table
 
     if options.out is not None:
         check_ending(Path(options.out))
@@ -476,8 +476,8 @@ def do_eval(options: Eval) -> int:
 
 def do_export(options: Export) -> int:
     """Write a model in another format, and say what became of it."""
-    from vitrail.export.targets import export
-    from vitrail.weights.described import parse_described
+    from vitrail.export.formats import export
+    from vitrail.weights.user_spec import parse_described
 
     talk = Talk()
     made = export(options.model, options.to, out=options.out, described=parse_described(options.describe))
@@ -535,7 +535,7 @@ def do_probe(options: Probe) -> int:
 
 def do_shard(options: Shard) -> int:
     """Write shards, and say what is in them."""
-    from vitrail.data.write_shards import write_shards
+    from vitrail.data.datasets.write_shards import write_shards
 
     talk = Talk()
     config = DataConfig(source=options.data, damaged=options.damaged)
@@ -557,7 +557,7 @@ def do_shard(options: Shard) -> int:
 
 def do_report(options: Report) -> int:
     """Rebuild the page of a run."""
-    from vitrail.report.page import build_report
+    from vitrail.report.run_page import build_report
 
     Talk().say(str(build_report(Path(options.run))))
     return OK

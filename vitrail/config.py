@@ -11,10 +11,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitrail.config_schema import from_dict, section, setting, to_dict
 from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES
 from vitrail.lookup import unknown
 from vitrail.models.config import ENCODER_NAMES, ViTConfig
-from vitrail.settings import from_dict, section, setting, to_dict
 
 OPTIMIZER_NAMES = ("adamw",)
 DECAY_NAMES = ("cosine", "linear", "step", "constant")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from vitrail.device import supports_bf16
-from vitrail.kernels.choose import cache_file, fastest, machine_key, timings, writable
-from vitrail.kernels.table import Case, candidates
+from vitrail.kernels.autotune import cache_file, fastest, machine_key, timings, writable
+from vitrail.kernels.registry import Case, candidates
 from vitrail.machine import memory_bytes, processor_name
 from vitrail.models.kernel_choice import attention_cases
 from vitrail.models.variants import variant_config

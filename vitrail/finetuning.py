@@ -12,11 +12,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vitrail.config import PreprocessConfig, at_least
+from vitrail.config_schema import leaves
 from vitrail.recipes import Choice, Facts, augmentation, averaging, sampling, speed
-from vitrail.settings import leaves
 
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
-    from vitrail.weights.store import ModelHeader
+    from vitrail.weights.model_file import ModelHeader
 
 # Fields of the architecture that weights say nothing of: a recipe may choose them.
 FREE = ("model.dropout", "model.attention_dropout", "model.drop_path", "model.patch_dropout")

@@ -14,13 +14,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vitrail.config import UNEVEN, RunConfig, at_least, load_config
+from vitrail.config_schema import leaves, override
 from vitrail.lookup import pick
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.variants import SIZES, suffix_fields, variant_config
-from vitrail.settings import leaves, override
 
 if TYPE_CHECKING:
-    from vitrail.weights.store import ModelHeader
+    from vitrail.weights.model_file import ModelHeader
 
 
 @dataclass(frozen=True)

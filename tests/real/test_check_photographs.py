@@ -14,8 +14,8 @@ import pytest
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data.check import Checked, check_source
-from vitrail.data.decode import is_picture_name
+from vitrail.data.check.check import Checked, check_source
+from vitrail.data.images.decode import is_picture_name
 
 CORRECTED = {"pillow/broken_data_stream.png": "damaged"}  # see test_nasty.py
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.data.decode import PictureError, inspect_picture, is_picture_name, read_picture
+from vitrail.data.images.decode import PictureError, inspect_picture, is_picture_name, read_picture
 
 # The list calls this picture ok, because Pillow's second load() after a failed one reports success. Its stream
 # breaks off 3 of 128 rows before the end, which is what the list's own README calls damaged.

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from vitrail.weights.store import build_model
-from vitrail.weights.words import open_weights
+from vitrail.weights.model_file import build_model
+from vitrail.weights.resolve import open_weights
 
 # file, data set, what the file does not say, right answers of 10,000, cross-entropy
 PUBLISHED = [

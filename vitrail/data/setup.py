@@ -11,16 +11,16 @@ import torch
 
 from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Talk, byte_size
-from vitrail.data.cache import PictureCache
-from vitrail.data.class_weights import loss_weights
-from vitrail.data.loader import TrainStream
-from vitrail.data.looks import KeptLooks
-from vitrail.data.pictures import Pictures
-from vitrail.data.preprocess import Preprocess, preprocess_of
+from vitrail.data.cache.decoded import PictureCache
+from vitrail.data.cache.scans import KeptLooks
+from vitrail.data.check.scan import Scan, scan_source
+from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.images.preprocess import Preprocess, preprocess_of
+from vitrail.data.loading.class_weights import loss_weights
+from vitrail.data.loading.reader import Pictures
+from vitrail.data.loading.train_loader import TrainStream
 from vitrail.data.problems import Problem, stop_on_errors
-from vitrail.data.scan import Scan, scan_source
-from vitrail.data.sources import Source, open_source
-from vitrail.data.splits import Splits, check_trainable, load_splits, make_splits
+from vitrail.data.splits.splits import Splits, check_trainable, load_splits, make_splits
 from vitrail.distributed import World
 
 

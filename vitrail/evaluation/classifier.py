@@ -14,15 +14,15 @@ import numpy as np
 import PIL.Image
 import torch
 
-from vitrail.data.decode import PictureError, as_decoded, read_picture
-from vitrail.data.preprocess import Preprocess
+from vitrail.data.images.decode import PictureError, as_decoded, read_picture
+from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.kernel_choice import inference_kernels
 from vitrail.models.variants import is_variant, variant_config
 from vitrail.models.vit import ViT
 from vitrail.threads import ordered_map
-from vitrail.weights.imported import LoadReport
-from vitrail.weights.store import ModelHeader, build_model
-from vitrail.weights.words import open_weights
+from vitrail.weights.imported_model import LoadReport
+from vitrail.weights.model_file import ModelHeader, build_model
+from vitrail.weights.resolve import open_weights
 
 _BATCH = 64
 

@@ -11,14 +11,14 @@ import torch
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data.pictures import Pictures
-from vitrail.data.preprocess import Preprocess
+from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.images.preprocess import Preprocess
+from vitrail.data.loading.reader import Pictures
 from vitrail.data.setup import is_identity, look_at
-from vitrail.data.sources import Source, open_source
-from vitrail.data.splits import Splits, fingerprint, load_splits, make_splits
+from vitrail.data.splits.splits import Splits, fingerprint, load_splits, make_splits
 from vitrail.evaluation.classifier import Classifier, load
-from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
+from vitrail.evaluation.predict_logits import judge
 from vitrail.lookup import unknown
 
 PARTS = ("test", "val", "train", "all")

@@ -12,11 +12,11 @@ import PIL
 import torch
 
 import vitrail
-from vitrail.data.kept import KeptRows, kept_folder
-from vitrail.data.pictures import Pictures
-from vitrail.data.sources import Source
+from vitrail.data.cache.rows import KeptRows, kept_folder
+from vitrail.data.datasets.open import Source
+from vitrail.data.loading.reader import Pictures
 from vitrail.evaluation.classifier import Classifier
-from vitrail.evaluation.judge import BATCH, judge
+from vitrail.evaluation.predict_logits import BATCH, judge
 
 FORMAT = 1  # raise it when a model computes something else from the same weights
 _SLICE = 4 * BATCH  # pictures between two looks at the clock

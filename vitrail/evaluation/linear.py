@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.evaluation.calibration import fit_temperature
-from vitrail.evaluation.spectrum import Spectrum
+from vitrail.evaluation.pca import Spectrum
 
 # Penalties per picture that ridge regression tries, in half decades.
 GRID = tuple(10 ** (step / 2) for step in range(-12, 5))

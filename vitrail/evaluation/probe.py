@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data.kept import KeptRows
-from vitrail.data.looks import KeptLooks
-from vitrail.data.pictures import Pictures
+from vitrail.data.cache.rows import KeptRows
+from vitrail.data.cache.scans import KeptLooks
+from vitrail.data.check.scan import Scan
+from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.loading.reader import Pictures
 from vitrail.data.problems import stop_on_errors
-from vitrail.data.scan import Scan
 from vitrail.data.setup import look_at
-from vitrail.data.sources import Source, open_source
-from vitrail.data.splits import Splits, check_trainable, make_splits
+from vitrail.data.splits.splits import Splits, check_trainable, make_splits
 from vitrail.evaluation.classifier import Classifier, load
 from vitrail.evaluation.evaluate import ready, split_rule, tell_of_weights, trained_parts
 from vitrail.evaluation.features import Features, features_of, open_cache
 from vitrail.evaluation.knn import knn_predict, neighbours
 from vitrail.evaluation.linear import TOLERANCE, fit_logistic, fit_ridge
-from vitrail.evaluation.spectrum import decompose
+from vitrail.evaluation.pca import decompose
 from vitrail.models.variants import is_variant
-from vitrail.weights.store import ModelHeader, save_model, versions
-from vitrail.weights.words import model_file
+from vitrail.weights.model_file import ModelHeader, save_model, versions
+from vitrail.weights.resolve import model_file
 
 
 def probe(

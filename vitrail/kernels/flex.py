@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from vitrail.kernels.kept import has_no_storage
+from vitrail.kernels.tensor_cache import has_no_storage
 
 _BLOCK = 128  # tokens in a block, FlexAttention's own default, which all its kernels' tiles divide
 

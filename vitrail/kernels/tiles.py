@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitrail.kernels.dense import empty_heads
 from vitrail.kernels.forward_mode import refuse_forward_mode
-from vitrail.kernels.kept import Kept
+from vitrail.kernels.tensor_cache import Kept
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 
 # Scores of the tiles that a thread computes together. With less, starting operations costs most; with more, buffers leave

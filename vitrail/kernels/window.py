@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitrail.kernels.kept import Kept
+from vitrail.kernels.tensor_cache import Kept
 
 
 def reach_of(grid: tuple[int, int], window: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.kernels.packed import attend_packed
-from vitrail.kernels.table import Kernels
+from vitrail.kernels.registry import Kernels
 from vitrail.lookup import pick
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import rotate

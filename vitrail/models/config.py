@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vitrail.config_schema import setting
 from vitrail.lookup import unknown
-from vitrail.settings import setting
 
 ENCODER_NAMES = ("patch", "conv", "r50")  # and every CNN of timm by its own name
 POSITION_NAMES = ("learned", "sincos2d", "rope2d", "none")

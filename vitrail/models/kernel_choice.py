@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vitrail.kernels.choose import cache_file, choose
-from vitrail.kernels.table import Case, Kernels
+from vitrail.kernels.autotune import cache_file, choose
+from vitrail.kernels.registry import Case, Kernels
 from vitrail.kernels.window import covers
 from vitrail.models.blocks import num_kept
 from vitrail.models.config import ViTConfig

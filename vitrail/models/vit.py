@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.kernels.table import Kernels
+from vitrail.kernels.registry import Kernels
 from vitrail.lookup import pick
 from vitrail.models.attention import Layout
 from vitrail.models.blocks import Block, PatchDropout
@@ -33,7 +33,7 @@ class ViT(nn.Module):
         blocks: the Transformer's pre-norm blocks.
         decoder: tokens [B, N, D] and the feature map → one vector [B, D].
         head: the last linear layer, or the identity when `num_classes` is 0.
-        kernels: how attention is computed; a fixed rule unless `vitrail.kernels.choose` has measured. No weights.
+        kernels: how attention is computed; a fixed rule unless `vitrail.kernels.autotune` has measured. No weights.
     """
 
     pos_fixed: Tensor | None

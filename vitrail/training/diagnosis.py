@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitrail.data.loader import Batch, TrainStream
-from vitrail.data.pictures import Pictures
-from vitrail.evaluation.judge import evaluating
+from vitrail.data.loading.reader import Pictures
+from vitrail.data.loading.train_loader import Batch, TrainStream
 from vitrail.evaluation.metrics import Outputs
+from vitrail.evaluation.predict_logits import evaluating
 from vitrail.models.vit import ViT
 
 

@@ -12,20 +12,20 @@ import PIL.Image
 
 from vitrail.config import RunConfig
 from vitrail.console import Talk
-from vitrail.data.decode import PictureError
+from vitrail.data.datasets.open import Source
+from vitrail.data.images.decode import PictureError
 from vitrail.data.setup import TrainData
-from vitrail.data.sources import Source
 from vitrail.device import pick_device
 from vitrail.distributed import World
 from vitrail.evaluation.calibration import fit_temperature, log_softmax
-from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import Outputs, judgement
+from vitrail.evaluation.predict_logits import judge
 from vitrail.files import write_text
-from vitrail.report.page import build_report
+from vitrail.report.run_page import build_report
 from vitrail.training.loop import model_header, report_dropped
-from vitrail.training.run import Run
+from vitrail.training.run_folder import Run
 from vitrail.training.start import run_kernels
-from vitrail.weights.store import load_model, save_model
+from vitrail.weights.model_file import load_model, save_model
 
 MISTAKES = 24
 _THUMBNAIL = 112  # px

@@ -12,26 +12,26 @@ from torch import Tensor, nn
 
 from vitrail.config import RunConfig, to_steps
 from vitrail.console import Talk, TrainingDisplay
-from vitrail.data.loader import Batch
-from vitrail.data.preprocess import preprocess_of
+from vitrail.data.images.preprocess import preprocess_of
+from vitrail.data.loading.train_loader import Batch
 from vitrail.data.setup import TrainData
 from vitrail.device import autocast, pick_device
 from vitrail.distributed import World
-from vitrail.evaluation.judge import judge
 from vitrail.evaluation.metrics import headline
+from vitrail.evaluation.predict_logits import judge
 from vitrail.models.lora import merged
-from vitrail.training.checkpoints import Progress, State, load_state, save_state
+from vitrail.objectives.classification import Classification
+from vitrail.optim.optimizers import clip_gradient, set_lr, update_average
+from vitrail.optim.schedules import Schedule
 from vitrail.training.diagnosis import check_finite, check_outputs
 from vitrail.training.frozen import running_statistics
 from vitrail.training.meter import Meter
-from vitrail.training.objectives import Classification
-from vitrail.training.optim import clip_gradient, set_lr, update_average
-from vitrail.training.run import Run
-from vitrail.training.schedules import Schedule
+from vitrail.training.run_folder import Run
 from vitrail.training.signals import Stopped, StopRequest
 from vitrail.training.start import first_learning, learning, let_learn, run_kernels, start_state
+from vitrail.training.state import Progress, State, load_state, save_state
 from vitrail.weights.adapt import Start
-from vitrail.weights.store import ModelHeader, save_model, versions
+from vitrail.weights.model_file import ModelHeader, save_model, versions
 
 _SHOW_SECONDS = 0.5
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vitrail.data.loader import Batch
+from vitrail.data.loading.train_loader import Batch
 
 KEYS = ("loss", "correct", "count", "grad_norm")
 

@@ -14,19 +14,19 @@ from torch import nn
 from vitrail.config import RunConfig
 from vitrail.console import Talk
 from vitrail.distributed import World
-from vitrail.kernels.table import Kernels
+from vitrail.kernels.registry import Kernels
 from vitrail.models.kernel_choice import training_kernels
 from vitrail.models.lora import add_adapters, is_adapter
 from vitrail.models.variants import is_variant
 from vitrail.models.vit import ViT
-from vitrail.training.checkpoints import Progress, State
+from vitrail.optim.optimizers import build_optimizer
 from vitrail.training.frozen import batch_norms, freeze, slow_statistics, within
-from vitrail.training.optim import build_optimizer
-from vitrail.training.run import Run
+from vitrail.training.run_folder import Run
+from vitrail.training.state import Progress, State
 from vitrail.weights.adapt import Start, adapt
-from vitrail.weights.imported import Imported, LoadReport
-from vitrail.weights.store import ModelHeader, build_model
-from vitrail.weights.words import open_weights
+from vitrail.weights.imported_model import Imported, LoadReport
+from vitrail.weights.model_file import ModelHeader, build_model
+from vitrail.weights.resolve import open_weights
 
 
 def meaning(model: str) -> dict[str, str]:

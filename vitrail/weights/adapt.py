@@ -13,8 +13,8 @@ from torch import Tensor
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table, sincos2d
-from vitrail.weights.fit import plain_labels
-from vitrail.weights.imported import Imported, LoadReport
+from vitrail.weights.finalise import plain_labels
+from vitrail.weights.imported_model import Imported, LoadReport
 from vitrail.weights.labels import match_labels
 
 # What weights were made for and cannot be changed under them, even where shapes would allow it.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from vitrail.weights.files import SUFFIXES
+from vitrail.weights.formats.state_dict_files import SUFFIXES
 
 
 def is_transformers_folder(path: Path) -> bool:

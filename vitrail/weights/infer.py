@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vitrail.data.preprocess import Preprocess
+from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
-from vitrail.weights.described import Told
-from vitrail.weights.fit import depth_of, mlp_ratio, plain_labels, table_grid
-from vitrail.weights.layouts import pixels_of
+from vitrail.weights.finalise import depth_of, mlp_ratio, plain_labels, table_grid
+from vitrail.weights.naming import pixels_of
+from vitrail.weights.user_spec import Told
 
 HEADS_OF_64 = "heads of 64"  # and 16 of 80 in ViT-H: what every published size has (Dosovitskiy et al. 2021, table 1)
 

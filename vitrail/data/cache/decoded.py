@@ -1,0 +1,159 @@
+"""Decoded training pictures on disk, mapped into memory: from the second epoch on nothing is decoded.
+
+A picture is kept whole, its short side brought to a stated length, as uint8. Crops are taken from that form in every
+epoch, the first included, so that a batch is the same whether a picture was in the cache or not.
+
+The file has a place for every picture. A place counts when its checksum holds, which each process looks at once: so a
+process that is killed, a full disk or two processes that write the same picture can spoil nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+import weakref
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL
+import simplejpeg
+
+from vitrail.data.cache.rows import kept_folder, picture_keys
+from vitrail.data.datasets.open import Source
+from vitrail.data.loading.crop_decode import Box, Cut
+from vitrail.files import filled_folder
+
+FORMAT = 1  # raise it when the same picture would be kept otherwise
+_SPARE_BYTES = 2**28  # left on the disk: a checkpoint may have to go there
+_HEAD = 8  # bytes before each picture: whether it is there, and its checksum
+
+
+class PictureCache:
+    """The kept pictures of a source; safe for threads and for processes of one machine.
+
+    Attributes:
+        num_kept: how many pictures have a place, of those that were asked for.
+        num_bytes: what they take when all are there.
+        full: why nothing more is written, or an empty string.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: np.ndarray,
+        sizes: np.ndarray,
+        cut: Cut,
+        *,
+        side: int,
+        limit_bytes: int,
+        workers: int = 0,
+    ) -> None:
+        """Open the cache of the pictures `indices`, or make an empty one.
+
+        Args:
+            sizes: [N, 2] height and width of every picture of the source.
+            cut: how pictures are decoded and resized.
+            side: length of the short side in pixels; smaller pictures stay as they are.
+            limit_bytes: places are given in the order of `indices` while they fit.
+
+        Raises:
+            OSError: the cache folder cannot be written.
+        """
+        self.side, self.cut, self.source, self.full = side, replace(cut, side=side), source, ""
+        self.sizes, self.kept_sizes = sizes, kept_sizes(sizes, side)
+        channels = 3 if cut.mode == "RGB" else 1
+        ends = np.cumsum(_HEAD + self.kept_sizes[indices].prod(axis=1) * channels)
+        self.num_kept = int(np.searchsorted(ends, limit_bytes, side="right"))
+        self.num_bytes = int(ends[self.num_kept - 1]) if self.num_kept else 0
+        kept = indices[: self.num_kept]
+        self.starts = np.full(len(sizes), -1, dtype=np.int64)
+        self.starts[kept] = np.concatenate([[0], ends[: self.num_kept - 1]]) if self.num_kept else 0
+        self.folder = filled_folder(kept_folder("pictures", source, self._depends_on(kept, workers)), self._make)
+        self._file = os.open(self.folder / "pixels", os.O_RDWR)
+        weakref.finalize(self, os.close, self._file)
+        # A file of no bytes cannot be mapped.
+        mapped = mmap.mmap(self._file, self.num_bytes, access=mmap.ACCESS_READ) if self.num_bytes else b""
+        self._map = np.frombuffer(mapped, np.uint8)
+        self._checked = np.zeros(len(sizes), dtype=bool)
+
+    def _depends_on(self, kept: np.ndarray, workers: int) -> tuple[object, ...]:
+        """Return all that the file's bytes depend on."""
+        cut, versions = self.cut, [PIL.__version__, simplejpeg.__version__]
+        if cut.fast:
+            import torch
+
+            versions.append(torch.__version__)
+        pictures = hashlib.blake2b(picture_keys(self.source, kept, cut.mode, workers).tobytes())
+        pictures.update(self.kept_sizes[kept].tobytes())
+        return (FORMAT, self.side, cut.mode, cut.interpolation, cut.fast, *versions, pictures.hexdigest())
+
+    def _make(self, folder: Path) -> None:
+        with open(folder / "pixels", "wb") as file:
+            file.truncate(self.num_bytes)  # takes no space before it is written
+
+    def read(self, index: int) -> np.ndarray:
+        """Return a picture in its kept form [H, W] or [H, W, 3]; it is decoded and kept when it was not yet.
+
+        Raises:
+            PictureError, OSError: the picture must be decoded, and cannot be.
+        """
+        start = int(self.starts[index])
+        if start < 0:
+            return self._decode(index)[0]
+        high, wide = self.kept_sizes[index].tolist()
+        shape = (high, wide, 3) if self.cut.mode == "RGB" else (high, wide)
+        pixels = self._map[start + _HEAD : start + _HEAD + math.prod(shape)]
+        if self._checked[index] or self._holds(start, pixels):
+            self._checked[index] = True
+            return pixels.reshape(shape)
+        pixels, as_listed = self._decode(index)
+        if as_listed:
+            self._write(start, pixels)
+        return pixels
+
+    def _decode(self, index: int) -> tuple[np.ndarray, bool]:
+        """Return the form in which a picture is kept, and whether the file still has the size that it was listed with."""
+        size = np.zeros(2, dtype=np.int64)
+
+        def choose(width: int, height: int) -> Box:
+            size[:] = height, width
+            return Box(0.0, 0.0, width, height)
+
+        pixels, box = self.cut.region(self.source, index, choose)
+        high, wide = kept_sizes(size[None], self.side)[0].tolist()
+        as_listed = bool((size == self.sizes[index]).all())
+        if pixels.shape[:2] == (high, wide):
+            return np.array(pixels, order="C"), as_listed  # a copy: the thread's next picture takes the memory
+        resized = self.cut.resize(pixels, box, (wide, high))
+        return (np.ascontiguousarray(resized.transpose(1, 2, 0)) if len(resized) == 3 else resized[0]), as_listed
+
+    def _holds(self, start: int, pixels: np.ndarray) -> bool:
+        there, checksum = self._map[start : start + _HEAD].view(np.uint32).tolist()
+        return there == 1 and checksum == zlib.crc32(pixels.data)
+
+    def _write(self, start: int, pixels: np.ndarray) -> None:
+        """Keep a picture. By a call and not through the map, where a full disk would be a signal that ends the process."""
+        if self.full:
+            return
+        head = np.asarray([1, zlib.crc32(pixels.data)], dtype=np.uint32).tobytes()
+        try:
+            left = os.fstatvfs(self._file)
+            if left.f_bavail * left.f_frsize < _SPARE_BYTES:
+                self.full = f"{self.folder}: less than {_SPARE_BYTES // 2**20} MiB are left on its disk"
+                return
+            for place, content in ((start + _HEAD, pixels.data.cast("B")), (start, head)):
+                while len(content):
+                    written = os.pwrite(self._file, content, place)
+                    place, content = place + written, content[written:]
+        except OSError as error:
+            self.full = f"{self.folder}: {error.strerror}"
+
+
+def kept_sizes(sizes: np.ndarray, side: int) -> np.ndarray:
+    """Return the heights and widths [N, 2] in which pictures are kept: the short side is `side`, or its own where shorter."""
+    scale = np.minimum(1.0, side / np.maximum(sizes.min(axis=1, keepdims=True), 1))
+    return np.maximum(1, np.round(sizes * scale)).astype(np.int64)

@@ -1,0 +1,47 @@
+"""What the look at every picture has found, kept on disk: unchanged files need not be decoded to be looked at again."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import PIL
+
+from vitrail.data.cache.rows import KeptRows, kept_folder, picture_keys
+from vitrail.data.check.duplicates import THUMBNAIL
+from vitrail.data.datasets.open import Source
+
+FORMAT = 1  # raise it when a look finds something else in the same file
+
+
+class Known(NamedTuple):
+    """What is known of some pictures: which [N], height and width [N, 2], grey copies [N, 32, 32], hashes of pixels [N]."""
+
+    found: np.ndarray
+    sizes: np.ndarray
+    thumbnails: np.ndarray
+    digests: np.ndarray
+
+
+class KeptLooks:
+    """The looks at a source's whole pictures; a file with a fault is never kept, and so named each time."""
+
+    def __init__(self, source: Source, mode: Literal["RGB", "L"], *, limit_pixels: int, workers: int = 0) -> None:
+        folder = kept_folder("looks", source, (FORMAT, PIL.__version__, mode, limit_pixels))
+        self.rows = KeptRows(folder, THUMBNAIL**2 + 16, np.uint8)
+        self.keys = picture_keys(source, np.arange(len(source.paths)), mode, workers)
+
+    def read(self) -> Known:
+        """Return what is known of the source's pictures."""
+        rows, found = self.rows.read(self.keys)
+        tail = np.ascontiguousarray(rows[:, THUMBNAIL**2 :])
+        sizes, digests = tail[:, :8].copy().view(np.int32), tail[:, 8:].copy().view(np.uint64)[:, 0]
+        return Known(found, sizes, rows[:, : THUMBNAIL**2].reshape(-1, THUMBNAIL, THUMBNAIL), digests)
+
+    def add(self, indices: np.ndarray, sizes: np.ndarray, thumbnails: np.ndarray, digests: np.ndarray) -> None:
+        """Keep looks at the pictures `indices`; a cache that cannot be written is done without."""
+        parts = (thumbnails.reshape(-1, THUMBNAIL**2), sizes.view(np.uint8), digests[:, None].view(np.uint8))
+        try:
+            self.rows.add(self.keys[indices], np.concatenate(parts, axis=1))
+        except OSError:
+            return

@@ -1,0 +1,1 @@
+"""What can be wrong with a dataset: broken files, copies, leaks, class names, unusual images."""

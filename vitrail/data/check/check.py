@@ -1,0 +1,221 @@
+"""Everything that can be said about a data set before a training: what `vitrail check` writes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitrail.config import DataConfig
+from vitrail.data.check.class_names import label_problems, level_problem
+from vitrail.data.check.crop_duplicates import LIMIT
+from vitrail.data.check.duplicates import duplicate_pairs, groups
+from vitrail.data.check.image_formats import Forms, form_problems
+from vitrail.data.check.scan import Scan, broken, scan_source
+from vitrail.data.datasets.base import ArrayPictures, FilePictures
+from vitrail.data.datasets.folder import open_folder
+from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.datasets.webdataset.shards import is_shards
+from vitrail.data.images.decode import PictureError, inspect_picture
+from vitrail.data.problems import Problem
+from vitrail.data.progress import Advance, Bar, no_bar
+from vitrail.data.splits.splits import check_trainable, class_problems, make_splits
+from vitrail.threads import ordered_map
+
+_BROKEN = ("unreadable", "damaged", "refused")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The result of a check.
+
+    Attributes:
+        source: the listed pictures; None where nothing could be listed.
+        facts: what JSON holds besides `ok` and `problems`.
+        problems: errors first.
+    """
+
+    source: Source | None
+    facts: dict[str, Any]
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no error was found; warnings may have been."""
+        return all(problem.severity != "error" for problem in self.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {"ok": self.ok, **self.facts, "problems": [problem.to_dict() for problem in self.problems]}
+
+
+def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) -> Checked:
+    """Look for everything that is known to spoil a training or its judgement.
+
+    Args:
+        quick: read headers and bytes and decode nothing: pictures that end too early, equal pictures in different files
+            and near duplicates are not found.
+        bar: gives a context with a function of the number done and the total, such as `Talk.bar`.
+    """
+    started = time.perf_counter()
+    form = "quick" if quick else "full"
+    root = Path(config.source).expanduser()
+    in_folders = root.is_dir() and not is_shards(config.source)
+    level = level_problem(root) if in_folders else None
+    if level is not None and level.severity == "error":
+        return Checked(None, {"num_images": 0, "classes": {}, "form": form}, (level,))
+    try:
+        source = listed(config, root, bar)
+    except ValueError as error:
+        if not in_folders:
+            raise
+        problem = Problem("error", "missing-class", (), str(error))
+        return Checked(None, {"num_images": 0, "classes": {}, "form": form}, (problem,))
+    forms = Forms(len(source.paths), config.limit_pixels)
+    with bar(f"looking at {len(source.paths):,} pictures") as advance:
+        scan = quick_scan(source, config, forms, advance) if quick else full_scan(source, config, forms, advance)
+    problems = [*([level] if level else []), *source.problems, *label_problems(source.labels)]
+    problems += [problem for problem in scan.problems if problem.kind in _BROKEN]
+    problems += duplicate_problems(source, scan)
+    problems += form_problems(source, forms, scan.sizes)
+    facts = facts_of(source, scan, forms) | {"form": form, "near_duplicates": not quick and config.near_duplicates}
+    facts["crops_compared"] = facts["near_duplicates"] and len(source.paths) <= LIMIT
+    try:
+        splits = make_splits(source, config, scan.good, scan.groups)
+        facts |= {"fingerprint": splits.fingerprint, "rule": splits.rule}
+        facts["splits"] = {part: len(indices) for part, indices in splits.parts.items()}
+        named = {Path(path).name for each in source.problems if each.kind == "missing-class" for path in each.paths}
+        problems += [
+            each for each in class_problems(source, splits) if each.kind != "missing-class" or set(each.paths) - named
+        ]
+        check_trainable(source, splits)
+    except ValueError as error:  # what training would stop at
+        problems.append(Problem("error", "missing-class", (), str(error)))
+    facts["seconds"] = round(time.perf_counter() - started, 2)
+    return Checked(source, facts, tuple(sorted(problems, key=lambda problem: problem.severity)))
+
+
+def listed(config: DataConfig, root: Path, bar: Bar) -> Source:
+    """List the pictures; classes that only some parts have are listed too, where training would refuse them."""
+    if root.is_dir() and not is_shards(config.source):
+        damaged = "keep" if config.damaged == "keep" else "refuse"
+        return open_folder(root, limit_pixels=config.limit_pixels, damaged=damaged, all_classes=True)
+    return open_source(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar)
+
+
+def full_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance) -> Scan:
+    """Decode every picture."""
+    return scan_source(
+        source,
+        damaged=config.damaged,
+        near_duplicates=config.near_duplicates,
+        memory_bytes=0,
+        workers=config.workers,
+        forms=forms,
+        advance=advance,
+    )
+
+
+def quick_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance) -> Scan:
+    """Read every header, and compare files byte by byte; pictures that are arrays are compared by their pixels."""
+
+    def look(index: int) -> tuple[Any, int, PictureError | OSError | None]:
+        try:
+            if isinstance(source, ArrayPictures):
+                content, info = source.read(index, "RGB").tobytes(), None
+            else:
+                place = source.location(index)
+                stored = place if isinstance(source, FilePictures) else source.encoded(index)
+                info = replace(inspect_picture(stored, limit_pixels=config.limit_pixels, decode=False), path=place)
+                with open(place, "rb") if isinstance(stored, str) else io.BytesIO(stored) as file:
+                    content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
+        except (PictureError, OSError) as error:
+            return None, 0, error
+        digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        return info, digest, PictureError(info) if info is not None and info.verdict != "ok" else None
+
+    count = len(source.paths)
+    good, digests = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.uint64)
+    sizes, problems = np.zeros((count, 2), dtype=np.int32), []
+    for index, (info, digest, error) in enumerate(ordered_map(look, range(count), config.workers)):
+        if index % 256 == 0:
+            advance(index, count)
+        if info is not None:
+            forms.note(index, info)
+            sizes[index] = info.height, info.width
+        if error is not None:
+            problems.append(broken(source, index, error, config.damaged))
+            continue
+        good[index], digests[index] = True, digest
+    advance(count, count)
+    usable = np.flatnonzero(good)
+    exact = usable[duplicate_pairs(np.zeros((len(usable), 0, 0), np.uint8), digests[usable], near=False)[0]]
+    near = np.empty((0, 2), dtype=np.int64)
+    return Scan(good, sizes, True, None, groups(count, exact, near), tuple(problems), exact, near)
+
+
+def facts_of(source: Source, scan: Scan, forms: Forms) -> dict[str, Any]:
+    """Return counts and sizes as JSON values."""
+    found = np.bincount(source.targets, minlength=len(source.labels))
+    facts: dict[str, Any] = {
+        "num_images": len(source.paths),
+        "num_good": int(scan.good.sum()),
+        "classes": dict(zip(source.labels, found.tolist(), strict=True)),
+        "modes": forms.counts("modes"),
+        "formats": forms.counts("formats"),
+    }
+    sizes = scan.sizes[scan.good & (scan.sizes.min(axis=1) > 0)]
+    if len(sizes):
+        pixels = sizes.prod(axis=1, dtype=np.int64)
+        named = {"smallest": int(pixels.argmin()), "largest": int(pixels.argmax())}
+        facts["sizes"] = {name: sizes[at, ::-1].tolist() for name, at in named.items()}  # width, height
+        facts["sizes"]["median"] = np.median(sizes[:, ::-1], axis=0).astype(int).tolist()
+    return facts
+
+
+def duplicate_problems(source: Source, scan: Scan) -> list[Problem]:
+    """Describe each group of equal or nearly equal pictures.
+
+    The same picture in two parts or under two labels is an error: a figure, or a label, is certainly wrong. For nearly
+    equal ones a person must look: it may be a copy, or the next picture of a series.
+    """
+    problems: list[Problem] = []
+    fate = "Training and validation never get one each" if source.split is None else "It counts as often"
+    for pairs, same in ((scan.exact, True), (scan.near, False)):
+        for members in grouped(pairs):
+            labels = [source.labels[each] for each in dict.fromkeys(source.targets[members].tolist())]
+            parts = [] if source.split is None else list(dict.fromkeys(source.split[members].tolist()))
+            paths = tuple(source.paths[index] for index in members)
+            what = "the same picture is" if same else "nearly the same picture is"
+            severity = "error" if same else "warning"
+            names = _some(paths)
+            if len(parts) > 1:
+                text = f"{what} in {' and '.join(parts)}: {names}. Keep it in one part, or the judgement is too good"
+                problems.append(Problem(severity, "leak", paths, text))
+            if len(labels) > 1:
+                text = f"{what} in the classes {' and '.join(map(repr, labels))}: {names}. Keep the right one"
+                problems.append(Problem(severity, "label-conflict", paths, text))
+            if len(parts) < 2 and len(labels) < 2:
+                kind = "duplicate" if same else "near-duplicate"
+                text = f"{what} there {len(paths)} times: {names}. {fate}"
+                problems.append(Problem("warning", kind, paths, text))
+    return problems
+
+
+def grouped(pairs: np.ndarray) -> list[list[int]]:
+    """Return the pictures that pairs [P, 2] link, group by group, ascending."""
+    members, places = np.unique(pairs, return_inverse=True)
+    number = groups(len(members), places.reshape(-1, 2))
+    found: dict[int, list[int]] = {}
+    for each, group in zip(members.tolist(), number.tolist(), strict=True):
+        found.setdefault(group, []).append(each)
+    return list(found.values())
+
+
+def _some(paths: tuple[str, ...], most: int = 3) -> str:
+    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")

@@ -1,0 +1,99 @@
+"""Traps in the names of classes, and folders that are not laid out as they should be."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitrail.data.datasets.base import PART_NAMES
+from vitrail.data.datasets.folder import subfolders
+from vitrail.data.images.decode import is_picture_name
+from vitrail.data.problems import Problem
+
+# Letters of Cyrillic and Greek that look like a Latin one, and the Latin ones in the same order.
+_LOOK_ALIKE = str.maketrans(
+    "\u0430\u0441\u0435\u043e\u0440\u0445\u0443\u0456\u0458\u0455\u0501\u03bf\u03b1\u03bd\u03b9", "aceopxyijsdoavi"
+)
+
+
+def label_problems(labels: Sequence[str]) -> list[Problem]:
+    """Describe class names that look alike but are not equal, and names with marks that nobody sees."""
+    problems = []
+    alike: dict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        alike[skeleton(label)].append(label)
+    for same in alike.values():
+        if len(same) > 1:
+            names = ", ".join(ascii_shown(each) for each in same)
+            text = f"the classes {names} {difference(same)}, and are {len(same)} classes; rename them if one is meant"
+            problems.append(Problem("warning", "name", tuple(same), text))
+    for label in labels:
+        if label != label.strip() or any(unicodedata.category(each) in ("Cc", "Cf") for each in label):
+            text = f"the class {ascii_shown(label)} has spaces at its ends or characters that cannot be seen; rename it"
+            problems.append(Problem("warning", "name", (label,), text))
+    return problems
+
+
+def skeleton(label: str) -> str:
+    """Return what two names have in common that a person takes for the same."""
+    plain = unicodedata.normalize("NFKC", label).casefold()
+    plain = "".join(each for each in plain if unicodedata.category(each) not in ("Cc", "Cf"))
+    return re.sub(r"[\s_-]+", "", plain.translate(_LOOK_ALIKE))
+
+
+def difference(labels: Sequence[str]) -> str:
+    """Say how names of one skeleton differ."""
+    if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
+        return "differ only in how Unicode writes the same letters (NFC, NFD)"
+    if len({label.casefold() for label in labels}) < len(labels):
+        return "differ only in capital and small letters"
+    if len({re.sub(r"[\s_-]+", "", label).casefold() for label in labels}) < len(labels):
+        return "differ only in spaces, hyphens and underscores"
+    return "look alike"
+
+
+def ascii_shown(label: str) -> str:
+    """Return a name in quotes; where it is not plain ASCII, with its codes, so that a difference is seen."""
+    return repr(label) if label.isascii() else f"{label!r} ({ascii(label)[1:-1]})"
+
+
+def level_problem(root: Path) -> Problem | None:
+    """Recognise a folder that is one level too high or too low, or whose levels are swapped; None when it looks right."""
+    folders = subfolders(root)
+    if not folders:
+        pictures = any(is_picture_name(each.name) for each in root.iterdir())
+        if not pictures:
+            return None
+        return _level(
+            f"{root} is itself a folder of pictures, one level too low: give the folder above it, {_above(root)}"
+        )
+    if any(each.lower() in PART_NAMES and subfolders(root / each) for each in folders):
+        return None
+    inner = {each: subfolders(root / each) for each in folders}
+    parts = {name for each in inner.values() for name in each if name.lower() in PART_NAMES}
+    if len(folders) == 1 and inner[folders[0]]:
+        return _level(f"{root} holds nothing but {folders[0]}/, one level too high: give {root / folders[0]}")
+    if parts and all(each and {name.lower() for name in each} <= set(PART_NAMES) for each in inner.values()):
+        text = (
+            f"the parts {', '.join(sorted(parts))} lie inside the classes; turn the levels round: {root}/train/<class>/"
+        )
+        return _level(text)
+    same = set.intersection(*map(set, inner.values()))
+    if len(folders) > 1 and len(same) > 1:
+        text = (
+            f"every folder of {root} holds the same folders ({', '.join(sorted(same)[:5])}), which look like the classes; "
+            f"the first level is taken as the class ({', '.join(folders[:5])}). Turn the levels round if that is wrong"
+        )
+        return Problem("warning", "name", tuple(folders), text)
+    return None
+
+
+def _level(text: str) -> Problem:
+    return Problem("error", "name", (), text)
+
+
+def _above(root: Path) -> Path:
+    return root.resolve().parent

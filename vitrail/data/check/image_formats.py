@@ -1,0 +1,89 @@
+"""How pictures are stored: colour mode, depth, frames, turn. A few bytes a picture, for millions of them."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from vitrail.data.datasets.open import Source
+from vitrail.data.images.decode import PictureInfo
+from vitrail.data.problems import Kind, Problem
+
+# What may lie under an ending; MPO is a JPEG of several pictures.
+ENDINGS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "MPO": ("jpg", "jpeg", "jpe", "jfif", "mpo"), "PNG": ("png", "apng"),
+    "GIF": ("gif",), "BMP": ("bmp", "dib"), "DIB": ("bmp", "dib"), "WEBP": ("webp",), "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif",), "PPM": ("ppm", "pgm", "pbm", "pnm"), "TGA": ("tga",), "JPEG2000": ("jp2", "j2k"), "ICO": ("ico",),
+}  # fmt: skip
+_SHORT_SIDE, _ASPECT = 8, 8  # a side below the first, or one that is longer than the other by more than the second
+
+
+class Forms:
+    """What the files of a source turned out to be; all arrays are [N].
+
+    Attributes:
+        modes: names of colour modes as Pillow calls them, by code.
+        formats: names of file formats, by code.
+    """
+
+    def __init__(self, count: int, limit_pixels: int) -> None:
+        self.limit_pixels = limit_pixels
+        self.modes, self.formats = [""], [""]
+        self.mode, self.format = np.zeros(count, dtype=np.uint8), np.zeros(count, dtype=np.uint8)
+        self.orientation, self.bits = np.ones(count, dtype=np.uint8), np.zeros(count, dtype=np.uint8)
+        self.frames, self.alpha = np.ones(count, dtype=np.int32), np.zeros(count, dtype=bool)
+        self.ok = np.zeros(count, dtype=bool)
+
+    def note(self, index: int, info: PictureInfo) -> None:
+        """Keep what a file is."""
+        self.mode[index], self.format[index] = _code(self.modes, info.mode), _code(self.formats, info.format)
+        self.orientation[index], self.bits[index] = info.orientation, info.bits
+        self.frames[index], self.alpha[index], self.ok[index] = info.frames, info.alpha, info.verdict == "ok"
+
+    def counts(self, which: str) -> dict[str, int]:
+        """Return how many pictures have each mode or format, the commonest first."""
+        names, codes = (self.modes, self.mode) if which == "modes" else (self.formats, self.format)
+        found = np.bincount(codes[self.ok], minlength=len(names))
+        return {names[code]: int(found[code]) for code in np.argsort(-found, kind="stable") if found[code]}
+
+
+def _code(names: list[str], name: str) -> int:
+    if name not in names:
+        names.append(name)
+    return names.index(name)
+
+
+def form_problems(source: Source, forms: Forms, sizes: np.ndarray) -> list[Problem]:
+    """Describe pictures that are stored in an unusual way; what Vitrail makes of them is told too."""
+    ok, modes = forms.ok, np.asarray(forms.modes)[forms.mode]
+    short, long = sizes.min(axis=1), sizes.max(axis=1)
+    measured = ok & (short > 0)
+    findings: tuple[tuple[Kind, np.ndarray, str], ...] = (
+        ("orientation", ok & (forms.orientation > 1), "turned by their EXIF data, as viewers do and many tools do not"),
+        ("mode", ok & (modes == "CMYK"), "CMYK, made for print; they become RGB by a plain formula, without profiles"),
+        ("mode", ok & (forms.bits > 8), "of more than 8 bits a channel; they are scaled to 8"),
+        ("mode", ok & ((modes == "P") | (modes == "PA")), "stored with a palette; they become RGB"),
+        ("mode", ok & forms.alpha, "transparent in part; they are laid on white"),
+        ("mode", ok & (forms.frames > 1), "of several frames or pages; only the first is used"),
+        ("mode", measured & (short < _SHORT_SIDE), f"less than {_SHORT_SIDE} pixels high or wide"),
+        ("mode", measured & (long > _ASPECT * short), f"more than {_ASPECT} times as long as wide"),
+        ("name", ok & _misnamed(source, forms), "of another format than their names say; they are read all the same"),
+    )
+    return [_finding(source, kind, np.flatnonzero(which), text) for kind, which, text in findings if which.any()]
+
+
+def _finding(source: Source, kind: Kind, indices: np.ndarray, text: str) -> Problem:
+    paths = tuple(source.paths[int(index)] for index in indices)
+    number = "1 picture is" if len(paths) == 1 else f"{len(paths):,} pictures are"
+    return Problem("warning", kind, paths, f"{number} {text}, for instance {paths[0]}")
+
+
+def _misnamed(source: Source, forms: Forms) -> np.ndarray:
+    """Return for each file [N] whether its ending belongs to another format; no ending is no wrong one."""
+    wrong = np.zeros(len(source.paths), dtype=bool)
+    for index in np.flatnonzero(forms.ok):
+        ending = os.path.splitext(source.paths[int(index)])[1][1:].lower()
+        known = ENDINGS.get(forms.formats[forms.format[index]], (ending,))
+        wrong[index] = bool(ending) and ending not in known
+    return wrong

@@ -1,0 +1,242 @@
+"""The look at every picture before training: is it whole, how large, is it there twice.
+
+Decoding is the cost, so small pictures of one size stay in memory from this pass on: for them, scan and load are one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import PIL.Image
+
+from vitrail.data.check.crop_duplicates import cropped_pairs
+from vitrail.data.check.duplicates import THUMBNAIL, duplicate_pairs, group_pairs, groups
+from vitrail.data.datasets.base import ArrayPictures, FilePictures
+from vitrail.data.datasets.open import Source
+from vitrail.data.images.decode import PictureError, PictureInfo, read_described
+from vitrail.data.problems import Kind, Problem
+from vitrail.threads import ordered_map
+
+if TYPE_CHECKING:
+    from vitrail.data.cache.scans import KeptLooks
+    from vitrail.data.check.image_formats import Forms
+
+# Pictures up to this side count as small: their decoded pixels are kept while they are all of one size.
+_SMALL_SIDE = 256
+_SAMPLE = 64
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the pictures of a source are.
+
+    Attributes:
+        good: [N] whether each picture can be used.
+        sizes: [N, 2] height and width, after EXIF rotation; 0 for broken ones.
+        colour: whether any picture has colour.
+        pixels: uint8 [N, C, H, W] where all pictures are small, of one size and fit in memory; else None.
+        groups: [N] group number; equal and nearly equal pictures share one, and so do those of one of the source's groups.
+        problems: what was found.
+        exact: [P, 2] pairs of equal pictures: each with the first that equals it.
+        near: [Q, 2] pairs of nearly equal pictures, each the first of its equals.
+    """
+
+    good: np.ndarray
+    sizes: np.ndarray
+    colour: bool
+    pixels: np.ndarray | None
+    groups: np.ndarray
+    problems: tuple[Problem, ...]
+    exact: np.ndarray
+    near: np.ndarray
+
+
+class _Look(NamedTuple):
+    size: tuple[int, int]
+    pixels: np.ndarray
+    thumbnail: np.ndarray
+    digest: int
+    error: PictureError | OSError | None
+    info: PictureInfo | None = None
+
+
+def scan_source(
+    source: Source,
+    *,
+    damaged: str,
+    near_duplicates: bool,
+    memory_bytes: int,
+    workers: int,
+    channels: int = 0,
+    kept: KeptLooks | None = None,
+    forms: Forms | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Scan:
+    """Decode every picture once, or only those of which nothing is kept from an earlier look.
+
+    Args:
+        forms: what the files are is noted here; with it, near duplicates are looked for in slight crops too.
+        kept: earlier looks, to which the new ones are added; where there are any, pixels do not stay in memory.
+        channels: 3 or 1 fixes the pixel format; 0 takes grey when the first pictures all are.
+        advance: called with the number done and the total, for a progress bar.
+    """
+    count = len(source.paths)
+    mode = {3: "RGB", 1: "L", 0: None}[channels] or ("RGB" if has_colour(source) else "L")
+    good = np.zeros(count, dtype=bool)
+    sizes = np.zeros((count, 2), dtype=np.int32)
+    thumbnails = np.zeros((count, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
+    digests = np.zeros(count, dtype=np.uint64)
+    pixels: np.ndarray | None = None
+    keep, errors, rest = True, [], np.arange(count)
+    if kept is not None:
+        good, sizes, thumbnails, digests = kept.read()
+        keep, rest = not good.any(), np.flatnonzero(~good)
+    # A damaged file that is kept is named all the same.
+    strict = source.strict()
+    if forms is None:
+        looks = ordered_map(lambda i: look_at(source, strict, int(i), mode), rest, workers)
+    else:
+        looks = ordered_map(lambda i: describe(source, int(i), mode, forms.limit_pixels, damaged), rest, workers)
+    for number, (index, look) in enumerate(zip(rest.tolist(), looks, strict=True)):
+        if number % 256 == 0:
+            advance(count - len(rest) + number, count)
+        if look.info is not None and forms is not None:
+            forms.note(index, look.info)
+        if look.error is not None:
+            errors.append((index, look.error))
+        if look.size == (0, 0):
+            continue
+        good[index], sizes[index], thumbnails[index], digests[index] = True, look.size, look.thumbnail, look.digest
+        if keep and pixels is None:
+            keep = max(look.size) <= _SMALL_SIDE and count * look.pixels.nbytes <= memory_bytes
+            pixels = np.zeros((count, *look.pixels.shape), dtype=np.uint8) if keep else None
+        if pixels is not None and look.pixels.shape == pixels.shape[1:]:
+            pixels[index] = look.pixels
+        else:
+            keep, pixels = False, None
+    advance(count, count)
+    if kept is not None:
+        whole = np.setdiff1d(rest[good[rest]], [index for index, _ in errors])
+        kept.add(whole, sizes[whole], thumbnails[whole], digests[whole])
+    usable = np.flatnonzero(good)
+    exact, near = duplicate_pairs(thumbnails[usable], digests[usable], near=near_duplicates)
+    exact, near = usable[exact], usable[near]
+    if forms is not None and near_duplicates:
+        crops = cropped_pairs(source, np.setdiff1d(usable, exact[:, 1]), sizes, thumbnails, workers)
+        near = np.unique(np.concatenate([near, crops]), axis=0)
+    problems = [broken(source, index, error, damaged) for index, error in errors] + duplicates(source, exact, near)
+    linked = groups(count, exact, near, group_pairs(source.groups))
+    return Scan(good, sizes, mode == "RGB", pixels, linked, tuple(problems), exact, near)
+
+
+def look_at(source: Source, strict: Source, index: int, mode: Literal["RGB", "L"]) -> _Look:
+    """Decode one picture and make what the scan needs of it.
+
+    Args:
+        strict: the same source, but refusing damaged files where `source` may keep them.
+    """
+    try:
+        picture, error = strict.read(index, mode), None
+    except (PictureError, OSError) as found:
+        error = found
+        try:
+            picture = source.read(index, mode)
+        except (PictureError, OSError):
+            return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
+    return summed_up(picture, error)
+
+
+def describe(source: Source, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str) -> _Look:
+    """Look at one picture and tell what its file is; a picture that is an array has none."""
+    place = source.location(index)
+    if isinstance(source, ArrayPictures):
+        return look_at(source, source, index, mode)
+    try:
+        stored = place if isinstance(source, FilePictures) else source.encoded(index)
+        picture, info = read_described(stored, limit_pixels=limit_pixels)
+    except OSError as error:
+        return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
+    info = replace(info, path=place)
+    error = None if info.verdict == "ok" else PictureError(info)
+    if picture is None or (error is not None and damaged != "keep"):
+        return _Look((0, 0), _NOTHING, _NOTHING, 0, error, info)
+    return summed_up(picture if picture.mode == mode else picture.convert(mode), error)._replace(info=info)
+
+
+def summed_up(picture: PIL.Image.Image, error: PictureError | OSError | None) -> _Look:
+    """Make of a picture what the scan keeps of it."""
+    width, height = picture.size
+    pixels = np.asarray(picture)
+    content = f"{width}x{height}".encode() + pixels.tobytes()
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    grey = picture.convert("L")
+    if picture.size != (THUMBNAIL, THUMBNAIL):
+        grey = grey.resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
+    if max(width, height) > _SMALL_SIDE:
+        pixels = _NOTHING
+    elif pixels.ndim == 2:
+        pixels = pixels[None]
+    else:
+        pixels = pixels.transpose(2, 0, 1)
+    return _Look((height, width), pixels, np.asarray(grey), digest, error)
+
+
+def has_colour(source: Source) -> bool:
+    """Whether any of a sample of pictures, spread over the source, has colour."""
+    for index in np.linspace(0, len(source.paths) - 1, _SAMPLE).astype(int):
+        try:
+            red, green, blue = source.read(int(index), "RGB").split()
+        except (PictureError, OSError):
+            continue
+        if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
+            return True
+    return False
+
+
+def broken(source: Source, index: int, error: PictureError | OSError, damaged: str) -> Problem:
+    """Describe a broken file: an error unless the user chose to go on without it."""
+    severity = "error" if damaged == "stop" else "warning"
+    verdict = error.info.verdict if isinstance(error, PictureError) else "unreadable"
+    assert verdict != "ok"
+    remedy = "Mend or remove it, or go on without such files by --data.damaged drop"
+    fate = {"stop": remedy, "drop": "It is left out", "keep": "What can be decoded is kept; else it is left out"}
+    message = f"{error}. {fate[damaged]}"
+    return Problem(severity, verdict, (source.paths[index],), message)
+
+
+def duplicates(source: Source, exact: np.ndarray, near: np.ndarray) -> list[Problem]:
+    """Describe duplicates: across parts they leak, across labels they contradict, else they are only counted."""
+    problems: list[Problem] = []
+    kinds: tuple[tuple[np.ndarray, Kind, str], ...] = (
+        (exact, "duplicate", "the same picture"),
+        (near, "near-duplicate", "nearly the same picture"),
+    )
+    for pairs, kind, word in kinds:
+        if not len(pairs):
+            continue
+        left, right = pairs[:, 0], pairs[:, 1]
+        conflict = source.targets[left] != source.targets[right]
+        across = np.zeros(len(pairs), bool) if source.split is None else source.split[left] != source.split[right]
+        findings: tuple[tuple[np.ndarray, Kind, str], ...] = (
+            (conflict, "label-conflict", f"{word} is in two classes"),
+            (across, "leak", f"{word} is in two parts of the data set"),
+            (~conflict & ~across, kind, f"{word} is there more than once"),
+        )
+        for chosen, name, message in findings:
+            if chosen.any():
+                paths = tuple(source.paths[int(i)] for i in pairs[chosen].reshape(-1))
+                example = f"{source.paths[left[chosen][0]]} and {source.paths[right[chosen][0]]}"
+                problems.append(
+                    Problem("warning", name, paths, f"{message}: {int(chosen.sum())} pairs, for instance {example}")
+                )
+    return problems
+
+
+_NOTHING = np.zeros(0, dtype=np.uint8)

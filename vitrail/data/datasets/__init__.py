@@ -1,0 +1,1 @@
+"""Labelled images, wherever they come from: what DATA may be."""

@@ -1,0 +1,245 @@
+"""Where a source's pictures lie: in files of their own, in arrays, or many together in one file."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import PIL.Image
+
+from vitrail.data.images.decode import read_picture
+from vitrail.data.problems import Problem
+
+FOLDERS = "the folders"  # what divides a source that has train/ val/ test/
+
+PARTS = ("train", "val", "test")
+# In any case of letters: Train/ and Test/ must not silently be read as two classes.
+PART_NAMES = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """What every source knows of its pictures before it reads one; `Source` says what each field means."""
+
+    name: str
+    labels: tuple[str, ...]
+    paths: Sequence[str]
+    targets: np.ndarray
+    split: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    divided_by: str = FOLDERS
+    problems: tuple[Problem, ...] = ()
+    flip_reason: str = ""
+    limit_pixels: int = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilePictures(Listed):
+    """Pictures in files of their own: class folders, tables, and data sets that are unpacked to files.
+
+    Attributes:
+        root: what `paths` are relative to; a path that is absolute stays so.
+    """
+
+    root: Path
+    damaged: Literal["refuse", "keep"]
+
+    def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
+        return read_picture(
+            self.root / self.paths[index], mode=mode, limit_pixels=self.limit_pixels, damaged=self.damaged
+        )
+
+    def encoded(self, index: int) -> bytes:
+        return (self.root / self.paths[index]).read_bytes()
+
+    def location(self, index: int) -> str:
+        return str(self.root / self.paths[index])
+
+    def identity(self, index: int) -> bytes | None:
+        return file_identity(os.path.abspath(self.root / self.paths[index]))
+
+    def strict(self) -> FilePictures:
+        return replace(self, damaged="refuse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayPictures(Listed):
+    """Pictures that are arrays already, uint8 [N, H, W] grey or [N, H, W, 3] colour, one array after the other."""
+
+    arrays: tuple[np.ndarray, ...]
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Return one picture's own pixels, not a copy."""
+        for array in self.arrays:
+            if index < len(array):
+                return array[index]
+            index -= len(array)
+        raise IndexError(f"{self.name}: picture {index} after the last")
+
+    def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
+        return PIL.Image.fromarray(self.pixels(index)).convert(mode)
+
+    def encoded(self, index: int) -> bytes:
+        with io.BytesIO() as file:
+            PIL.Image.fromarray(self.pixels(index)).save(file, "PNG")
+            return file.getvalue()
+
+    def location(self, index: int) -> str:
+        return self.paths[index]
+
+    def identity(self, index: int) -> bytes | None:
+        pixels = self.pixels(index)
+        return f"{pixels.shape}".encode() + pixels.tobytes()
+
+    def strict(self) -> ArrayPictures:
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPictures(Listed, abc.ABC):
+    """Pictures that are stored one after the other in files of many."""
+
+    damaged: Literal["refuse", "keep"]
+
+    @abc.abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """Return one picture as it is stored."""
+
+    @abc.abstractmethod
+    def location(self, index: int) -> str:
+        """Return where one picture is, for people."""
+
+    def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
+        return read_picture(
+            self.encoded(index),
+            mode=mode,
+            limit_pixels=self.limit_pixels,
+            damaged=self.damaged,
+            name=self.location(index),
+        )
+
+    def strict(self) -> Self:
+        return replace(self, damaged="refuse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedPictures(EncodedPictures):
+    """Encoded pictures one after the other in a file that is mapped into memory, not read into it.
+
+    Attributes:
+        packed: the file's bytes.
+        starts: [N + 1] where each picture begins, and the end of the last.
+    """
+
+    packed: np.ndarray
+    starts: np.ndarray
+
+    def encoded(self, index: int) -> bytes:
+        return self.packed[self.starts[index] : self.starts[index + 1]].tobytes()
+
+    def location(self, index: int) -> str:
+        return f"{self.name}: {self.paths[index]}"
+
+    def identity(self, index: int) -> bytes | None:
+        return hashlib.blake2b(self.encoded(index), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar of pictures on this machine.
+
+    Attributes:
+        word: its path or address, as it was asked for.
+        stem: what the paths of its pictures begin with.
+        file: where its bytes are: itself, or a copy in the cache folder.
+        state: length in bytes and instant of the last write (ns), when it was listed.
+        identity: what changes when its content does.
+    """
+
+    word: str
+    stem: str
+    file: str
+    state: tuple[int, int]
+    identity: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPictures(EncodedPictures):
+    """Pictures in tars, each read from its place.
+
+    A tar is opened for each picture: held open, or mapped, a thousand of them would use up a process's files, and a
+    mapped file that is cut off kills the process instead of raising an error.
+
+    Attributes:
+        shards: in the order of their pictures.
+        firsts: [S] the number of each shard's first picture.
+        starts, sizes: [N] first byte and length of each picture in its shard.
+    """
+
+    shards: tuple[Shard, ...]
+    firsts: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    def shard(self, index: int) -> int:
+        """Return the number of the shard that holds a picture."""
+        return int(np.searchsorted(self.firsts, index, side="right")) - 1
+
+    def encoded(self, index: int) -> bytes:
+        shard, size = self.shards[self.shard(index)], int(self.sizes[index])
+        with open(shard.file, "rb", buffering=0) as handle:
+            found = os.fstat(handle.fileno())
+            if (found.st_size, found.st_mtime_ns) != shard.state:
+                raise ValueError(f"{shard.word}: was changed after it was listed; start again")
+            handle.seek(int(self.starts[index]))
+            content = handle.read(size)
+            while 0 < len(content) < size and (more := handle.read(size - len(content))):
+                content += more
+            return content
+
+    def location(self, index: int) -> str:
+        shard = self.shards[self.shard(index)]
+        return f"{shard.word}: {self.paths[index].removeprefix(shard.stem + '/')}"
+
+    def identity(self, index: int) -> bytes | None:
+        return b"%b\0%d %d" % (self.shards[self.shard(index)].identity, self.starts[index], self.sizes[index])
+
+
+def file_identity(place: str) -> bytes | None:
+    """Return path, size, instants of writing and change, and number of a file, or None where there is none."""
+    try:
+        found = os.stat(place)
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    # Copying can set back the time of writing, not that of the change, nor the file's number.
+    state = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+    return f"{place}\0{state}".encode("utf-8", "surrogateescape")
+
+
+def flip_reason(labels: Sequence[str]) -> str:
+    """Say why pictures of these classes must not be mirrored, judging by the names; empty when they may."""
+    if all(len(label) == 1 and label.isalnum() for label in labels):
+        return "the classes are single letters or digits, and a mirrored sign is another sign"
+    sides = [
+        label
+        for label in labels
+        if {"left", "right"} & set(label.lower().replace("-", "_").replace(" ", "_").split("_"))
+    ]
+    if sides:
+        return f"class {sides[0]!r} names a side, which mirroring would change"
+    return ""

@@ -1,0 +1,59 @@
+"""Data sets as the Hugging Face hub has them: `hf:FOLDER` that lies here, or `hf:NAME` through the extra `hf`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from vitrail.data.datasets.base import FilePictures, PackedPictures
+from vitrail.data.datasets.folder import open_folder
+from vitrail.data.datasets.parquet import open_packed
+from vitrail.data.problems import first_line
+from vitrail.files import cache_folder, filled_folder
+
+
+def open_hf(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FilePictures | PackedPictures:
+    """List the pictures of a local folder (class folders, or Parquet files with pictures in them) or of a named data set.
+
+    Raises:
+        ValueError: there is no such folder, or what names need is not installed.
+    """
+    place = Path(name).expanduser()
+    if place.is_dir():
+        called = f"hf:{place.resolve().name}"
+        if files := sorted(place.rglob("*.parquet")):
+            return open_packed(files, called, limit_pixels=limit_pixels, damaged=damaged)
+        return replace(open_folder(place, limit_pixels=limit_pixels, damaged=damaged), name=called)
+    if not name or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"hf:{name}: no such folder; expected a data set's name, or a folder of class folders or .parquet"
+        )
+    return open_packed(download(name), f"hf:{name}", limit_pixels=limit_pixels, damaged=damaged)
+
+
+def download(name: str) -> list[Path]:
+    """Return the Parquet files of a named data set, one a part, which are fetched on the first call.
+
+    Raises:
+        ValueError: the extra is not installed, or the data set cannot be fetched.
+    """
+    folder = cache_folder() / "hf" / re.sub(r"[^A-Za-z0-9._-]", "--", name)
+
+    def fill(draft: Path) -> None:
+        try:
+            from datasets import load_dataset  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+        except ImportError:
+            raise ValueError(
+                f"hf:{name}: data sets of the hub need the package datasets; type pip install 'vitrail[hf]', or download "
+                "its .parquet files and name their folder: hf:FOLDER"
+            ) from None
+        try:
+            parts = load_dataset(name)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"hf:{name}: cannot be fetched: {first_line(error)}") from None
+        for part, rows in parts.items():
+            rows.to_parquet(draft / f"{part}.parquet")
+
+    return sorted(filled_folder(folder, fill).glob("*.parquet"))

@@ -1,0 +1,177 @@
+"""Labelled pictures, wherever they come from: what DATA may be on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import PIL.Image
+
+from vitrail.data.datasets.base import ArrayPictures
+from vitrail.data.datasets.folder import open_folder
+from vitrail.data.datasets.hf_sets import open_hf
+from vitrail.data.datasets.table import TABLE_ENDINGS, open_table
+from vitrail.data.datasets.torchvision_sets import open_torchvision
+from vitrail.data.datasets.webdataset.shards import is_address, is_shards, open_shards, shards_name
+from vitrail.data.problems import Problem
+from vitrail.data.progress import Bar, no_bar
+from vitrail.lookup import unknown
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Labelled pictures, listed but not yet read.
+
+    Attributes:
+        name: what the user called it, for messages and file names.
+        labels: class names in class order.
+        paths: one identifying path per picture, relative to the source, `/` between parts.
+        targets: [N] class index of every picture.
+        split: name of the part (train, val, test) of every picture where the source has parts, or None.
+        groups: [N] number of the group that the source puts each picture in, -1 for none; or None. Pictures of one group
+            (one patient, one video) are never divided.
+        weights: [N] what the source says that each picture counts in the training's loss, above 0; or None.
+        divided_by: what the parts are, for people, such as "the folders".
+        problems: what was found wrong while listing.
+        flip_reason: why pictures of this source must not be mirrored, or an empty string.
+        limit_pixels: a picture of more pixels is refused.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def paths(self) -> Sequence[str]: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+    @property
+    def split(self) -> np.ndarray | None: ...
+    @property
+    def groups(self) -> np.ndarray | None: ...
+    @property
+    def weights(self) -> np.ndarray | None: ...
+    @property
+    def divided_by(self) -> str: ...
+    @property
+    def problems(self) -> tuple[Problem, ...]: ...
+    @property
+    def flip_reason(self) -> str: ...
+    @property
+    def limit_pixels(self) -> int: ...
+
+    def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
+        """Return one picture; raises `PictureError` when it is broken."""
+        ...
+
+    def encoded(self, index: int) -> bytes:
+        """Return one picture as a picture file holds it: as it is stored, or as PNG where only pixels are."""
+        ...
+
+    def location(self, index: int) -> str:
+        """Return where one picture is, for people."""
+        ...
+
+    def identity(self, index: int) -> bytes | None:
+        """Return what changes when the picture does, without decoding it; None where its file is gone."""
+        ...
+
+    def strict(self) -> Source:
+        """Return the same source, but one that gives no damaged picture."""
+        ...
+
+
+# What stands before the colon of a data set that has a name instead of a place.
+SCHEMES: dict[str, Callable[..., Source]] = {"torchvision:": open_torchvision, "hf:": open_hf}
+
+
+def open_source(
+    source: str, *, limit_pixels: int = 100_000_000, keep_damaged: bool = False, bar: Bar = no_bar
+) -> Source:
+    """List the pictures of a source.
+
+    Args:
+        bar: shows how far a long listing is, as `Talk.bar` does.
+
+    Raises:
+        ValueError: it is no known kind of source, is empty, or its parts disagree on the classes.
+    """
+    damaged: Literal["refuse", "keep"] = "keep" if keep_damaged else "refuse"
+    if source == "digits":
+        return digits()
+    if is_shards(source):
+        return open_shards(source, limit_pixels=limit_pixels, damaged=damaged, bar=bar)
+    for scheme, open_set in SCHEMES.items():
+        if source.startswith(scheme):
+            return open_set(source.removeprefix(scheme), limit_pixels=limit_pixels, damaged=damaged)
+    place = Path(source).expanduser()
+    if place.is_dir():
+        return open_folder(place, limit_pixels=limit_pixels, damaged=damaged)
+    table = place.suffix.lower() in TABLE_ENDINGS
+    if table and place.is_file():
+        return open_table(place, limit_pixels=limit_pixels, damaged=damaged)
+    if place.exists():
+        raise ValueError(
+            f"{source}: is a file; expected a folder of class folders, a table ({', '.join(TABLE_ENDINGS)}), tar shards "
+            "(.tar), or the word 'digits'"
+        )
+    if table:
+        raise ValueError(f"{source}: no such file; expected a table with the columns path and label")
+    raise ValueError(f"{source}: no such folder. {hint(source)}".rstrip())
+
+
+def hint(source: str) -> str:
+    """Say what a word that names no data may have meant; nothing for what is clearly a path."""
+    scheme, colon, _ = source.partition(":")
+    if any(mark in scheme for mark in "/\\."):
+        return ""
+    return unknown("data set", scheme + colon, ["digits", *SCHEMES])
+
+
+def run_name(source: str) -> str:
+    """Return a name for runs on this data that can be a folder's."""
+    if source.endswith(".tar") or is_address(source):
+        return shards_name(source)
+    for scheme in SCHEMES:
+        if source.startswith(scheme):
+            return Path(source.removeprefix(scheme)).name
+    place = Path(source).resolve()
+    return place.stem if place.suffix.lower() in TABLE_ENDINGS else place.name
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two words name the same data."""
+    if one.startswith("torchvision:"):
+        return one.lower() == other.lower()
+    if is_address(one) or is_address(other):
+        return one == other
+    if one.startswith("hf:") and other.startswith("hf:"):
+        return same_place(one.removeprefix("hf:"), other.removeprefix("hf:"))
+    return one == other or (not (is_name(one) or is_name(other)) and same_place(one, other))
+
+
+def is_name(source: str) -> bool:
+    """Whether a word names a data set rather than a place."""
+    return source == "digits" or source.startswith(tuple(SCHEMES)) or is_address(source)
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths lead to the same place."""
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def digits() -> ArrayPictures:
+    """The 1,797 handwritten digits inside scikit-learn: 8×8 pixels, 17 grey levels (Alpaydin & Kaynak 1998)."""
+    from sklearn.datasets import load_digits
+
+    values, targets = load_digits(return_X_y=True)  # 0 to 16
+    return ArrayPictures(
+        name="digits",
+        labels=tuple("0123456789"),
+        paths=[f"digits/{index:04d}" for index in range(len(targets))],
+        targets=np.asarray(targets, dtype=np.int64),
+        flip_reason="a mirrored digit is another sign",
+        arrays=(np.round(np.asarray(values).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8),),
+    )

@@ -1,0 +1,167 @@
+"""Parquet files that hold the pictures themselves, as data sets on the Hugging Face hub do.
+
+A row of Parquet cannot be read without the thousand around it, so a shuffled epoch would unpack everything again for
+each batch. The encoded pictures are therefore written once, one after the other, into a file in the cache folder, and
+that is mapped into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vitrail.data.datasets.base import PART_NAMES, PackedPictures, flip_reason
+from vitrail.data.datasets.string_array import Paths
+from vitrail.data.problems import Problem
+from vitrail.files import cache_folder, replacing
+
+_BATCH = 256
+DIVIDED_BY = "its own parts"
+
+
+def picture_column(schema: Any) -> str | None:
+    """Return the column of encoded pictures: bytes, or `{bytes, path}` as the hub stores them; None where there is none."""
+    import pyarrow
+
+    for field in schema:
+        kind = field.type
+        if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            return field.name
+        if field.name in ("image", "img", "picture") and (
+            pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+        ):
+            return field.name
+    return None
+
+
+def has_pictures(place: Path) -> bool:
+    """Whether a Parquet file holds pictures, not paths; a broken one does not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(place)
+    except (pyarrow.ArrowException, OSError):
+        return False
+    return "path" not in schema.names and picture_column(schema) is not None
+
+
+def open_packed(
+    files: list[Path], name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]
+) -> PackedPictures:
+    """List the pictures of Parquet files; each file is of the part that its name begins with, or its folder has.
+
+    Raises:
+        ValueError: a file has no pictures or no labels, or only some are of a part.
+    """
+    import pyarrow.parquet
+
+    schemas = [pyarrow.parquet.read_schema(file) for file in files]
+    columns = [
+        (picture_column(schema), label_column(file, schema)) for file, schema in zip(files, schemas, strict=True)
+    ]
+    for file, (picture, _) in zip(files, columns, strict=True):
+        if picture is None:
+            raise ValueError(
+                f"{file}: has no column of pictures (bytes); its columns are {', '.join(schemas[0].names)}"
+            )
+    parts = [part_of(file) for file in files]
+    known = {part for part in parts if part is not None}
+    if known and None in parts:
+        odd = files[parts.index(None)]
+        raise ValueError(
+            f"{odd}: its name begins with no part (train-, validation-, test-), as that of others does; rename it"
+        )
+    values, paths, counts = [], Paths(), []
+    for file, (_, label) in zip(files, columns, strict=True):
+        column = pyarrow.parquet.read_table(file, columns=[label]).column(label).to_pylist()
+        for row, value in enumerate(column, 1):
+            if value is None or value == -1 or value == "":
+                raise ValueError(f"{file}, row {row}: no {label}; write one, or leave the row out")
+        values += column
+        counts.append(len(column))
+        paths.extend(f"{file.stem}/{row:06d}" for row in range(len(column)))
+    labels, targets = classes_of(values, class_names(schemas[0], columns[0][1]))
+    used = {name for pair in columns for name in pair}
+    idle = tuple(dict.fromkeys(name for schema in schemas for name in schema.names if name not in used))
+    problems = [Problem("warning", "name", idle, f"{name}: columns {', '.join(idle[:10])}: not read")] if idle else []
+    packed, starts = pack(files, [str(picture) for picture, _ in columns])
+    return PackedPictures(
+        name=name,
+        labels=labels,
+        paths=paths,
+        targets=targets,
+        split=np.repeat(np.asarray(parts), counts) if known else None,
+        divided_by=DIVIDED_BY,
+        problems=tuple(problems),
+        flip_reason=flip_reason(labels),
+        packed=packed,
+        starts=starts,
+        limit_pixels=limit_pixels,
+        damaged=damaged,
+    )
+
+
+def label_column(file: Path, schema: Any) -> str:
+    """Return the column of labels: `label` or `labels`, else the only one whose class names are known."""
+    for name in ("label", "labels"):
+        if name in schema.names:
+            return name
+    named = [name for name in schema.names if class_names(schema, name)]
+    if len(named) == 1:
+        return named[0]
+    raise ValueError(f"{file}: has no column 'label', but {', '.join(schema.names)}; rename the column that holds it")
+
+
+def class_names(schema: Any, column: str) -> list[str]:
+    """Return the class names that the hub's library has written into a file, none where it has not."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return list(features[column]["names"])
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def classes_of(values: list[Any], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return labels in class order and each picture's class: by the file's own numbers, else by the sorted texts."""
+    if names and all(isinstance(value, int) and 0 <= value < len(names) for value in values):
+        return tuple(names), np.asarray(values, dtype=np.int64)
+    labels, targets = np.unique(np.asarray([str(value) for value in values]), return_inverse=True)
+    return tuple(labels.tolist()), targets.astype(np.int64)
+
+
+def part_of(file: Path) -> str | None:
+    """Return the part that a file's name (`train-00000-of-00002.parquet`) or its folder (`train/0000.parquet`) tells."""
+    start = file.stem.split("-")[0].lower()
+    return PART_NAMES.get(start) or PART_NAMES.get(file.parent.name.lower())
+
+
+def pack(files: list[Path], columns: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the encoded pictures of all files, mapped into memory, and where each begins; written on the first call."""
+    import pyarrow.parquet
+
+    states = [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.blake2b(json.dumps([states, columns]).encode(), digest_size=16).hexdigest()
+    folder = cache_folder() / "packed"
+    folder.mkdir(parents=True, exist_ok=True)
+    data, index = folder / f"{digest}.bin", folder / f"{digest}.npy"
+    if not (data.exists() and index.exists()):
+        starts = [0]
+        with replacing(data) as draft, draft.open("wb") as handle:
+            for file, column in zip(files, columns, strict=True):
+                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(_BATCH, columns=[column]):
+                    for value in batch.column(0).to_pylist():
+                        raw = value.get("bytes") if isinstance(value, dict) else value
+                        if not raw:
+                            raise ValueError(
+                                f"{file}, row {len(starts)}: no bytes of a picture; only what the file holds is read"
+                            )
+                        starts.append(starts[-1] + handle.write(raw))
+        with replacing(index) as draft, draft.open("wb") as handle:
+            np.save(handle, np.asarray(starts, dtype=np.int64))
+    return np.memmap(data, dtype=np.uint8, mode="r"), np.load(index)

@@ -1,0 +1,1 @@
+"""From a dataset to batches, for training and for evaluation."""

@@ -1,0 +1,115 @@
+"""Random access to a source's pictures, for training and for judging, on threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import PIL.Image
+import torch
+from threadpoolctl import threadpool_limits
+
+from vitrail.data.cache.decoded import PictureCache
+from vitrail.data.datasets.open import Source
+from vitrail.data.images.decode import PictureError
+from vitrail.data.images.preprocess import Preprocess
+from vitrail.data.loading.crop_decode import Choose, Cut
+
+R = TypeVar("R")
+Outcome = np.ndarray | PictureError | OSError  # of reading one picture
+
+
+@dataclass
+class Pictures:
+    """Random access to a source's pictures, from memory or from files.
+
+    Attributes:
+        targets: [N] class index of every picture, as the model numbers its classes.
+        stored: decoded pictures uint8 [N, C, H, W], or None to read files.
+        is_ready: whether the stored pictures are the model's input as they are.
+        sizes: [N, 2] height and width of every picture; needed for training from files.
+        fast: whether training may decode and resize faster, and a little differently; see `Cut`.
+        cache: decoded training pictures on disk.
+        dropped: paths of files that failed after the scan, with the reason.
+        told: those of them that the user was told of.
+    """
+
+    source: Source
+    targets: np.ndarray
+    preprocess: Preprocess
+    stored: np.ndarray | None
+    is_ready: bool = False
+    workers: int = 0
+    sizes: np.ndarray | None = None
+    fast: bool = False
+    cache: PictureCache | None = None
+    dropped: dict[str, str] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.num_threads = self.workers or os.cpu_count() or 1
+        self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode", initializer=work_alone)
+
+    def submit(self, task: Callable[[range], R], count: int, run: int) -> list[Future[R]]:
+        """Start `task` on the threads for the places 0 … count - 1 of a batch, `run` of them at a time.
+
+        A task a picture would cost a tenth of an ImageNet picture's decoding, and more than a small one's.
+        """
+        return [self.pool.submit(task, range(start, min(start + run, count))) for start in range(0, count, run)]
+
+    def collect(self, futures: list[Future[list[Outcome]]], indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the pictures that were read, each of its own size, and their places; one that failed is noted."""
+        pixels, places = [], []
+        for place, found in enumerate(each for future in futures for each in future.result()):
+            if isinstance(found, np.ndarray):
+                pixels.append(found)
+                places.append(place)
+            else:
+                self.dropped[self.source.location(int(indices[place]))] = str(found)
+        return pixels, np.asarray(places, dtype=np.int64)
+
+    @property
+    def cut(self) -> Cut:
+        """How training takes crops out of files."""
+        preprocess = self.preprocess
+        return Cut(preprocess.image_size, preprocess.interpolation, preprocess.mode, self.fast)
+
+    def for_training(self, index: int, choose: Choose) -> np.ndarray:
+        """Return a crop of one picture, uint8 [C, S, S]."""
+        cut = self.cut
+        if self.cache is None:
+            return cut.read(self.source, index, choose)
+        pixels = self.cache.read(index)
+        return cut.resize(pixels, choose(pixels.shape[1], pixels.shape[0]), (cut.side, cut.side))
+
+    def check_some_left(self, read: int, wanted: int) -> None:
+        """Raise a ValueError when all of some files have failed."""
+        if wanted and not read:
+            raise ValueError(f"none of {wanted} files can be read any more: {next(iter(self.dropped.items()))}")
+
+    def for_judging(self, index: int) -> np.ndarray:
+        """Return one picture as `Preprocess.apply` does: [C, S, S], or [C, H, W] with preprocessing `aspect`."""
+        if self.stored is None:
+            return self.preprocess.apply(self.source.read(index, self.preprocess.mode))
+        pixels = self.stored[index]
+        if self.is_ready:
+            return pixels
+        return self.preprocess.apply(PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
+
+
+def attempt(read: Callable[[int], np.ndarray], place: int) -> Outcome:
+    """Return what was read, or why it could not be."""
+    try:
+        return read(place)
+    except (PictureError, OSError) as error:
+        return error
+
+
+def work_alone() -> None:
+    """Let PyTorch use one thread in this one: its teams wait for each other, for milliseconds when all cores are busy."""
+    torch.get_num_threads()  # the first call in a thread would set it back
+    threadpool_limits(1, user_api="openmp")

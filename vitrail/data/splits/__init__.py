@@ -1,0 +1,1 @@
+"""Which image is in which split: train, val or test, or a fold of a cross-validation."""

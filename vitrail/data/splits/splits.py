@@ -1,0 +1,250 @@
+"""Which picture is in which part, decided once and recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from vitrail.config import UNEVEN, DataConfig
+from vitrail.data.datasets.base import FOLDERS
+from vitrail.data.datasets.open import Source
+from vitrail.data.datasets.string_array import places
+from vitrail.data.problems import Problem
+from vitrail.data.splits.kfold import arranged, fold_numbers, fold_problems
+from vitrail.files import write_text
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The division of a source.
+
+    Attributes:
+        parts: part name → indices of its pictures, ascending. `test` never chooses a model.
+        fingerprint: hash of which file, with which label, is in which part.
+        rule: how the division came about, for people.
+        problems: what was found wrong while dividing.
+    """
+
+    parts: dict[str, np.ndarray]
+    fingerprint: str
+    rule: str
+    problems: tuple[Problem, ...] = ()
+
+
+def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
+    """Divide a source: its own parts where it has them, else a stratified split.
+
+    Pictures of one group (duplicates, or what the source calls a group) stay on one side. Pictures that are not `good` are in no part.
+
+    With `data.folds`, one fold of what is not the test part becomes the validation part.
+
+    Raises:
+        ValueError: there are to be folds, but the source has a validation part of its own.
+    """
+    usable = np.flatnonzero(good)
+    mark = "/" if source.divided_by == FOLDERS else ""
+    if source.split is None:
+        pool, parts, rule = usable, {}, "a stratified split of all pictures"
+    else:
+        parts = {name: usable[source.split[usable] == name] for name in dict.fromkeys(source.split.tolist())}
+        pool, rule = parts.get("train", usable[:0]), f"{source.divided_by} " + ", ".join(name + mark for name in parts)
+    if config.folds and "val" in parts:
+        raise ValueError(
+            f"{source.name}: data.folds {config.folds} makes validation parts of the training pictures, but {source.divided_by} "
+            f"name one already (val{mark}); move its pictures into train{mark}, or leave data.folds out"
+        )
+    wanted = {
+        "test": 0.0 if "test" in parts else config.test_fraction,
+        "val": 0.0 if "val" in parts or config.folds else config.val_fraction,
+    }
+    problems: list[Problem] = []
+    if source.split is None or "train" in parts:
+        left = 1.0
+        for name, fraction in wanted.items():
+            taken = stratified(pool, source.targets, groups, fraction / left, config.split_seed)
+            if len(taken):
+                parts[name], pool, left = taken, np.setdiff1d(pool, taken), left - fraction
+                rule += f"; {name}: a stratified {fraction:.0%} of train{mark}" if source.split is not None else ""
+        if config.folds:
+            numbers = fold_numbers(pool, source.targets, groups, config.folds, config.split_seed)
+            refuse_empty(source, numbers, groups[pool], config.folds)
+            problems = fold_problems(source.labels, source.targets[pool], numbers, config.folds)
+            parts["val"], pool = pool[numbers == config.fold], pool[numbers != config.fold]
+            rule += f"; val: fold {config.fold} of {config.folds} (from 0), stratified"
+        parts["train"] = pool
+    if source.groups is not None and ("stratified" in rule):
+        rule += f"; {len(np.unique(source.groups[source.groups >= 0])):,} groups kept whole"
+    parts = {name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])}
+    return Splits(parts, fingerprint(source, parts), rule, tuple(problems))
+
+
+def refuse_empty(source: Source, numbers: np.ndarray, groups: np.ndarray, folds: int) -> None:
+    """Raise a ValueError when a fold would have nothing to judge, before any of them is trained."""
+    empty = folds - len(np.unique(numbers[numbers >= 0]))
+    if empty:
+        what = f"{len(numbers):,} pictures in {len(np.unique(groups)):,} groups (a picture alone is one)"
+        raise ValueError(
+            f"data.folds is {folds}, but {empty} of them would have no picture: {source.name} has {what}; lower data.folds"
+        )
+
+
+def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Take about `fraction` of every class from `pool`, whole groups at a time; at least one picture of each class
+    that has two or more, and never a class's only picture."""
+    if fraction == 0.0:
+        return pool[:0]
+    random = np.random.Generator(np.random.Philox(key=seed))
+    order = random.permutation(pool)
+    # A group that spans classes (the same picture under two labels) is taken or left with the class it is met in first.
+    members, starts = arranged(order, groups)
+    sizes = np.bincount(targets[pool])
+    quota = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
+    taken = np.zeros(len(starts) - 1, dtype=bool)
+    filled, limits = [0] * len(quota), quota.tolist()  # Python's own numbers: a million steps, most of one picture
+    classes, bounds = targets[members].tolist(), starts.tolist()
+    for group, (start, stop) in enumerate(pairwise(bounds)):
+        own = classes[start:stop]
+        if all(filled[label] + own.count(label) <= limits[label] for label in own):
+            taken[group] = True
+            for label in own:
+                filled[label] += 1
+    add_large_groups(taken, np.asarray(filled), quota, sizes, targets[members], starts)
+    return np.sort(members[np.repeat(taken, np.diff(starts))])
+
+
+def add_large_groups(
+    taken: np.ndarray, filled: np.ndarray, quota: np.ndarray, sizes: np.ndarray, classes: np.ndarray, starts: np.ndarray
+) -> None:
+    """Take groups of several pictures that do not fit into what their classes should give, where that is better.
+
+    Args:
+        taken: which groups are taken; changed in place.
+        filled, quota, sizes: of each class, how many pictures are taken, should be, and there are.
+        classes: the class of every picture, group after group.
+        starts: where each group begins, and the end.
+    """
+    several = np.flatnonzero(np.diff(starts) > 1)
+    counts = {group: classes[starts[group] : starts[group + 1]] for group in several.tolist()}
+
+    def take(group: int, *, if_nearer: bool) -> bool:
+        more = filled + np.bincount(counts[group], minlength=len(quota))
+        fits = (more < np.maximum(sizes, 1)).all()
+        if not fits or (if_nearer and distance(more, quota) >= distance(filled, quota)):
+            return False
+        taken[group], filled[:] = True, more
+        return True
+
+    # Where large groups leave a gap that none fits into, one that overshoots may still bring the sizes nearer.
+    for group in several[~taken[several]].tolist():
+        take(group, if_nearer=True)
+    # A class whose groups are all larger than its share gives its smallest, if that leaves it a picture.
+    for label in np.flatnonzero((quota > 0) & (filled == 0)):
+        if not filled[label]:
+            own = [group for group, each in counts.items() if label in each]
+            for group in sorted(own, key=lambda each: len(counts[each])):
+                if take(group, if_nearer=False):
+                    break
+
+
+def distance(filled: np.ndarray, quota: np.ndarray) -> int:
+    """Return how far a part is from what it should have of each class, and in all."""
+    return int(np.abs(filled - quota).sum() + abs(filled.sum() - quota.sum()))
+
+
+def fingerprint(source: Source, parts: dict[str, np.ndarray]) -> str:
+    """Hash which file, with which label, is in which part; independent of listing order."""
+    lines = [
+        f"{part}\t{source.paths[index]}\t{source.labels[source.targets[index]]}\n"
+        for part, indices in parts.items()
+        for index in indices
+    ]
+    return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> list[Problem]:
+    """Return what training should say of the parts; what makes training or its judgement impossible raises.
+
+    Args:
+        judged: the part that the judgement cannot do without.
+
+    Raises:
+        ValueError: fewer than two classes, or no pictures to train on or to judge by.
+    """
+    train = splits.parts.get("train", np.zeros(0, dtype=np.int64))
+    if len(source.labels) == 1:
+        raise ValueError(f"{source.name}: only one class ({source.labels[0]!r}); a classifier needs at least two")
+    counts = np.bincount(source.targets[train], minlength=len(source.labels))
+    if not len(train) or (counts == 0).any():
+        empty = [source.labels[i] for i in np.flatnonzero(counts == 0)]
+        raise ValueError(f"{source.name}: no pictures to train on for {len(empty)} classes: {', '.join(empty[:10])}")
+    if judged not in splits.parts:
+        why = "add val/ folders, more pictures (at least two a class), or raise --data.val_fraction"
+        if source.groups is not None:
+            why += "; groups are never divided, and one that holds a whole class must be trained on"
+        raise ValueError(f"{source.name}: no pictures for validation ({len(train)} for training); {why}")
+    return [*splits.problems, *class_problems(source, splits)]
+
+
+def class_problems(source: Source, splits: Splits) -> list[Problem]:
+    """Describe classes that a part lacks, that have few pictures, or that are very uneven."""
+    counts = np.bincount(
+        source.targets[splits.parts.get("train", np.zeros(0, dtype=np.int64))], minlength=len(source.labels)
+    )
+    problems = []
+    for part in ("val", "test"):
+        if part in splits.parts:
+            present = np.bincount(source.targets[splits.parts[part]], minlength=len(source.labels))
+            gone = tuple(source.labels[i] for i in np.flatnonzero(present == 0))
+            if gone:
+                text = f"{part} has no picture of {len(gone)} classes: {', '.join(gone[:10])}"
+                problems.append(Problem("warning", "missing-class", gone, text))
+    small = tuple(source.labels[i] for i in np.flatnonzero((counts > 0) & (counts < 10)))
+    if small:
+        text = f"{len(small)} classes have fewer than 10 training pictures: {', '.join(small[:10])}"
+        problems.append(Problem("warning", "small-class", small, text))
+    if counts.max() >= UNEVEN * max(counts.min(), 1):
+        text = f"classes are uneven: {counts.min()} to {counts.max()} training pictures"
+        problems.append(Problem("warning", "imbalance", (), text))
+    return problems
+
+
+def save_splits(source: Source, splits: Splits, path: Path) -> None:
+    """Write the division: part → paths, with its fingerprint and rule."""
+    parts = {name: [source.paths[index] for index in indices] for name, indices in splits.parts.items()}
+    content = {"fingerprint": splits.fingerprint, "rule": splits.rule, "source": source.name, "splits": parts}
+    write_text(path, json.dumps(content) + "\n")  # ASCII: a name that is not Unicode has no UTF-8
+
+
+def load_splits(source: Source, path: Path, good: np.ndarray | None = None) -> Splits:
+    """Read a division back and find its pictures in the source.
+
+    Args:
+        good: [N] whether each picture can be used, where that is known.
+
+    Raises:
+        ValueError: a recorded picture is gone from the source, is broken, or has another label now.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    parts = {}
+    for part, names in content["splits"].items():
+        parts[part] = places(source.paths, names)
+        gone = np.flatnonzero(parts[part] < 0)
+        if len(gone):
+            raise ValueError(
+                f"{source.name}: {len(gone)} pictures of the recorded {part} part are gone, for instance "
+                f"{names[gone[0]]} (recorded in {path}); restore them, or train anew"
+            )
+        broken = parts[part][~good[parts[part]]] if good is not None else parts[part][:0]
+        if len(broken):
+            raise ValueError(
+                f"{source.name}: {len(broken)} pictures of the recorded {part} part are broken now, for instance "
+                f"{source.paths[broken[0]]} (recorded in {path}); restore them, or train anew"
+            )
+    if fingerprint(source, parts) != content["fingerprint"]:
+        raise ValueError(f"{source.name}: the labels of pictures have changed since {path} was written; train anew")
+    return Splits(parts, content["fingerprint"], content["rule"])

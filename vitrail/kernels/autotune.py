@@ -1,0 +1,239 @@
+"""Measure which kernel is fastest here, once per machine, shape and number format; keep the answer in a small file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitrail.files import cache_folder, write_text
+from vitrail.kernels.registry import GLOBAL_KERNELS, KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, runs
+from vitrail.machine import processor_name
+
+# The rule's kernel stays unless another is faster by more than noise: choices should not flip from run to run.
+_MARGIN = 0.8
+_ROUNDS = 5
+_BUDGET_S = 0.3  # for all candidates of one case; a large shape gets fewer rounds
+_REVISION = (
+    1  # raise it when a change makes a kernel of `vitrail.kernels` faster or slower: what was measured is then void
+)
+_TOKENS = 4096  # of one measurement on a CPU, in all its samples and heads
+
+
+def choose(
+    cases: Iterable[Case],
+    *,
+    cache: Path | None,
+    known: Any = None,
+    global_attention: str = "auto",
+    local_attention: str = "auto",
+    measuring: bool = True,
+) -> Kernels:
+    """Return the kernels for some cases.
+
+    Args:
+        cases: what a model will compute.
+        cache: file of what was measured before; None: measure anew, and keep nothing.
+        known: choices to keep to, by case: those of a run that goes on, as its file has them.
+        global_attention: a kernel's name instead of a choice, for global attention; `auto` measures.
+        local_attention: the same for local attention.
+        measuring: whether a case that is not known may be measured; if not, the rule decides.
+
+    Raises:
+        ValueError: a kernel that was asked for by name cannot compute one of the cases, or has none to compute; `known`
+            has a kernel that cannot compute its case.
+    """
+    wished, cases = {"global": global_attention, "local": local_attention}, list(cases)
+    for kind, wish in wished.items():
+        if wish != "auto" and kind not in {case.kind for case in cases}:
+            raise ValueError(
+                f"kernels.{kind}_attention {wish!r} has no effect: at this picture size the model has no {kind} attention (a "
+                "window over the whole grid is global attention); leave it auto"
+            )
+    chosen = _checked({} if known is None else known, cases)
+    for case in cases:
+        wish = wished[case.kind]
+        if wish != "auto":
+            if not runs(wish, case):
+                able = [name for name in KERNELS[case.kind] if runs(name, case)]
+                raise ValueError(
+                    f"kernels.{case.kind}_attention is {wish!r}, which cannot compute {case.key}; expected one of: "
+                    f"{', '.join(['auto', *able])}"
+                )
+        elif case.key not in chosen and len(candidates(case)) > 1:
+            taken = timings(case, cache) if measuring else _kept(cache, case)
+            if taken:
+                chosen[case.key] = fastest(taken)
+    own = {name: "" if wish == "auto" else wish for name, wish in wished.items()}
+    return Kernels(chosen, global_attention=own["global"], local_attention=own["local"])
+
+
+def _checked(known: Any, cases: Iterable[Case]) -> dict[str, str]:
+    """Return the choices of a run that goes on.
+
+    Raises:
+        ValueError: they name no kernels, or one that cannot compute its case.
+    """
+    remedy = "restore the file, or start a new run"
+    if not isinstance(known, Mapping):
+        raise ValueError(f"kernels in run.json is {known!r}; expected a kernel's name for each case; {remedy}")
+    able = {case.key: [name for name in KERNELS[case.kind] if runs(name, case)] for case in cases}
+    for key, name in known.items():
+        names = able.get(key, [*dict.fromkeys([*GLOBAL_KERNELS, *LOCAL_KERNELS])])
+        if name not in names:
+            raise ValueError(
+                f"kernels in run.json has {name!r} for {key!r}, which cannot compute it here; expected one of: "
+                f"{', '.join(names)}; {remedy}"
+            )
+    return dict(known)
+
+
+def timings(case: Case, cache: Path | None, *, fresh: bool = False) -> dict[str, float]:
+    """Return the milliseconds that each kernel takes for a case, from the cache, else measured now and put there.
+
+    Args:
+        fresh: measure in any case.
+    """
+    taken = {} if fresh else _kept(cache, case)
+    if not taken:
+        taken = measure(case)
+        if cache is not None:
+            _write(cache, {case.key: taken})
+    return taken
+
+
+def fastest(taken: Mapping[str, float]) -> str:
+    """Return the fastest kernel of a measurement, whose first entry is the rule's."""
+    usual, best = next(iter(taken)), min(taken, key=taken.__getitem__)
+    return best if taken[best] < _MARGIN * taken[usual] else usual
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Return the milliseconds that each candidate takes for a case (median), the rule's own first.
+
+    On CPUs they are processor time of one thread: where other programs are busy, threads that wait for one another take
+    many times as long, and what was measured in such a moment would be kept for good (docs/log.md).
+    """
+    names = candidates(case)
+    device, dtype = torch.device(case.device), getattr(torch, case.dtype)
+    heads = 3
+    batch = max(1, (_TOKENS if device.type == "cpu" else 64 * _TOKENS) // case.tokens // heads)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode(False):
+        packed = torch.randn(batch, case.tokens, 3, heads, case.width, dtype=dtype, device=device)
+        q, k, v = (part.transpose(1, 2).detach().requires_grad_(case.training) for part in packed.unbind(2))
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        started = time.perf_counter()
+        with _one_thread(device):
+            for number in range(_ROUNDS + 1):  # the first warms up
+                for name in names:
+                    taken[name].append(_seconds(name, case, q, k, v))
+                if number and time.perf_counter() - started > _BUDGET_S:
+                    break
+    return {name: round(1000 * statistics.median(times[1:]), 3) for name, times in taken.items()}
+
+
+def _seconds(name: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    """Return the seconds of one call, with its backward pass where the case trains."""
+    dropout = 0.1 if case.dropout else 0.0
+    clock = time.thread_time
+    if case.device == "cuda":
+        clock = time.perf_counter
+        torch.cuda.synchronize()
+    started = clock()
+    with torch.set_grad_enabled(case.training), torch.autocast(case.device, enabled=False):
+        if case.grid is None:
+            out = GLOBAL_KERNELS[name](q, k, v, dropout=dropout)
+        else:
+            out = LOCAL_KERNELS[name](q, k, v, case.grid, case.window, case.num_prefix, dropout=dropout)
+        if case.training:
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Let PyTorch compute on the calling thread only, on CPUs."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cache_file() -> Path:
+    """Return where measurements are kept."""
+    return cache_folder() / "kernels.json"
+
+
+def machine_key() -> str:
+    """Return what measurements hold for: processor, GPU, and the versions of torch and of Vitrail's kernels."""
+    parts = [processor_name(), f"torch {torch.__version__}", f"kernels {_REVISION}"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def _kept(cache: Path | None, case: Case) -> dict[str, float]:
+    """Return what was measured of a case on this machine, the rule's kernel first; empty: not all that it takes."""
+    found = _read(cache).get(machine_key())
+    taken = found.get(case.key) if isinstance(found, dict) else None
+    if not isinstance(taken, dict):
+        return {}
+    times = {name: taken.get(name, math.nan) for name in candidates(case)}
+    good = all(type(ms) in (int, float) and math.isfinite(ms) and ms >= 0 for ms in times.values())
+    return times if good else {}
+
+
+def _read(cache: Path | None) -> dict[str, Any]:
+    """Return what was measured, by machine; a file that cannot be read counts as empty, and is measured again."""
+    try:
+        content = {} if cache is None else json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def writable(cache: Path) -> bool:
+    """Whether measurements can be kept in a file."""
+    return _write(cache, {})
+
+
+def _write(cache: Path, measured: dict[str, dict[str, float]]) -> bool:
+    """Add measurements; a cache that cannot be written is done without. Returns whether it was."""
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(cache):
+            content = _read(cache)
+            known = content.get(machine_key())
+            content[machine_key()] = (known if isinstance(known, dict) else {}) | measured
+            write_text(cache, json.dumps(content, indent=2) + "\n")
+    except OSError:
+        return False
+    return True
+
+
+_THREADS = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Let no other thread or process change the cache meanwhile; where there are no file locks, no other thread."""
+    with _THREADS, contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            import fcntl  # not on Windows
+
+            handle = stack.enter_context(cache.with_name(f".{cache.name}.lock").open("a"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,1 @@
+"""What is minimised: one method of training a file."""

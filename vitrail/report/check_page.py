@@ -1,0 +1,131 @@
+"""What `vitrail check` shows: a few lines for the terminal, and one offline page with the pictures in question."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import PIL.Image
+
+from vitrail.data.check.check import Checked
+from vitrail.data.datasets.open import Source
+from vitrail.data.images.decode import PictureError
+from vitrail.data.problems import Kind, Problem
+from vitrail.files import write_bytes
+from vitrail.report.run_page import clip
+
+CLASSES_SHOWN, PATHS_SHOWN = 12, 3  # on the terminal
+FINDINGS_LIMIT, THUMBNAILS_LIMIT, ROWS_LIMIT = 24, 6, 1000  # on the page: findings a kind, pictures a finding, classes
+_SIDE = 160  # of a preview, pixels
+TITLES: dict[Kind, tuple[str, str]] = {
+    "unreadable": ("unreadable files", "mend or remove them, or --data.damaged drop"),
+    "damaged": ("damaged pictures", "mend or remove them, or --data.damaged drop (or keep: decode what is there)"),
+    "refused": ("pictures that are too large", "shrink them, or raise --data.limit-pixels"),
+    "leak": ("pictures in two parts", "keep each in one part, or the judgement is too good"),
+    "label-conflict": ("pictures under two labels", "keep the right one"),
+    "missing-class": ("missing classes", "add pictures, or remove the class from every part"),
+    "name": ("names and folders", "rename or move what is named"),
+    "duplicate": ("equal pictures", "remove the copies; in a flat folder they stay on one side of the split anyway"),
+    "near-duplicate": ("nearly equal pictures", "look whether they are copies; in a flat folder they stay on one side"),
+    "small-class": ("small classes", "more pictures help most here"),
+    "imbalance": ("uneven classes", "look at the recall of each class, not only at the accuracy"),
+    "orientation": ("pictures turned by EXIF", "nothing to do: Vitrail turns them in training and in use"),
+    "mode": ("unusual forms", "nothing to do if the pictures are meant so"),
+}
+
+
+def by_kind(problems: tuple[Problem, ...]) -> Iterator[tuple[Kind, list[Problem]]]:
+    """Yield the findings of each kind, the gravest kinds first."""
+    for kind in TITLES:
+        if found := [problem for problem in problems if problem.kind == kind]:
+            yield kind, found
+
+
+def summary(checked: Checked) -> list[str]:
+    """Return the lines for the terminal."""
+    facts = checked.facts
+    lines = []
+    if checked.source is not None:
+        lines.append(f"{checked.source.name}: {facts['num_images']:,} pictures, {len(facts['classes'])} classes")
+        if "splits" in facts:
+            parts = ", ".join(f"{number:,} {part}" for part, number in facts["splits"].items())
+            lines.append(f"  parts    {parts} ({facts['rule']})")
+        ranked = sorted(facts["classes"].items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{clip(label, 40)} {number:,}" for label, number in ranked[:CLASSES_SHOWN])
+        rest = len(ranked) - CLASSES_SHOWN
+        least = f"; and {rest:,} more, the smallest {clip(ranked[-1][0], 40)} {ranked[-1][1]:,}" if rest > 0 else ""
+        lines.append(f"  classes  {shown}{least}")
+        if "sizes" in facts:
+            sizes = (f"{name} {width} × {height}" for name, (width, height) in facts["sizes"].items())
+            lines.append(f"  sizes    {', '.join(sizes)}")
+        for which in ("modes", "formats"):
+            if facts[which]:
+                lines.append(f"  {which:<8} {', '.join(f'{name} {number:,}' for name, number in facts[which].items())}")
+        lines.append(f"  looked   {looked(facts)}")
+    for kind, found in by_kind(checked.problems):
+        severity = "error" if any(problem.severity == "error" for problem in found) else "warning"
+        title, remedy = TITLES[kind]
+        lines.append(f"{severity}: {title}: {len(found):,} {'finding' if len(found) == 1 else 'findings'}")
+        lines += [f"    {problem.message}" for problem in found[:PATHS_SHOWN]]
+        if len(found) > PATHS_SHOWN:
+            lines.append(f"    … and {len(found) - PATHS_SHOWN:,} more")
+        lines.append(f"    remedy: {remedy}")
+    return lines
+
+
+def looked(facts: dict[str, Any]) -> str:
+    """Say what was looked at, and what was not."""
+    if facts["form"] == "quick":
+        return "at headers and bytes only (--quick): cut files and near duplicates are not found"
+    if not facts["near_duplicates"]:
+        return "at every pixel; not for near duplicates (--data.near-duplicates)"
+    if not facts["crops_compared"]:
+        return "at every pixel; for near duplicates, but for so many pictures not for slight crops"
+    return f"at every pixel, {facts['num_images'] / max(facts.get('seconds', 0), 0.01):,.0f} pictures/s"
+
+
+def write_page(checked: Checked, name: str, path: Path) -> None:
+    """Write the page, atomically."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["clip"] = clip
+    most = max([1, *checked.facts["classes"].values()])
+    classes = [(label, number, 100 * number / most) for label, number in checked.facts["classes"].items()]
+    place = {} if checked.source is None else {each: index for index, each in enumerate(checked.source.paths)}
+    page = environment.get_template("check.html.j2").render(
+        data=name,
+        ok=checked.ok,
+        facts=checked.facts,
+        looked=looked(checked.facts) if checked.source is not None else "",
+        classes=classes[:ROWS_LIMIT],
+        kinds=[_kind(checked, kind, found, place) for kind, found in by_kind(checked.problems)],
+    )
+    write_bytes(path, page.encode("utf-8", "backslashreplace"))  # file names may be no valid Unicode
+
+
+def _kind(checked: Checked, kind: Kind, found: list[Problem], place: dict[str, int]) -> dict[str, Any]:
+    title, remedy = TITLES[kind]
+    rows = []
+    for problem in found[:FINDINGS_LIMIT]:
+        pictures = [(path, preview(checked.source, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
+        more = len(problem.paths) - len(pictures)
+        rows.append({"severity": problem.severity, "message": problem.message, "pictures": pictures, "more": more})
+    return {"kind": kind, "title": title, "remedy": remedy, "rows": rows, "count": len(found)}
+
+
+def preview(source: Source | None, index: int | None) -> str | None:
+    """Return a picture as a small inline JPEG; empty for one that cannot be decoded, None for what is no picture."""
+    if source is None or index is None:
+        return None
+    try:
+        picture = source.read(index, "RGB")
+    except (PictureError, OSError):
+        return ""
+    picture.thumbnail((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,1 @@
+"""Weights as other libraries keep them: each format is read here, and written where that makes sense."""

@@ -1,0 +1,230 @@
+"""Google's `.npz` files: the model of an array tree, its architecture, and the preprocessing it was judged with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitrail.data.images.preprocess import crop_fraction_of
+from vitrail.models.config import ViTConfig
+from vitrail.weights.finalise import Found, depth_of, fit, mlp_ratio, plain_labels, table_grid, with_zero_rows
+from vitrail.weights.formats.jax_tables import BIG_VISION, VISION_TRANSFORMER
+from vitrail.weights.imported_model import Imported
+from vitrail.weights.infer import to_preprocess
+from vitrail.weights.key_mapping import to_ours, to_theirs
+from vitrail.weights.user_spec import Told
+
+
+class Tree(NamedTuple):
+    """A model's part of a file.
+
+    Attributes:
+        tensors: by their names without the place of the model in the file, blocks one by one.
+        outside: names of the file that belong to something else, such as the text tower.
+        prefix: where the model stood, such as `params/img/`.
+    """
+
+    tensors: dict[str, Tensor]
+    outside: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+def open_google(name: str, tensors: Mapping[str, Tensor], said: Told) -> Imported:
+    """Return the model of a Google checkpoint's arrays.
+
+    Raises:
+        ValueError: it is no ViT of theirs, something was not described, or weights are missing or too many.
+    """
+    tree = read_tree(name, tensors)
+    is_old = any("MultiHeadDotProductAttention_1" in key for key in tree.tensors)
+    left_out = [*tree.outside, *_representation(name, tree.tensors)]
+    kept = {key: tensor for key, tensor in tree.tensors.items() if not key.startswith("pre_logits/")}
+    facts = google_facts(name, kept)
+    wrong = [
+        f"{key} {value!r} (its weights have {facts[key]!r})"
+        for key, value in said.model.items()
+        if key in facts and key not in ("image_size", "patch_size", "mlp_ratio") and facts[key] != value
+    ]
+    if wrong:
+        raise ValueError(f"{name}: its weights contradict what was described: {', '.join(wrong)}")
+    fields = {"mlp": "gelu", **facts, **said.model}
+    if "image_size" not in fields:
+        raise ValueError(
+            f"{name}: its positions are computed (sincos2d) and not in the file; make a model file that says the picture size "
+            f"it was trained with: vitrail export {name} --to vitrail --describe image_size=224"
+        )
+    config = ViTConfig(**fields)
+    weights, unexpected = to_ours(kept, VISION_TRANSFORMER if is_old else BIG_VISION, config, name)
+    if "pos_embed" in weights and not is_old and config.class_token:
+        weights["pos_embed"] = with_zero_rows(weights["pos_embed"], 0, 1)
+    published, notes = _published(is_old, tree, config)
+    preprocess = to_preprocess(config, {**published, **said.preprocess})
+    if "mlp" not in said.model:
+        notes.append(
+            "mlp gelu, as timm and transformers read such files; JAX computed its tanh form: --describe mlp=gelu_tanh"
+        )
+    if config.num_classes and not said.labels:
+        notes.append("labels are numbers: the file names none; --describe labels=…")
+    labels = said.labels or plain_labels(config.num_classes)
+    if len(labels) != config.num_classes:
+        raise ValueError(f"{name}: {len(labels)} labels were described, but its head has {config.num_classes} classes")
+    found = Found(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
+    return fit(found, config, preprocess, labels)
+
+
+def to_google(weights: Mapping[str, Tensor], config: ViTConfig, *, big_vision: bool) -> dict[str, Tensor]:
+    """Return a model's weights by Google's names and in its layout, blocks one by one.
+
+    Raises:
+        ValueError: the layout has no place for some weights.
+    """
+    weights = dict(weights)
+    if big_vision and config.class_token and "pos_embed" in weights:
+        # There the class token has no position; its row is added to the token, which is the same.
+        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
+        weights["pos_embed"] = weights["pos_embed"][:, 1:]
+    found, unknown = to_theirs(weights, BIG_VISION if big_vision else VISION_TRANSFORMER, config)
+    if unknown:
+        raise ValueError(f"Google's layout has no place for {', '.join(unknown)}")
+    return found
+
+
+def read_tree(name: str, tensors: Mapping[str, Tensor]) -> Tree:
+    """Return the part of a file that is the picture's model, without its place in the file.
+
+    Raises:
+        ValueError: there is no ViT in it.
+    """
+    for prefix in ("opt/target/", "params/img/", "params/", "img/", ""):
+        if f"{prefix}embedding/kernel" in tensors:
+            inside = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            outside = tuple(key for key in tensors if not key.startswith(prefix))
+            return Tree(_unstacked(inside), outside, prefix)
+    some = ", ".join(sorted(tensors)[:5])
+    raise ValueError(
+        f"{name}: no ViT of vision_transformer or big_vision: embedding/kernel is not among its {len(tensors)} arrays "
+        f"({some}, …)"
+    )
+
+
+def _unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return blocks one by one where a file has them stacked along a first dimension (scan over layers)."""
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if "Transformer/encoderblock/" in key:
+            for number, one in enumerate(tensor.unbind(0)):
+                out[key.replace("encoderblock/", f"encoderblock_{number}/")] = one
+        else:
+            out[key] = tensor
+    return out
+
+
+def _representation(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the layer between pooling and head, which may go where no head follows.
+
+    Raises:
+        ValueError: a head follows; a linear layer and tanh cannot be folded into it.
+    """
+    names = [key for key in tensors if key.startswith("pre_logits/")]
+    if names and "head/kernel" in tensors:
+        raise ValueError(
+            f"{name}: its head reads a tanh layer (pre_logits), which Vitrail's ViT does not have; leave head and "
+            "pre_logits out of the file to use it without its classes"
+        )
+    return names
+
+
+def google_facts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the fields of `ViTConfig` that the arrays tell.
+
+    Raises:
+        ValueError: what every ViT has is missing, or blocks are.
+    """
+    queries = [key for key in tensors if re.fullmatch(r"Transformer/encoderblock_0/.*/query/kernel", key)]
+    hidden = [key for key in tensors if re.fullmatch(r"Transformer/encoderblock_0/.*/Dense_0/kernel", key)]
+    if not queries or not hidden:
+        raise ValueError(f"{name}: no block 0 in it; the file may be cut off, or is no ViT")
+    kernel, query = tensors["embedding/kernel"], tensors[queries[0]]
+    width, heads, head_dim = query.shape
+    facts: dict[str, Any] = {
+        "embed_dim": width,
+        "num_heads": heads,
+        "depth": depth_of(tensors, r".*encoderblock_(\d+)/", name),
+        "mlp_ratio": mlp_ratio(tensors[hidden[0]].shape[1], width),
+        "class_token": "cls" in tensors,
+        "num_classes": tensors["head/kernel"].shape[1] if "head/kernel" in tensors else 0,
+        **({"head_dim": head_dim} if head_dim * heads != width else {}),
+        **_stem(name, tensors, kernel),
+        **_pooling(tensors),
+    }
+    table = tensors.get("pos_embedding", tensors.get("Transformer/posembed_input/pos_embedding"))
+    if table is None:
+        return facts | {"positions": "sincos2d"}
+    has_row = facts["class_token"] and "pos_embedding" not in tensors
+    side = table_grid(table, int(has_row), f"{name}: pos_embedding")[0]
+    return facts | {"positions": "learned", "image_size": side * facts["patch_size"]}
+
+
+def _stem(name: str, tensors: Mapping[str, Tensor], kernel: Tensor) -> dict[str, Any]:
+    """Return the encoder, its stride and channels."""
+    if "conv_root/kernel" not in tensors:
+        return {"patch_size": kernel.shape[0], "in_channels": kernel.shape[2]}
+    stages = len({key.split("/")[0] for key in tensors if re.match(r"block\d+/", key)})
+    if kernel.shape[0] != 1 or stages not in (3, 4):
+        raise ValueError(
+            f"{name}: a hybrid of {stages} ResNet stages with patches of {kernel.shape[0]}; expected patches of 1 behind 3 "
+            "or 4 stages (encoder r50)"
+        )
+    # Three stages, the last of 9 blocks, make stride 16; four make 32.
+    return {
+        "encoder": "r50",
+        "patch_size": 16 if stages == 3 else 32,
+        "in_channels": tensors["conv_root/kernel"].shape[2],
+    }
+
+
+def _pooling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the decoder."""
+    if "MAPHead_0/probe" in tensors:
+        return {"decoder": "attention"}
+    if "cls" in tensors:
+        return {"decoder": "token"}
+    return {"decoder": "mean", "fc_norm": False}
+
+
+def _published(is_old: bool, tree: Tree, config: ViTConfig) -> tuple[dict[str, Any], list[str]]:
+    """Return the preprocessing with which such weights were judged, and a note.
+
+    Source: vision_transformer, vit_jax/input_pipeline.py (resize to a square); big_vision, configs/vit_s16_i1k.py
+    (`resize_small(256)|central_crop(224)`) and proj/image_text for two towers (`resize(256)`); all in -1 to 1.
+    """
+    size, half = config.image_size, (0.5,) * config.in_channels
+    shared: dict[str, Any] = {"interpolation": "bilinear", "mean": half, "std": half}
+    if is_old or "img/" in tree.prefix:
+        chosen, how = {"resize": "squash"}, f"squash to {size}×{size}"
+    else:
+        side = round(size * 256 / 224)
+        chosen, how = (
+            {"resize": "crop", "crop_fraction": crop_fraction_of(size, side)},
+            f"shortest side {side}, then the centre",
+        )
+    source = "vision_transformer" if is_old else "big_vision"
+    return shared | chosen, [
+        f"preprocessing is that of {source}'s own evaluation: {how}, bilinear, -1 to 1; resized with Pillow's antialiasing"
+    ]
+
+
+def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return blocks stacked along a first dimension, as big_vision's scan over layers keeps them."""
+    blocks: dict[str, dict[int, Tensor]] = {}
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if found := re.search(r"encoderblock_(\d+)/", key):
+            blocks.setdefault(key.replace(found[0], "encoderblock/"), {})[int(found[1])] = tensor
+        else:
+            out[key] = tensor
+    return out | {key: torch.stack([parts[i] for i in sorted(parts)]) for key, parts in blocks.items()}

@@ -1,0 +1,237 @@
+"""timm's models: by the name of published weights, as a folder that timm wrote, or a file and the name of its model.
+
+What a model is, timm itself says: it is built without storage, and its modules are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import timm.models
+import torch
+from timm.data.config import resolve_data_config
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor
+
+from vitrail.data.images.preprocess import INTERPOLATIONS, Preprocess
+from vitrail.models.config import ViTConfig
+from vitrail.weights import naming as layouts
+from vitrail.weights.file_kinds import is_timm_folder
+from vitrail.weights.finalise import Found, fit, plain_labels, with_zero_rows
+from vitrail.weights.formats.state_dict import others_names
+from vitrail.weights.formats.state_dict_files import read_bare
+from vitrail.weights.formats.timm_modules import describe
+from vitrail.weights.hub import snapshot
+from vitrail.weights.imported_model import Imported
+from vitrail.weights.key_mapping import to_ours
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def open_timm(rest: str, described: Mapping[str, Any] | None = None) -> Imported:
+    """Read what stands behind `timm:`: a name of published weights, a folder, NAME=FILE, or hf-hub:OWNER/NAME.
+
+    Raises:
+        ValueError: timm has no such model, its weights cannot be had or do not fit, or Vitrail cannot express it.
+    """
+    if described:
+        raise ValueError(f"timm:{rest}: timm says all of its models; {', '.join(described)} cannot be given with it")
+    if Path(rest).is_dir():
+        return open_folder(rest)
+    if rest.startswith("hf-hub:"):
+        return _from_repository(rest)
+    name, equals, file = rest.partition("=")
+    return _from_file(name, Path(file)) if equals else _from_hub(name)
+
+
+def open_folder(name: str, word: str = "", notes: tuple[str, ...] = ()) -> Imported:
+    """Read a folder with timm's `config.json` and its weights.
+
+    Args:
+        word: how the report calls it, if not by its name.
+        notes: what should be told of it besides.
+
+    Raises:
+        ValueError: it has no such files, or they do not fit each other or Vitrail.
+    """
+    folder = Path(name)
+    if not is_timm_folder(folder):
+        raise ValueError(f"{name}: has no config.json of timm's, which names its architecture")
+    file = next((folder / each for each in WEIGHTS if (folder / each).is_file()), None)
+    if file is None:
+        raise ValueError(f"{name}: has no weights; expected {' or '.join(WEIGHTS)}")
+    content = json.loads((folder / "config.json").read_text("utf-8"))
+    refuse_unknown(content["architecture"], f"{name}/config.json: architecture")
+    model = _built(f"local-dir:{folder}", name)
+    return _imported(word or name, model, read_bare(file).tensors, exact_size=True, notes=notes)
+
+
+def _from_repository(rest: str) -> Imported:
+    """Read a repository of the hub that timm wrote, from huggingface_hub's cache or through the network."""
+    found = snapshot(rest.removeprefix("hf-hub:"), "timm:hf-hub:")
+    return open_folder(str(found.folder), f"timm:hf-hub:{found.name}@{found.commit}", found.notes)
+
+
+def _from_file(name: str, file: Path) -> Imported:
+    refuse_unknown(name, "timm:")
+    word = f"timm:{name}={file}"
+    bare = read_bare(file)
+    if any("/" in key for key in bare.tensors):
+        raise ValueError(f"{word}: the file has Google's layout; give it alone, without a name of timm's")
+    head = bare.tensors.get("head.weight")
+    classes = {"num_classes": len(head)} if head is not None and head.ndim == 2 else {}  # it may be fine-tuned
+    return _imported(word, _built(name, word, **classes), bare.tensors, notes=bare.notes)
+
+
+def _from_hub(name: str) -> Imported:
+    """Read published weights through timm, which keeps them in huggingface_hub's cache."""
+    refuse_unknown(name, "timm:")
+    word = f"timm:{name}"
+    model = _built(name, word)
+    describe(model, word)  # what cannot be expressed is refused before anything is downloaded
+    if not (model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url")):
+        raise ValueError(f"{word}: timm publishes no weights of this name; one with weights: {_published(name)}")
+    try:
+        _ask_hub(model.pretrained_cfg.get("hf_hub_id") or "")
+        trained: Any = timm.create_model(name, pretrained=True)
+    except Exception as error:  # network, cache and hub errors come in many classes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{word}: its weights could not be had ({reason}); they need the network once, then come from the cache; or "
+            f"give a file of them: timm:{name}=FILE"
+        ) from None
+    return _imported(word, trained, trained.state_dict())
+
+
+def _ask_hub(repository: str) -> None:
+    """Raise at once what the hub answers where nothing is in the cache: a download would try again for most of a minute."""
+    cached = (huggingface_hub.try_to_load_from_cache(repository, each) for each in WEIGHTS) if repository else ()
+    if repository and not any(isinstance(path, str) for path in cached):
+        huggingface_hub.HfApi().model_info(repository.partition("@")[0], timeout=10)
+
+
+def _built(name: str, word: str, **arguments: Any) -> Any:
+    """Return timm's model without storage.
+
+    Raises:
+        ValueError: timm refuses to build it.
+    """
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **arguments)
+    except Exception as error:  # wrong arguments in a folder's config.json raise what they meet
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{word}: timm cannot build it ({reason})") from None
+
+
+def _imported(
+    word: str, model: Any, tensors: Mapping[str, Tensor], *, exact_size: bool = False, notes: tuple[str, ...] = ()
+) -> Imported:
+    """Return the weights of a timm model, its preprocessing and labels.
+
+    Args:
+        exact_size: the preprocessing's size must be the model's, unless the model takes any.
+    """
+    described = describe(model, word)
+    config, cfg = described.config, dict(model.pretrained_cfg)
+    preprocess, about = preprocess_of(cfg, config, word)
+    if exact_size and preprocess.image_size != config.image_size and not described.any_size:
+        raise ValueError(
+            f"{word}: its config.json does not fit itself: pretrained_cfg.input_size is {preprocess.image_size} px, the model "
+            f"takes {config.image_size} px"
+        )
+    labels, said = labels_of(cfg, config.num_classes)
+    weights, unexpected = to_ours(layouts.joined_heads(tensors), described.rules, config, word)
+    if not weights:
+        raise ValueError(others_names(word, tensors, "timm's"))
+    weights = _rows(weights, model, config)
+    found = Found(word, weights, (), tuple(unexpected), (*notes, *described.notes, *about, *said))
+    return fit(found, config, preprocess, labels)
+
+
+def _rows(weights: dict[str, Tensor], model: Any, config: ViTConfig) -> dict[str, Tensor]:
+    """Return weights whose position table has a row for every token: zeros where timm adds no position."""
+    if config.num_prefix and "pos_embed" in weights and model.no_embed_class:
+        weights["pos_embed"] = with_zero_rows(weights["pos_embed"], 0, config.num_prefix)
+    return weights
+
+
+def preprocess_of(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tuple[Preprocess, list[str]]:
+    """Return the preprocessing of timm's `create_transform(**resolve_data_config(...))`, and notes.
+
+    Raises:
+        ValueError: it cannot be expressed.
+    """
+    data = resolve_data_config(pretrained_cfg=dict(cfg))
+    channels, height, width = data["input_size"]
+    share, mode, interpolation = data["crop_pct"], data["crop_mode"], data["interpolation"]
+    problems = []
+    if height != width:
+        problems.append(f"input_size {height}×{width} is not square")
+    if channels != config.in_channels:
+        problems.append(f"input_size has {channels} channels, the model {config.in_channels}")
+    if interpolation not in INTERPOLATIONS:
+        problems.append(f"interpolation {interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
+    if mode not in ("center", "squash"):
+        problems.append(f"crop_mode {mode!r} is neither 'center' nor 'squash'")
+    if share > 1:
+        problems.append(f"crop_pct {share} pads pictures")
+    if problems:
+        raise ValueError(f"{word}: its preprocessing cannot be expressed: {'; '.join(problems)}")
+    preprocess = Preprocess(
+        image_size=height,
+        channels=channels,
+        resize="crop" if mode == "center" else "squash" if share == 1 else "squash_crop",
+        crop_fraction=float(share),
+        interpolation=interpolation,
+        mean=tuple(float(value) for value in data["mean"]),
+        std=tuple(float(value) for value in data["std"]),
+    )
+    test = cfg.get("test_input_size")
+    notes = (
+        [f"timm names {test[-1]} px as its best size for tests; {height} px is the size of training"] if test else []
+    )
+    return preprocess, notes
+
+
+def labels_of(cfg: Mapping[str, Any], count: int) -> tuple[tuple[str, ...], list[str]]:
+    """Return the class names that timm keeps or knows for a number of classes, and a note when they are a guess."""
+    names = cfg.get("label_names")
+    if isinstance(names, Mapping):
+        names = [names[key] for key in sorted(names, key=int)]
+    if names and len(names) == count:
+        return tuple(str(name) for name in names), []
+    subset = infer_imagenet_subset({"num_classes": count}) if count else None
+    if subset:
+        known = ImageNetInfo(subset).label_names()
+        return tuple(known), [f"labels are the WordNet ids of {subset}, assumed from {count} classes"]
+    return plain_labels(count), ["labels are numbers: timm names none"] * bool(count)
+
+
+def refuse_unknown(name: str, where: str) -> None:
+    """Raise a ValueError unless timm has a model, and weights of the tag, by this name."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        family = timm.list_models(f"{architecture.partition('_')[0]}_*")
+        near = timm.list_models(f"*{architecture}*")[:1] or difflib.get_close_matches(
+            architecture, family or timm.list_models(), n=1, cutoff=0.5
+        )
+        hint = f"; did you mean {near[0]!r}?" if near else "; expected such as 'vit_base_patch16_224'"
+        raise ValueError(f"{where} {name!r} is no model of timm's{hint}; timm.list_models() has them all")
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError:
+        raise ValueError(
+            f"{where} {name!r}: timm has no weights {tag!r} of {architecture}; it has {_published(name)}"
+        ) from None
+
+
+def _published(name: str) -> str:
+    known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+    return ", ".join(known[:6]) or "none"
