@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 import vitrail.cli
 from vitrail import ViT, ViTConfig
-from vitrail.cli import COMMANDS, given_settings, train_options
+from vitrail.cli import COMMANDS, train
+from vitrail.cli.options import given_settings
 from vitrail.config import RunConfig, ScheduleConfig
 from vitrail.config_schema import flatten
 from vitrail.export.formats import TARGETS
@@ -239,17 +240,18 @@ def test_the_run_keeps_the_best_of_validation_only(page):
 def test_commands_on_the_pages_are_accepted(line, monkeypatch):
     words = shlex.split(line, comments=True)[1:]
     seen = []
-    for name, command in COMMANDS.items():
-        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, do=lambda options: seen.append(options) or 0))
+    for command in COMMANDS.values():
+        monkeypatch.setattr(command, "run", lambda options: seen.append(options) or 0)
     assert vitrail.cli.run(words) == 0
     if words[0] == "train":
-        given = given_settings(seen[0]) | (meaning(seen[0].model_name) if seen[0].model_name else {})
+        given = given_settings(seen[0], own=train.OwnOptions)
+        given |= meaning(seen[0].model_name) if seen[0].model_name else {}
         if "pretrained" not in given:  # those weights are the reader's
             build_config(seen[0].recipe or "auto", FACTS, given)
 
 
 def test_settings_on_the_pages_exist():
-    own = {field.name for field in dataclasses.fields(train_options())} | {"model", "help"}
+    own = {field.name for field in dataclasses.fields(train.Options)} | {"model", "help"}
     known = own | {name for name, _ in flatten(RunConfig)}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])", page.read_text(encoding="utf-8")))

@@ -463,7 +463,7 @@ def test_the_saved_model_is_the_logistic_regression(model, make_folder, tmp_path
     assert (judged["split"], judged["fingerprint"]) == (found["split"], found["fingerprint"])
     assert judged["labels"] == ["flat", "slant", "steep"]
     assert run(["probe", str(saved), str(data)]) == 0  # a probe of it: the same features
-    assert "0 pictures computed, 120 from the cache" in capsys.readouterr().out
+    assert "0 images computed, 120 from the cache" in capsys.readouterr().out
 
 
 def test_the_runs_own_division_is_kept(tiny_run, tmp_path, cache):

@@ -1,0 +1,83 @@
+"""`vitrail train`: from a folder of images to a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from vitrail.cli.options import MODEL, DataArgument, given_settings, settings_of
+from vitrail.cli.output import OK, recall_note
+from vitrail.config import RunConfig
+from vitrail.console import Talk
+
+if TYPE_CHECKING:
+    from vitrail.api import Result
+
+HELP = "Check the data, train, evaluate, and leave a run folder with weights and a report."
+
+_MODEL = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {MODEL}"
+_RECIPE = "auto (the default), article, or an earlier run's config.json"
+# The command's own options answer these, or the data does.
+_NO_FLAG = ("recipe", "variant", "pretrained", "data.source", "model.num_classes")
+
+
+@dataclass(frozen=True)
+class OwnOptions:
+    """Options of `vitrail train` that are no settings of a run."""
+
+    data_source: DataArgument
+    out: Annotated[str | None, arg(help="folder of the run (default: runs/NAME)", metavar="RUN")] = None
+    model_name: Annotated[str | None, arg(name="model", help=_MODEL, metavar="MODEL")] = None
+    recipe: Annotated[str | None, arg(help=_RECIPE, metavar="NAME")] = None
+    resume: Annotated[bool, arg(help="go on with the run in --out, exactly")] = False
+
+
+# With every setting of `RunConfig` as `--section.field`.
+Options = dataclasses.make_dataclass("Options", settings_of(RunConfig, skip=_NO_FLAG), bases=(OwnOptions,), frozen=True)
+
+
+def run(options: Any) -> int:
+    """Train a model, then print its accuracy and what to type next."""
+    from vitrail import distributed
+    from vitrail.api import train
+    from vitrail.training.signals import Stopped
+
+    talk = Talk(quiet=os.environ.get("RANK", "0") != "0")
+    try:
+        result = train(
+            options.data_source,
+            out=options.out,
+            model=options.model_name,
+            recipe=options.recipe,
+            resume=options.resume,
+            talk=talk,
+            **given_settings(options, own=OwnOptions),
+        )
+    except Stopped as stop:
+        talk.say(f"{stop}; everything is saved. Go on with:\n  {stop.command}")
+        return 128 + stop.number
+    finally:
+        distributed.leave()
+    print_result(result, talk)
+    return OK
+
+
+def print_result(result: Result, talk: Talk) -> None:
+    """Print the accuracy on every split, where the files lie, and the next command."""
+    for split, metrics in result.evaluation.items():
+        name = {"val": "validation", "test": "test"}[split]
+        correct = round(metrics["top1"] * metrics["num_images"])
+        counts = f"{correct:,} of {metrics['num_images']:,}"
+        talk.good(f"{name} accuracy {metrics['top1']:.2%} ({counts}){recall_note(metrics)}")
+    run_folder = result.folder
+    if result.folds:
+        talk.say(f"folds:   {result.folder / 'folds.json'}")
+        run_folder = result.folder / "fold-0"
+    talk.say(f"report:  {run_folder / 'report.html'}")
+    talk.say(f"model:   {run_folder / 'model.safetensors'}")
+    talk.say(f"next:    vitrail predict {shlex.quote(str(run_folder))} IMAGE…")
