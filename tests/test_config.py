@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitrail.config import RunConfig, load_config, parse_duration, save_config, to_steps
+from vitrail.config import RunConfig, load_config, save_config
 from vitrail.config_schema import from_dict, leaves, override, to_dict
+from vitrail.durations import parse_duration, to_steps
 from vitrail.lookup import pick, unknown
 from vitrail.recipes import RECIPES, Facts, build_config
 

@@ -20,8 +20,8 @@ import torchvision
 from PIL import Image
 
 from vitrail.cli import run
-from vitrail.data.cache.rows import picture_keys
 from vitrail.data.datasets.base import ArrayPictures, FilePictures, PackedPictures
+from vitrail.data.datasets.keys import picture_keys
 from vitrail.data.datasets.open import open_source
 from vitrail.data.datasets.torchvision_sets import SETS
 from vitrail.data.images.decode import PictureError

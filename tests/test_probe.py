@@ -18,7 +18,8 @@ from vitrail.cli import run
 from vitrail.config import DataConfig
 from vitrail.console import Talk
 from vitrail.data.cache import rows as kept_module
-from vitrail.data.cache.rows import KeptRows, picture_keys
+from vitrail.data.cache.rows import KeptRows
+from vitrail.data.datasets.keys import picture_keys
 from vitrail.data.datasets.open import open_source
 from vitrail.evaluation import linear
 from vitrail.evaluation.classifier import load

@@ -198,7 +198,7 @@ def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, 
     cache = data.pictures.cache
     assert cache is not None
     assert cache.num_kept == len(data.splits.parts["train"])
-    monkeypatch.setattr(PictureCache, "_decode", None)  # all is there: nothing may be decoded any more
+    monkeypatch.setattr(Cut, "whole", None)  # all is there: nothing may be decoded any more
     again, second = batches(config, checked)
     assert again.pictures.cache is not None
     assert again.pictures.cache.folder == cache.folder

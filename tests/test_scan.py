@@ -13,7 +13,8 @@ from vitrail.config import DataConfig
 from vitrail.console import Talk
 from vitrail.data.check.duplicates import THUMBNAIL, candidates, duplicate_pairs, hashes
 from vitrail.data.check.scan import Scan, has_colour, scan_source
-from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.datasets.base import Source
+from vitrail.data.datasets.open import open_source
 from vitrail.data.images.decode import read_picture
 from vitrail.data.setup import check_data
 from vitrail.data.splits.splits import save_splits

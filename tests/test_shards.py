@@ -22,8 +22,8 @@ from PIL import Image
 from vitrail.cli import run
 from vitrail.config import AugmentConfig, DataConfig
 from vitrail.data.check.scan import scan_source
-from vitrail.data.datasets.base import ShardPictures
-from vitrail.data.datasets.open import Source, open_source, run_name, same_source
+from vitrail.data.datasets.base import ShardPictures, Source
+from vitrail.data.datasets.open import open_source, run_name, same_source
 from vitrail.data.datasets.webdataset.shards import is_shards
 from vitrail.data.datasets.webdataset.tar import TarReader
 from vitrail.data.datasets.write_shards import write_shards

@@ -7,13 +7,12 @@ Imports no torch: `vitrail train --help` is made from it.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitrail.config_schema import from_dict, section, setting, to_dict
+from vitrail.config_schema import at_least, choice, from_dict, section, seed_range, setting, to_dict
+from vitrail.durations import parse_duration
 from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES
-from vitrail.lookup import unknown
 from vitrail.models.config import ENCODER_NAMES, ViTConfig
 
 OPTIMIZER_NAMES = ("adamw",)
@@ -415,39 +414,3 @@ def load_config(path: Path) -> RunConfig:
         return from_dict(RunConfig, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def parse_duration(text: str, name: str) -> tuple[float, str]:
-    """Split `500 steps`, `2 epochs` or `5 %` into its number and its unit.
-
-    Raises:
-        ValueError: the text is no duration.
-    """
-    parsed = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*", text)
-    if parsed is None:
-        raise ValueError(f"{name} is {text!r}; expected a duration such as '500 steps', '2 epochs' or '5 %'")
-    return float(parsed[1]), parsed[2].rstrip("s")
-
-
-def to_steps(text: str, name: str, *, total_steps: int, steps_per_epoch: float) -> float:
-    """Return a duration in optimizer steps (not rounded)."""
-    number, unit = parse_duration(text, name)
-    return number * {"step": 1.0, "epoch": steps_per_epoch, "%": total_steps / 100}[unit]
-
-
-def choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise a ValueError that suggests the nearest known value unless `value` is one."""
-    if value not in known:
-        raise ValueError(unknown(name, value, known))
-
-
-def seed_range(name: str, value: int) -> None:
-    """Raise a ValueError unless `value` fits the random generators."""
-    if not 0 <= value < 2**32:
-        raise ValueError(f"{name} is {value}; expected 0 to {2**32 - 1}")
-
-
-def at_least(name: str, value: float, least: float) -> None:
-    """Raise a ValueError unless `value` is `least` or more."""
-    if not value >= least:  # so that what is no number is refused too
-        raise ValueError(f"{name} is {value}; expected {least} or more")

@@ -128,3 +128,21 @@ def to_type(kind: Any, value: Any, name: str) -> Any:
 def join(where: str, name: str) -> str:
     """Return the dotted name of `name` inside `where`."""
     return f"{where}.{name}" if where else name
+
+
+def choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise a ValueError that suggests the nearest known value unless `value` is one."""
+    if value not in known:
+        raise ValueError(unknown(name, value, known))
+
+
+def seed_range(name: str, value: int) -> None:
+    """Raise a ValueError unless `value` fits the random generators."""
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name} is {value}; expected 0 to {2**32 - 1}")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raise a ValueError unless `value` is `least` or more."""
+    if not value >= least:  # so that what is no number is refused too
+        raise ValueError(f"{name} is {value}; expected {least} or more")

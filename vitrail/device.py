@@ -6,7 +6,8 @@ import contextlib
 
 import torch
 
-from vitrail.config import DEVICE_NAMES, choice
+from vitrail.config import DEVICE_NAMES
+from vitrail.config_schema import choice
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from vitrail.config import PreprocessConfig, at_least
-from vitrail.config_schema import leaves
+from vitrail.config import PreprocessConfig
+from vitrail.config_schema import at_least, leaves
 from vitrail.recipes import Choice, Facts, augmentation, averaging, sampling, speed
 
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch

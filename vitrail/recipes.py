@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from vitrail.config import UNEVEN, RunConfig, at_least, load_config
-from vitrail.config_schema import leaves, override
+from vitrail.config import UNEVEN, RunConfig, load_config
+from vitrail.config_schema import at_least, leaves, override
 from vitrail.lookup import pick
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.variants import SIZES, suffix_fields, variant_config

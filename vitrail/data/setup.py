@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from vitrail.console import Talk, byte_size
 from vitrail.data.cache.decoded import PictureCache
 from vitrail.data.cache.scans import KeptLooks
 from vitrail.data.check.scan import Scan, scan_source
-from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.datasets.base import Source
+from vitrail.data.datasets.keys import picture_keys
+from vitrail.data.datasets.open import open_source
 from vitrail.data.images.preprocess import Preprocess, preprocess_of
 from vitrail.data.loading.class_weights import loss_weights
 from vitrail.data.loading.reader import Pictures
@@ -153,16 +156,29 @@ def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
             done = np.stack([pictures.for_judging(index) for index in range(len(stored))]) if fits else None
             pictures.stored, pictures.is_ready = done, done is not None
     elif config.data.cache_side:
-        pictures.cache = PictureCache(
-            checked.source,
-            checked.splits.parts["train"],
-            checked.scan.sizes,
-            pictures.cut,
-            side=config.data.cache_side,
-            limit_bytes=config.data.cache_bytes,
-            workers=config.data.workers,
-        )
+        pictures.cache = open_decoded_cache(checked, pictures, config.data)
     return TrainData(checked.source, checked.splits, pictures)
+
+
+def open_decoded_cache(checked: CheckedData, pictures: Pictures, config: DataConfig) -> PictureCache:
+    """Return the cache of decoded training images."""
+    source, cut = checked.source, replace(pictures.cut, side=config.cache_side)
+
+    def depends_on(indices: np.ndarray) -> list[object]:
+        keys = picture_keys(source, indices, cut.mode, config.workers)
+        resized_by = torch.__version__ if cut.fast else ""
+        return [cut.mode, cut.interpolation, cut.fast, resized_by, hashlib.blake2b(keys.tobytes()).hexdigest()]
+
+    return PictureCache(
+        source.name,
+        checked.splits.parts["train"],
+        checked.scan.sizes,
+        side=config.cache_side,
+        channels=3 if cut.mode == "RGB" else 1,
+        limit_bytes=config.cache_bytes,
+        decode=lambda index: cut.whole(source, index),
+        depends_on=depends_on,
+    )
 
 
 def check_cache(config: RunConfig) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from vitrail.config import DataConfig
 from vitrail.console import Talk
-from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.datasets.base import Source
+from vitrail.data.datasets.open import open_source
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.data.loading.reader import Pictures
 from vitrail.data.setup import is_identity, look_at

@@ -13,7 +13,7 @@ import torch
 
 import vitrail
 from vitrail.data.cache.rows import KeptRows, kept_folder
-from vitrail.data.datasets.open import Source
+from vitrail.data.datasets.base import Source
 from vitrail.data.loading.reader import Pictures
 from vitrail.evaluation.classifier import Classifier
 from vitrail.evaluation.predict_logits import BATCH, judge
@@ -50,7 +50,7 @@ def open_cache(classifier: Classifier, source: Source, device: torch.device) -> 
     libraries = (vitrail.__version__, torch.__version__, PIL.__version__)
     what = (FORMAT, *libraries, device.type, architecture, classifier.patch_size, classifier.preprocess)
     weights = {name: values for name, values in model.state_dict().items() if not name.startswith("head.")}
-    return KeptRows(kept_folder("features", source, what, weights), model.decoder.out_dim, np.float32)
+    return KeptRows(kept_folder("features", source.name, what, weights), model.decoder.out_dim, np.float32)
 
 
 def features_of(

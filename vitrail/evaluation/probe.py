@@ -16,7 +16,9 @@ from vitrail.console import Talk
 from vitrail.data.cache.rows import KeptRows
 from vitrail.data.cache.scans import KeptLooks
 from vitrail.data.check.scan import Scan
-from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.datasets.base import Source
+from vitrail.data.datasets.keys import picture_keys
+from vitrail.data.datasets.open import open_source
 from vitrail.data.loading.reader import Pictures
 from vitrail.data.problems import stop_on_errors
 from vitrail.data.setup import look_at
@@ -177,7 +179,8 @@ def look(
     if classifier.header.split.get("source") == opened.name:
         data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
     mode = classifier.preprocess.mode
-    kept = KeptLooks(opened, mode, limit_pixels=data.limit_pixels, workers=data.workers)
+    keys = picture_keys(opened, np.arange(len(opened.paths)), mode, data.workers)
+    kept = KeptLooks(opened.name, keys, mode, limit_pixels=data.limit_pixels)
     if fresh:
         kept.rows.clear()
     scan = look_at(opened, data, talk, channels=classifier.preprocess.channels, kept=kept)

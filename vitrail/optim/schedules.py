@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from vitrail.config import ScheduleConfig, to_steps
+from vitrail.config import ScheduleConfig
+from vitrail.durations import to_steps
 
 
 class Schedule:

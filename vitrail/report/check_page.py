@@ -12,7 +12,7 @@ import jinja2
 import PIL.Image
 
 from vitrail.data.check.check import Checked
-from vitrail.data.datasets.open import Source
+from vitrail.data.datasets.base import Source
 from vitrail.data.images.decode import PictureError
 from vitrail.data.problems import Kind, Problem
 from vitrail.files import write_bytes

@@ -12,7 +12,7 @@ import PIL.Image
 
 from vitrail.config import RunConfig
 from vitrail.console import Talk
-from vitrail.data.datasets.open import Source
+from vitrail.data.datasets.base import Source
 from vitrail.data.images.decode import PictureError
 from vitrail.data.setup import TrainData
 from vitrail.device import pick_device

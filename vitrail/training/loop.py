@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitrail.config import RunConfig, to_steps
+from vitrail.config import RunConfig
 from vitrail.console import Talk, TrainingDisplay
 from vitrail.data.images.preprocess import preprocess_of
 from vitrail.data.loading.train_loader import Batch
 from vitrail.data.setup import TrainData
 from vitrail.device import autocast, pick_device
 from vitrail.distributed import World
+from vitrail.durations import to_steps
 from vitrail.evaluation.metrics import headline
 from vitrail.evaluation.predict_logits import judge
 from vitrail.models.lora import merged

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from vitrail.weights.formats.state_dict_files import SUFFIXES
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")  # of weights files
+# Of a folder, in the order of preference; an index names the shards.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_transformers_folder(path: Path) -> bool:
@@ -39,3 +41,15 @@ def is_timm_folder(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and isinstance(content.get("architecture"), str)
+
+
+def weights_file(names: set[str]) -> str:
+    """Return which of a folder's files holds its weights: the first of `WEIGHTS` that is there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [name for name in WEIGHTS if name in names]
+    if not found:
+        raise ValueError(f"has no weights; expected one of {', '.join(WEIGHTS)}")
+    return found[0]

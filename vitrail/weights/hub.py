@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from vitrail.weights.formats.hf_files import WEIGHTS, weights_file
+from vitrail.weights.file_kinds import WEIGHTS, weights_file
 
 _SETTINGS = ("config.json", "preprocessor_config.json")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")

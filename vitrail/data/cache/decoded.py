@@ -15,16 +15,14 @@ import mmap
 import os
 import weakref
 import zlib
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import PIL
 import simplejpeg
 
-from vitrail.data.cache.rows import kept_folder, picture_keys
-from vitrail.data.datasets.open import Source
-from vitrail.data.loading.crop_decode import Box, Cut
+from vitrail.data.cache.rows import kept_folder
 from vitrail.files import filled_folder
 
 FORMAT = 1  # raise it when the same picture would be kept otherwise
@@ -43,53 +41,47 @@ class PictureCache:
 
     def __init__(
         self,
-        source: Source,
+        source: str,
         indices: np.ndarray,
         sizes: np.ndarray,
-        cut: Cut,
         *,
         side: int,
+        channels: int,
         limit_bytes: int,
-        workers: int = 0,
+        decode: Callable[[int], tuple[np.ndarray, tuple[int, int]]],
+        depends_on: Callable[[np.ndarray], Iterable[object]],
     ) -> None:
-        """Open the cache of the pictures `indices`, or make an empty one.
+        """Open the cache of the images `indices`, or make an empty one.
 
         Args:
-            sizes: [N, 2] height and width of every picture of the source.
-            cut: how pictures are decoded and resized.
-            side: length of the short side in pixels; smaller pictures stay as they are.
+            source: name of the dataset.
+            sizes: [N, 2] height and width of every image of the dataset.
+            side: length of the short side in pixels; smaller images stay as they are.
+            channels: 3 for images [H, W, 3], 1 for images [H, W].
             limit_bytes: places are given in the order of `indices` while they fit.
+            decode: returns an image, its short side brought to `side`, and height and width that its file has now.
+            depends_on: returns, for the images that get a place, all that their pixels depend on.
 
         Raises:
             OSError: the cache folder cannot be written.
         """
-        self.side, self.cut, self.source, self.full = side, replace(cut, side=side), source, ""
-        self.sizes, self.kept_sizes = sizes, kept_sizes(sizes, side)
-        channels = 3 if cut.mode == "RGB" else 1
+        self.channels, self.sizes, self.full, self._decode = channels, sizes, "", decode
+        self.kept_sizes = kept_sizes(sizes, side)
         ends = np.cumsum(_HEAD + self.kept_sizes[indices].prod(axis=1) * channels)
         self.num_kept = int(np.searchsorted(ends, limit_bytes, side="right"))
         self.num_bytes = int(ends[self.num_kept - 1]) if self.num_kept else 0
         kept = indices[: self.num_kept]
         self.starts = np.full(len(sizes), -1, dtype=np.int64)
         self.starts[kept] = np.concatenate([[0], ends[: self.num_kept - 1]]) if self.num_kept else 0
-        self.folder = filled_folder(kept_folder("pictures", source, self._depends_on(kept, workers)), self._make)
+        layout = hashlib.blake2b(self.kept_sizes[kept].tobytes()).hexdigest()
+        what = (FORMAT, side, channels, PIL.__version__, simplejpeg.__version__, layout, *depends_on(kept))
+        self.folder = filled_folder(kept_folder("pictures", source, what), self._make)
         self._file = os.open(self.folder / "pixels", os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         # A file of no bytes cannot be mapped.
         mapped = mmap.mmap(self._file, self.num_bytes, access=mmap.ACCESS_READ) if self.num_bytes else b""
         self._map = np.frombuffer(mapped, np.uint8)
         self._checked = np.zeros(len(sizes), dtype=bool)
-
-    def _depends_on(self, kept: np.ndarray, workers: int) -> tuple[object, ...]:
-        """Return all that the file's bytes depend on."""
-        cut, versions = self.cut, [PIL.__version__, simplejpeg.__version__]
-        if cut.fast:
-            import torch
-
-            versions.append(torch.__version__)
-        pictures = hashlib.blake2b(picture_keys(self.source, kept, cut.mode, workers).tobytes())
-        pictures.update(self.kept_sizes[kept].tobytes())
-        return (FORMAT, self.side, cut.mode, cut.interpolation, cut.fast, *versions, pictures.hexdigest())
 
     def _make(self, folder: Path) -> None:
         with open(folder / "pixels", "wb") as file:
@@ -105,31 +97,15 @@ class PictureCache:
         if start < 0:
             return self._decode(index)[0]
         high, wide = self.kept_sizes[index].tolist()
-        shape = (high, wide, 3) if self.cut.mode == "RGB" else (high, wide)
+        shape = (high, wide, 3) if self.channels == 3 else (high, wide)
         pixels = self._map[start + _HEAD : start + _HEAD + math.prod(shape)]
         if self._checked[index] or self._holds(start, pixels):
             self._checked[index] = True
             return pixels.reshape(shape)
-        pixels, as_listed = self._decode(index)
-        if as_listed:
+        pixels, size = self._decode(index)
+        if size == tuple(self.sizes[index].tolist()):  # else the file was replaced since it was listed
             self._write(start, pixels)
         return pixels
-
-    def _decode(self, index: int) -> tuple[np.ndarray, bool]:
-        """Return the form in which a picture is kept, and whether the file still has the size that it was listed with."""
-        size = np.zeros(2, dtype=np.int64)
-
-        def choose(width: int, height: int) -> Box:
-            size[:] = height, width
-            return Box(0.0, 0.0, width, height)
-
-        pixels, box = self.cut.region(self.source, index, choose)
-        high, wide = kept_sizes(size[None], self.side)[0].tolist()
-        as_listed = bool((size == self.sizes[index]).all())
-        if pixels.shape[:2] == (high, wide):
-            return np.array(pixels, order="C"), as_listed  # a copy: the thread's next picture takes the memory
-        resized = self.cut.resize(pixels, box, (wide, high))
-        return (np.ascontiguousarray(resized.transpose(1, 2, 0)) if len(resized) == 3 else resized[0]), as_listed
 
     def _holds(self, start: int, pixels: np.ndarray) -> bool:
         there, checksum = self._map[start : start + _HEAD].view(np.uint32).tolist()

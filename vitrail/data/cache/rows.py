@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
-from vitrail.data.datasets.open import Source
-from vitrail.data.images.decode import PictureError
 from vitrail.files import cache_folder
 from vitrail.tensor_files import load_tensors, save_tensors
-from vitrail.threads import ordered_map
 
-_KEY = np.dtype("V16")
+KEY = np.dtype("V16")
 _PIECES = 32  # more files than this are joined into one
 
 
@@ -84,7 +79,7 @@ class KeptRows:
 
     def _write(self, keys: np.ndarray, values: np.ndarray) -> Path:
         """Write a file, named after its content, and return its path."""
-        raw = keys.view(np.uint8).reshape(-1, _KEY.itemsize)
+        raw = keys.view(np.uint8).reshape(-1, KEY.itemsize)
         name = hashlib.blake2b(raw.tobytes() + values.tobytes(), digest_size=8).hexdigest()
         path = self.folder / f"{name}.safetensors"
         tensors = {"keys": torch.from_numpy(raw), "rows": torch.from_numpy(values)}
@@ -96,14 +91,14 @@ class KeptRows:
         try:
             tensors, metadata = load_tensors(path)
             keys, values = tensors["keys"].numpy(), tensors["rows"].numpy()
-            shapes = keys.shape == (len(values), _KEY.itemsize) and values.shape[1:] == (self.width,)
+            shapes = keys.shape == (len(values), KEY.itemsize) and values.shape[1:] == (self.width,)
             if not shapes or keys.dtype != np.uint8 or values.dtype != self.dtype:
                 return None
             if int(metadata["crc32"]) != _checksum(keys, values):
                 return None
         except (ValueError, KeyError):
             return None
-        return keys.view(_KEY).reshape(-1), values
+        return keys.view(KEY).reshape(-1), values
 
 
 def _checksum(keys: np.ndarray, values: np.ndarray) -> int:
@@ -111,40 +106,19 @@ def _checksum(keys: np.ndarray, values: np.ndarray) -> int:
 
 
 def kept_folder(
-    kind: str, source: Source, what: Iterable[object], weights: Mapping[str, torch.Tensor] | None = None
+    kind: str, source: str, what: Iterable[object], weights: Mapping[str, torch.Tensor] | None = None
 ) -> Path:
     """Return the folder for rows about a source's pictures: its name tells the source, and a hash all that the rows depend on.
 
     Args:
         kind: the folder above it.
+        source: the name of the dataset.
         what: values of which each, by its text, makes other rows.
         weights: tensors that do so too.
     """
-    digest = hashlib.blake2b(
-        "\0".join(map(str, [source.name, *what])).encode("utf-8", "surrogateescape"), digest_size=8
-    )
+    digest = hashlib.blake2b("\0".join(map(str, [source, *what])).encode("utf-8", "surrogateescape"), digest_size=8)
     for name, values in sorted((weights or {}).items()):
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", source.name)[-40:]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", source)[-40:]
     return cache_folder() / kind / f"{name}-{digest.hexdigest()}"
-
-
-def picture_keys(source: Source, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
-    """Return what each picture is known by [N] V16: its path and its identity in the source, else its pixels."""
-
-    def key(index: int) -> bytes:
-        known = source.identity(index) or _content(source, index, mode)
-        text = f"{source.paths[index]}\0".encode("utf-8", "surrogateescape")
-        return hashlib.blake2b(text + known, digest_size=_KEY.itemsize).digest()
-
-    return np.frombuffer(b"".join(ordered_map(key, map(int, indices), workers)), dtype=_KEY)
-
-
-def _content(source: Source, index: int, mode: Literal["RGB", "L"]) -> bytes:
-    """Return what a picture without an identity is known by: its pixels, or nothing known when it is broken."""
-    try:
-        pixels = np.asarray(source.read(index, mode))
-    except (PictureError, OSError):
-        return os.urandom(_KEY.itemsize)
-    return f"{pixels.shape}".encode() + pixels.tobytes()

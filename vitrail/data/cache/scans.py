@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import PIL
 
-from vitrail.data.cache.rows import KeptRows, kept_folder, picture_keys
-from vitrail.data.check.duplicates import THUMBNAIL
-from vitrail.data.datasets.open import Source
+from vitrail.data.cache.rows import KeptRows, kept_folder
+
+THUMBNAIL = 32  # side of the grey copies, pixels
 
 FORMAT = 1  # raise it when a look finds something else in the same file
 
@@ -26,10 +26,10 @@ class Known(NamedTuple):
 class KeptLooks:
     """The looks at a source's whole pictures; a file with a fault is never kept, and so named each time."""
 
-    def __init__(self, source: Source, mode: Literal["RGB", "L"], *, limit_pixels: int, workers: int = 0) -> None:
+    def __init__(self, source: str, keys: np.ndarray, mode: Literal["RGB", "L"], *, limit_pixels: int) -> None:
         folder = kept_folder("looks", source, (FORMAT, PIL.__version__, mode, limit_pixels))
         self.rows = KeptRows(folder, THUMBNAIL**2 + 16, np.uint8)
-        self.keys = picture_keys(source, np.arange(len(source.paths)), mode, workers)
+        self.keys = keys
 
     def read(self) -> Known:
         """Return what is known of the source's pictures."""

@@ -16,10 +16,10 @@ from vitrail.data.check.class_names import label_problems, level_problem
 from vitrail.data.check.crop_duplicates import LIMIT
 from vitrail.data.check.duplicates import duplicate_pairs, groups
 from vitrail.data.check.image_formats import Forms, form_problems
-from vitrail.data.check.scan import Scan, broken, scan_source
-from vitrail.data.datasets.base import ArrayPictures, FilePictures
+from vitrail.data.check.scan import Scan, scan_source
+from vitrail.data.datasets.base import ArrayPictures, FilePictures, Source, broken
 from vitrail.data.datasets.folder import open_folder
-from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.datasets.open import open_source
 from vitrail.data.datasets.webdataset.shards import is_shards
 from vitrail.data.images.decode import PictureError, inspect_picture
 from vitrail.data.problems import Problem

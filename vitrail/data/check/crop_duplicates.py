@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import PIL.Image
 
-from vitrail.data.check.duplicates import THUMBNAIL
-from vitrail.data.datasets.open import Source
+from vitrail.data.cache.scans import THUMBNAIL
+from vitrail.data.datasets.base import Source
 from vitrail.data.images.decode import PictureError
 
 # Of each axis, what a window keeps. A crop between two of them is within 4 % of one, near enough for `align`.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-THUMBNAIL = 32  # side of the grey copies, pixels
 _CHUNK = 4096
 # Candidates differ in at most this many of 64 hash bits: with 4 bands of 16 bits, at most 3 differences leave one band
 # untouched, so that every such pair is found.

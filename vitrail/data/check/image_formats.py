@@ -6,16 +6,10 @@ import os
 
 import numpy as np
 
-from vitrail.data.datasets.open import Source
-from vitrail.data.images.decode import PictureInfo
+from vitrail.data.datasets.base import Source
+from vitrail.data.images.decode import ENDINGS_OF, PictureInfo
 from vitrail.data.problems import Kind, Problem
 
-# What may lie under an ending; MPO is a JPEG of several pictures.
-ENDINGS = {
-    "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "MPO": ("jpg", "jpeg", "jpe", "jfif", "mpo"), "PNG": ("png", "apng"),
-    "GIF": ("gif",), "BMP": ("bmp", "dib"), "DIB": ("bmp", "dib"), "WEBP": ("webp",), "TIFF": ("tif", "tiff"),
-    "AVIF": ("avif",), "PPM": ("ppm", "pgm", "pbm", "pnm"), "TGA": ("tga",), "JPEG2000": ("jp2", "j2k"), "ICO": ("ico",),
-}  # fmt: skip
 _SHORT_SIDE, _ASPECT = 8, 8  # a side below the first, or one that is longer than the other by more than the second
 
 
@@ -84,6 +78,6 @@ def _misnamed(source: Source, forms: Forms) -> np.ndarray:
     wrong = np.zeros(len(source.paths), dtype=bool)
     for index in np.flatnonzero(forms.ok):
         ending = os.path.splitext(source.paths[int(index)])[1][1:].lower()
-        known = ENDINGS.get(forms.formats[forms.format[index]], (ending,))
+        known = ENDINGS_OF.get(forms.formats[forms.format[index]], (ending,))
         wrong[index] = bool(ending) and ending not in known
     return wrong

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import numpy as np
 import PIL.Image
 
+from vitrail.data.cache.scans import THUMBNAIL
 from vitrail.data.check.crop_duplicates import cropped_pairs
-from vitrail.data.check.duplicates import THUMBNAIL, duplicate_pairs, group_pairs, groups
-from vitrail.data.datasets.base import ArrayPictures, FilePictures
-from vitrail.data.datasets.open import Source
+from vitrail.data.check.duplicates import duplicate_pairs, group_pairs, groups
+from vitrail.data.datasets.base import ArrayPictures, FilePictures, Source, broken
 from vitrail.data.images.decode import PictureError, PictureInfo, read_described
 from vitrail.data.problems import Kind, Problem
 from vitrail.threads import ordered_map
@@ -198,17 +198,6 @@ def has_colour(source: Source) -> bool:
         if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
             return True
     return False
-
-
-def broken(source: Source, index: int, error: PictureError | OSError, damaged: str) -> Problem:
-    """Describe a broken file: an error unless the user chose to go on without it."""
-    severity = "error" if damaged == "stop" else "warning"
-    verdict = error.info.verdict if isinstance(error, PictureError) else "unreadable"
-    assert verdict != "ok"
-    remedy = "Mend or remove it, or go on without such files by --data.damaged drop"
-    fate = {"stop": remedy, "drop": "It is left out", "keep": "What can be decoded is kept; else it is left out"}
-    message = f"{error}. {fate[damaged]}"
-    return Problem(severity, verdict, (source.paths[index],), message)
 
 
 def duplicates(source: Source, exact: np.ndarray, near: np.ndarray) -> list[Problem]:

@@ -10,12 +10,12 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import PIL.Image
 
-from vitrail.data.images.decode import read_picture
+from vitrail.data.images.decode import PictureError, read_picture
 from vitrail.data.problems import Problem
 
 FOLDERS = "the folders"  # what divides a source that has train/ val/ test/
@@ -243,3 +243,77 @@ def flip_reason(labels: Sequence[str]) -> str:
     if sides:
         return f"class {sides[0]!r} names a side, which mirroring would change"
     return ""
+
+
+def broken(source: Source, index: int, error: PictureError | OSError, damaged: str) -> Problem:
+    """Describe a broken file: an error unless the user chose to go on without it."""
+    severity = "error" if damaged == "stop" else "warning"
+    verdict = error.info.verdict if isinstance(error, PictureError) else "unreadable"
+    assert verdict != "ok"
+    remedy = "Mend or remove it, or go on without such files by --data.damaged drop"
+    fate = {"stop": remedy, "drop": "It is left out", "keep": "What can be decoded is kept; else it is left out"}
+    message = f"{error}. {fate[damaged]}"
+    return Problem(severity, verdict, (source.paths[index],), message)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Labelled pictures, listed but not yet read.
+
+    Attributes:
+        name: what the user called it, for messages and file names.
+        labels: class names in class order.
+        paths: one identifying path per picture, relative to the source, `/` between parts.
+        targets: [N] class index of every picture.
+        split: name of the part (train, val, test) of every picture where the source has parts, or None.
+        groups: [N] number of the group that the source puts each picture in, -1 for none; or None. Pictures of one group
+            (one patient, one video) are never divided.
+        weights: [N] what the source says that each picture counts in the training's loss, above 0; or None.
+        divided_by: what the parts are, for people, such as "the folders".
+        problems: what was found wrong while listing.
+        flip_reason: why pictures of this source must not be mirrored, or an empty string.
+        limit_pixels: a picture of more pixels is refused.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def paths(self) -> Sequence[str]: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+    @property
+    def split(self) -> np.ndarray | None: ...
+    @property
+    def groups(self) -> np.ndarray | None: ...
+    @property
+    def weights(self) -> np.ndarray | None: ...
+    @property
+    def divided_by(self) -> str: ...
+    @property
+    def problems(self) -> tuple[Problem, ...]: ...
+    @property
+    def flip_reason(self) -> str: ...
+    @property
+    def limit_pixels(self) -> int: ...
+
+    def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
+        """Return one picture; raises `PictureError` when it is broken."""
+        ...
+
+    def encoded(self, index: int) -> bytes:
+        """Return one picture as a picture file holds it: as it is stored, or as PNG where only pixels are."""
+        ...
+
+    def location(self, index: int) -> str:
+        """Return where one picture is, for people."""
+        ...
+
+    def identity(self, index: int) -> bytes | None:
+        """Return what changes when the picture does, without decoding it; None where its file is gone."""
+        ...
+
+    def strict(self) -> Source:
+        """Return the same source, but one that gives no damaged picture."""
+        ...

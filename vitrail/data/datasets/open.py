@@ -2,86 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
-import PIL.Image
 
-from vitrail.data.datasets.base import ArrayPictures
+from vitrail.data.datasets.base import ArrayPictures, Source
 from vitrail.data.datasets.folder import open_folder
 from vitrail.data.datasets.hf_sets import open_hf
 from vitrail.data.datasets.table import TABLE_ENDINGS, open_table
 from vitrail.data.datasets.torchvision_sets import open_torchvision
 from vitrail.data.datasets.webdataset.shards import is_address, is_shards, open_shards, shards_name
-from vitrail.data.problems import Problem
 from vitrail.data.progress import Bar, no_bar
 from vitrail.lookup import unknown
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Labelled pictures, listed but not yet read.
-
-    Attributes:
-        name: what the user called it, for messages and file names.
-        labels: class names in class order.
-        paths: one identifying path per picture, relative to the source, `/` between parts.
-        targets: [N] class index of every picture.
-        split: name of the part (train, val, test) of every picture where the source has parts, or None.
-        groups: [N] number of the group that the source puts each picture in, -1 for none; or None. Pictures of one group
-            (one patient, one video) are never divided.
-        weights: [N] what the source says that each picture counts in the training's loss, above 0; or None.
-        divided_by: what the parts are, for people, such as "the folders".
-        problems: what was found wrong while listing.
-        flip_reason: why pictures of this source must not be mirrored, or an empty string.
-        limit_pixels: a picture of more pixels is refused.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-    @property
-    def paths(self) -> Sequence[str]: ...
-    @property
-    def targets(self) -> np.ndarray: ...
-    @property
-    def split(self) -> np.ndarray | None: ...
-    @property
-    def groups(self) -> np.ndarray | None: ...
-    @property
-    def weights(self) -> np.ndarray | None: ...
-    @property
-    def divided_by(self) -> str: ...
-    @property
-    def problems(self) -> tuple[Problem, ...]: ...
-    @property
-    def flip_reason(self) -> str: ...
-    @property
-    def limit_pixels(self) -> int: ...
-
-    def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
-        """Return one picture; raises `PictureError` when it is broken."""
-        ...
-
-    def encoded(self, index: int) -> bytes:
-        """Return one picture as a picture file holds it: as it is stored, or as PNG where only pixels are."""
-        ...
-
-    def location(self, index: int) -> str:
-        """Return where one picture is, for people."""
-        ...
-
-    def identity(self, index: int) -> bytes | None:
-        """Return what changes when the picture does, without decoding it; None where its file is gone."""
-        ...
-
-    def strict(self) -> Source:
-        """Return the same source, but one that gives no damaged picture."""
-        ...
-
 
 # What stands before the colon of a data set that has a name instead of a place.
 SCHEMES: dict[str, Callable[..., Source]] = {"torchvision:": open_torchvision, "hf:": open_hf}

@@ -19,13 +19,11 @@ from typing import BinaryIO
 import numpy as np
 
 from vitrail.config import DataConfig
-from vitrail.data.check.image_formats import ENDINGS
-from vitrail.data.check.scan import broken
-from vitrail.data.datasets.base import PARTS
-from vitrail.data.datasets.open import Source, open_source
+from vitrail.data.datasets.base import PARTS, Source, broken
+from vitrail.data.datasets.open import open_source
 from vitrail.data.datasets.webdataset.shards import CLASSES
 from vitrail.data.datasets.webdataset.tar import BLOCK, END
-from vitrail.data.images.decode import PictureError, read_described
+from vitrail.data.images.decode import ENDINGS_OF, PictureError, read_described
 from vitrail.data.problems import Problem, stop_on_errors
 from vitrail.data.progress import Bar, no_bar
 from vitrail.files import new_folder, write_text
@@ -156,7 +154,7 @@ def encoded(source: Source, indices: np.ndarray, config: DataConfig) -> Iterator
         if info.verdict != "ok":
             error = PictureError(dataclasses.replace(info, path=source.location(index)))
         kept = picture is not None and (error is None or config.damaged == "keep")
-        return _Encoded(content if kept else b"", ENDINGS.get(info.format, ("",))[0], error)
+        return _Encoded(content if kept else b"", ENDINGS_OF.get(info.format, ("",))[0], error)
 
     numbers = indices.tolist()
     yield from zip(numbers, ordered_map(one, numbers, config.workers), strict=True)

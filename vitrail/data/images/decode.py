@@ -31,10 +31,13 @@ from vitrail.data.images.pixel_modes import flatten
 Verdict = Literal["ok", "damaged", "unreadable", "refused"]
 Stream = io.BytesIO | io.BufferedReader
 
-ENDINGS = frozenset(
-    ("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "gif", "bmp", "dib", "webp", "tif", "tiff", "avif")
-    + ("ppm", "pgm", "pbm", "pnm", "tga", "jp2", "j2k", "ico")
-)
+# Format → endings of its files, the usual one first; MPO is a JPEG of several pictures.
+ENDINGS_OF = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "MPO": ("jpg", "jpeg", "jpe", "jfif", "mpo"), "PNG": ("png", "apng"),
+    "GIF": ("gif",), "BMP": ("bmp", "dib"), "DIB": ("bmp", "dib"), "WEBP": ("webp",), "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif",), "PPM": ("ppm", "pgm", "pbm", "pnm"), "TGA": ("tga",), "JPEG2000": ("jp2", "j2k"), "ICO": ("ico",),
+}  # fmt: skip
+ENDINGS = frozenset(ending for endings in ENDINGS_OF.values() for ending in endings)
 # In the order tried. MPO comes with JPEG; TGA has no magic number, so it is last. Left out on purpose: formats that
 # make Pillow start another program (EPS) or that are no pictures of things (fonts, metafiles).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")

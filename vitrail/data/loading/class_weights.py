@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vitrail.config import OptimConfig
-from vitrail.data.datasets.open import Source
+from vitrail.data.datasets.base import Source
 
 
 def class_weights(sizes: np.ndarray, optim: OptimConfig) -> np.ndarray:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vitrail.data.cache.decoded import kept_sizes
 from vitrail.data.datasets.base import ArrayPictures, FilePictures
 from vitrail.data.images.decode import WHOLE_BYTES
 from vitrail.data.images.jpeg import FACTORS, START, Jpeg, decode_jpeg, jpeg_header
 from vitrail.data.images.preprocess import INTERPOLATIONS
 
 if TYPE_CHECKING:
-    from vitrail.data.datasets.open import Source
+    from vitrail.data.datasets.base import Source
 
 # How far the filter of each interpolation reaches to either side, in pixels of the result (Pillow's Resample.c).
 _REACH = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0, "box": 0.5, "hamming": 1.0, "nearest": 0.0}
@@ -73,6 +74,25 @@ class Cut:
                     return pixels, box if factor == 1 else shrunk(box, factor, header, pixels.shape)
         picture = source.read(index, self.mode)
         return np.asarray(picture), choose(*picture.size)
+
+    def whole(self, source: Source, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return an image [H, W] or [H, W, 3], its short side brought to `side`, or as it is where that is shorter.
+
+        Also returns the height and width that its file has.
+        """
+        size = np.zeros(2, dtype=np.int64)
+
+        def choose(width: int, height: int) -> Box:
+            size[:] = height, width
+            return Box(0.0, 0.0, width, height)
+
+        pixels, box = self.region(source, index, choose)
+        high, wide = kept_sizes(size[None], self.side)[0].tolist()
+        listed = (int(size[0]), int(size[1]))
+        if pixels.shape[:2] == (high, wide):
+            return np.array(pixels, order="C"), listed  # a copy: the thread's next image takes the memory
+        resized = self.resize(pixels, box, (wide, high))
+        return (np.ascontiguousarray(resized.transpose(1, 2, 0)) if len(resized) == 3 else resized[0]), listed
 
     def factor(self, box: Box) -> int:
         """Return how many times smaller a JPEG may be decoded: the box must not become smaller than its square."""

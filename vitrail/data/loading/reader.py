@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from vitrail.data.cache.decoded import PictureCache
-from vitrail.data.datasets.open import Source
+from vitrail.data.datasets.base import Source
 from vitrail.data.images.decode import PictureError
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.data.loading.crop_decode import Choose, Cut

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.config import UNEVEN, DataConfig
-from vitrail.data.datasets.base import FOLDERS
-from vitrail.data.datasets.open import Source
+from vitrail.data.datasets.base import FOLDERS, Source
 from vitrail.data.datasets.string_array import places
 from vitrail.data.problems import Problem
 from vitrail.data.splits.kfold import arranged, fold_numbers, fold_problems

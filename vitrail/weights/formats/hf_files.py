@@ -10,10 +10,8 @@ from torch import Tensor
 
 from vitrail.lookup import some
 from vitrail.tensor_files import load_tensors
+from vitrail.weights.file_kinds import weights_file
 from vitrail.weights.formats.state_dict_files import read_pickle
-
-# In the order of preference; an index names the shards.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,18 +29,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object of settings, got {type(content).__name__}")
     return content
-
-
-def weights_file(names: set[str]) -> str:
-    """Return which of a folder's files holds its weights: the first of `WEIGHTS` that is there.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [name for name in WEIGHTS if name in names]
-    if not found:
-        raise ValueError(f"has no weights; expected one of {', '.join(WEIGHTS)}")
-    return found[0]
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:

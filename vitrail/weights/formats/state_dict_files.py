@@ -17,8 +17,7 @@ from torch import Tensor
 
 from vitrail.lookup import some
 from vitrail.tensor_files import load_tensors
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz")
+from vitrail.weights.file_kinds import SUFFIXES
 
 # Where a training keeps the weights of its model, best first: averaged weights are the ones that were published.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "net", "params")

@@ -1,0 +1,34 @@
+"""What each image of a dataset is known by, so that what is cached of it is found again, and not when it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Literal
+
+import numpy as np
+
+from vitrail.data.cache.rows import KEY
+from vitrail.data.datasets.base import Source
+from vitrail.data.images.decode import PictureError
+from vitrail.threads import ordered_map
+
+
+def picture_keys(source: Source, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
+    """Return what each picture is known by [N] V16: its path and its identity in the source, else its pixels."""
+
+    def key(index: int) -> bytes:
+        known = source.identity(index) or _content(source, index, mode)
+        text = f"{source.paths[index]}\0".encode("utf-8", "surrogateescape")
+        return hashlib.blake2b(text + known, digest_size=KEY.itemsize).digest()
+
+    return np.frombuffer(b"".join(ordered_map(key, map(int, indices), workers)), dtype=KEY)
+
+
+def _content(source: Source, index: int, mode: Literal["RGB", "L"]) -> bytes:
+    """Return what a picture without an identity is known by: its pixels, or nothing known when it is broken."""
+    try:
+        pixels = np.asarray(source.read(index, mode))
+    except (PictureError, OSError):
+        return os.urandom(KEY.itemsize)
+    return f"{pixels.shape}".encode() + pixels.tobytes()
