@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import vitrail
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.machine import processor_name
 from vitrail.weights.model_file import versions
 
@@ -38,7 +38,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             result = vitrail.train(
-                args.data, out=Path(folder) / "run", model=args.model, talk=Talk(quiet=True), seed=seed, **settings
+                args.data, out=Path(folder) / "run", model=args.model, talk=Console(quiet=True), seed=seed, **settings
             )
             seconds = time.perf_counter() - started
             lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from vitrail.config import AugmentConfig
 from vitrail.data.augment.mixup import erase_, mix_pairs_
 from vitrail.data.augment.policies import apply_policy
-from vitrail.data.augment.random_changes import draw
+from vitrail.data.augment.random_changes import draw_changes
 from vitrail.machine import processor_name
 
 POLICIES = {
@@ -76,7 +76,7 @@ def our_way(config: AugmentConfig, pictures: Tensor) -> Callable[[int], Tensor]:
     targets, places = torch.arange(count) % 10, np.arange(count)
 
     def change(number: int) -> Tensor:
-        draws = draw(0, np.full(count, number), places)
+        draws = draw_changes(0, np.full(count, number), places)
         # In place, as on a training's own batch: where nothing else makes a new one, a copy stands for it.
         changed = apply_policy(pictures, config, draws) if config.policy != "none" else pictures.clone()
         changed = erase_(changed, config, draws)

@@ -14,7 +14,7 @@ import statistics
 import time
 
 from vitrail.config import DataConfig
-from vitrail.data.check.check import check_source
+from vitrail.data.check.check import check_dataset
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for form, found in rates.items():
             started = time.perf_counter()
-            checked = check_source(DataConfig(source=args.data), quick=form == "quick")
+            checked = check_dataset(DataConfig(source=args.data), quick=form == "quick")
             count = checked.facts["num_images"]
             found.append(count / (time.perf_counter() - started))
             findings = len(checked.problems) if form == "full" else findings

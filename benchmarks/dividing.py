@@ -19,9 +19,9 @@ from typing import TypeVar
 import numpy as np
 
 from vitrail.config import DataConfig
-from vitrail.data.datasets.base import ArrayPictures
-from vitrail.data.datasets.string_array import Paths
-from vitrail.data.splits.splits import fingerprint, load_splits, make_splits, save_splits, stratified
+from vitrail.data.datasets.base import ArrayDataset
+from vitrail.data.datasets.string_array import StringArray
+from vitrail.data.splits.splits import fingerprint, load_splits, save_splits, split_dataset, stratified
 
 T = TypeVar("T")
 
@@ -39,18 +39,18 @@ def main() -> None:
     together = int(rows * args.grouped) // 4 * 4
     groups[:together] = np.repeat(np.arange(together // 4), 4)
     groups = groups[random.permutation(rows)]
-    source = ArrayPictures(
+    source = ArrayDataset(
         name="listing",
         labels=tuple(f"n{label:08d}" for label in range(args.classes)),
-        paths=Paths(f"n{label:08d}/n{label:08d}_{number}.JPEG" for number, label in enumerate(targets)),
+        paths=StringArray(f"n{label:08d}/n{label:08d}_{number}.JPEG" for number, label in enumerate(targets)),
         targets=targets,
         arrays=(),
     )
     good = np.ones(rows, dtype=bool)
     step("stratified", lambda: stratified(np.arange(rows), targets, groups, 0.2, 0))
-    splits = step("make_splits", lambda: make_splits(source, DataConfig(), good, groups))
-    print(splits.fingerprint, {part: len(indices) for part, indices in splits.parts.items()})
-    step("fingerprint", lambda: fingerprint(source, splits.parts))
+    splits = step("make_splits", lambda: split_dataset(source, DataConfig(), good, groups))
+    print(splits.fingerprint, {part: len(indices) for part, indices in splits.indices.items()})
+    step("fingerprint", lambda: fingerprint(source, splits.indices))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "split.json"
         step("save_splits", lambda: save_splits(source, splits, place))

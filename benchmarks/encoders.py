@@ -26,18 +26,18 @@ import torch
 
 from vitrail.api import facts_of
 from vitrail.config import DataConfig, RunConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.data.loading.train_loader import Batch
-from vitrail.data.setup import CheckedData, check_data, ready_data
+from vitrail.data.setup import CheckedData, build_train_data, load_data
 from vitrail.distributed import World
-from vitrail.evaluation.metrics import headline
-from vitrail.evaluation.predict_logits import judge
+from vitrail.evaluation.metrics import headline_metrics
+from vitrail.evaluation.predict_logits import predict_logits
 from vitrail.machine import processor_name
 from vitrail.models.cost import num_macs, num_parameters
 from vitrail.objectives.classification import Classification
 from vitrail.recipes import build_config
 from vitrail.training.loop import start_state, update
-from vitrail.training.loop import train as train_loop
+from vitrail.training.loop import train_steps as train_loop
 from vitrail.training.run_folder import create_run, open_run
 from vitrail.weights.model_file import load_model, versions
 
@@ -67,7 +67,7 @@ def main() -> None:
         jobs = []
         for seed in range(args.seeds):
             for name in names:
-                epochs = round(speeds[name] * args.seconds / len(checked.splits.parts["train"]), 3)
+                epochs = round(speeds[name] * args.seconds / len(checked.splits.indices["train"]), 3)
                 given = {**settings, "epochs": epochs, "seed": seed, "log.eval_every": "100 %"}
                 jobs.append((seed, name, epochs, pool.submit(train_and_test, name, given)))
         for seed, name, epochs, job in jobs:
@@ -94,8 +94,8 @@ def read_setting(text: str) -> tuple[str, Any]:
 def open_data(source: str) -> CheckedData:
     """Return the data with a small validation part: the loop judges on it once, and nothing is chosen by it."""
     torch.set_num_threads(1)
-    checked = check_data(DataConfig(source=source), Talk(quiet=True))
-    parts = {part: indices[:500] if part == "val" else indices for part, indices in checked.splits.parts.items()}
+    checked = load_data(DataConfig(source=source), Console(quiet=True))
+    parts = {part: indices[:500] if part == "val" else indices for part, indices in checked.splits.indices.items()}
     return dataclasses.replace(checked, splits=dataclasses.replace(checked.splits, parts=parts))
 
 
@@ -107,7 +107,7 @@ def prepare(source: str) -> None:
 
 def config_of(checked: CheckedData, name: str, settings: dict[str, Any]) -> RunConfig:
     """Return what `vitrail train --model NAME` would train."""
-    given = {**settings, "variant": name, "data.source": checked.source.name}
+    given = {**settings, "variant": name, "data.source": checked.dataset.name}
     return build_config("auto", facts_of(checked, "cpu"), given)[0]
 
 
@@ -136,13 +136,13 @@ def train_and_test(name: str, settings: dict[str, Any]) -> tuple[float, float]:
     """Train one architecture in a worker; returns its top-1 on the test part and the seconds of training."""
     checked = CHECKED
     config = config_of(checked, name, settings)
-    data, talk, world = ready_data(checked, config), Talk(quiet=True), World()
+    data, talk, world = build_train_data(checked, config), Console(quiet=True), World()
     with tempfile.TemporaryDirectory() as place:
-        create_run(Path(place) / "run", config, lambda path: None, labels=list(checked.source.labels))
+        create_run(Path(place) / "run", config, lambda path: None, labels=list(checked.dataset.labels))
         run, _ = open_run(Path(place) / "run")
         progress = train_loop(config, data, run, world, talk)
         model, _ = load_model(run.model)
-    return headline(judge(model, data.pictures, checked.splits.parts["test"], device=torch.device("cpu")))[
+    return headline_metrics(predict_logits(model, data.reader, checked.splits.indices["test"], device=torch.device("cpu")))[
         "top1"
     ], progress.elapsed_s
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.api import train
-from vitrail.console import Talk
+from vitrail.console import Console
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
                     out=Path(place) / f"{decode}-{seed}",
                     model="nano8",
                     seed=seed,
-                    talk=Talk(quiet=True),
+                    talk=Console(quiet=True),
                     **settings,
                     **{"log.eval_every": "100 %", "data.near_duplicates": False},
                 )

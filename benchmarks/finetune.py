@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import vitrail
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.machine import processor_name
 from vitrail.weights.model_file import versions
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 # Way → whether it starts from the trained weights, and its settings beside `auto`'s.
 WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
     "from scratch": (False, {"model": "micro4"}),

@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 
 import vitrail
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.machine import processor_name
 from vitrail.weights.model_file import versions
 
@@ -55,7 +55,7 @@ def main() -> None:
                 settings = CORRECTIONS[name] | {"epochs": args.epochs, "seed": seed, "log.eval_every": "20 %"}
                 out = Path(folder) / name
                 result = vitrail.train(
-                    Path(folder) / "data", out=out, model=args.model, talk=Talk(quiet=True), **settings
+                    Path(folder) / "data", out=out, model=args.model, talk=Console(quiet=True), **settings
                 )
                 rows = result.evaluation["test"]["per_class"]
                 figures = summary(np.asarray([rows[label]["recall"] for label in sizes]), np.asarray([*sizes.values()]))

@@ -39,8 +39,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def ours(data: str, side: int, interpolation: str, form: str, workers: int) -> Callable[[int], int]:
     """Return a function that reads one pass, by its number, and returns how many pictures it got."""
     from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
-    from vitrail.console import Talk
-    from vitrail.data.setup import check_data, ready_data
+    from vitrail.console import Console
+    from vitrail.data.setup import build_train_data, load_data
     from vitrail.distributed import World
     from vitrail.models.config import ViTConfig
 
@@ -59,10 +59,10 @@ def ours(data: str, side: int, interpolation: str, form: str, workers: int) -> C
         augment=AugmentConfig(crop_scale=0.08, flip=0.5),
         batch_size=BATCH,
     )
-    found = ready_data(check_data(config.data, Talk(quiet=True), channels=3), config)
-    assert (found.pictures.stored is not None) == (form == "memory")
-    stream = found.stream(config, torch.device("cpu"), World())
-    steps = -(-len(found.splits.parts["train"]) // BATCH)
+    found = build_train_data(load_data(config.data, Console(quiet=True), channels=3), config)
+    assert (found.reader.stored is not None) == (form == "memory")
+    stream = found.loader(config, torch.device("cpu"), World())
+    steps = -(-len(found.splits.indices["train"]) // BATCH)
 
     def one_pass(number: int) -> int:
         return sum(len(batch.images) for batch in stream.batches(number * steps, (number + 1) * steps))

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrail.kernels.registry import LOCAL_KERNELS, Case, rule
+from vitrail.kernels.registry import LOCAL_KERNELS, Case, default_kernel
 from vitrail.kernels.window import window_mask
 from vitrail.machine import processor_name
 
@@ -85,7 +85,7 @@ def build(
     tokens = prefix + grid * grid
     if way == "ours":
         case = Case("cpu", str(dtype)[6:], training, False, tokens, WIDTH, (grid, grid), window)
-        kernel = LOCAL_KERNELS[rule(case)]
+        kernel = LOCAL_KERNELS[default_kernel(case)]
         return lambda q, k, v: kernel(q, k, v, (grid, grid), window, prefix)
     if way == "masked":
         mask = torch.zeros(tokens, tokens, dtype=dtype).masked_fill_(

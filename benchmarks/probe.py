@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from vitrail.config import DataConfig
-from vitrail.console import Talk
-from vitrail.data.loading.reader import Pictures
+from vitrail.console import Console
+from vitrail.data.loading.reader import ImageReader
 from vitrail.evaluation.linear import fit_logistic, fit_ridge
-from vitrail.evaluation.pca import decompose
-from vitrail.evaluation.predict_logits import judge
-from vitrail.evaluation.probe import divide, linear, load_frozen, look, probe, top1
+from vitrail.evaluation.pca import principal_axes
+from vitrail.evaluation.predict_logits import predict_logits
+from vitrail.evaluation.probe import linear_classes, load_frozen, probe, scan_cached, share_correct, split_for_probe
 from vitrail.machine import processor_name
 
 
@@ -42,17 +42,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     os.environ["VITRAIL_CACHE"] = tempfile.mkdtemp()
-    device, quiet = torch.device("cpu"), Talk(quiet=True)
+    device, quiet = torch.device("cpu"), Console(quiet=True)
     classifier = load_frozen(args.model, quiet)
     classifier = classifier.tuned(measuring=True)
-    source, scan, data, _ = look(classifier, DataConfig(source=args.data), quiet, fresh=True)
-    parts, _ = divide(args.model, classifier, source, scan, data)
-    train, judged = parts.parts["train"], parts.parts["test" if "test" in parts.parts else "val"]
+    source, scan, data, _ = scan_cached(classifier, DataConfig(source=args.data), quiet, fresh=True)
+    parts, _ = split_for_probe(args.model, classifier, source, scan, data)
+    train, judged = parts.indices["train"], parts.indices["test" if "test" in parts.indices else "val"]
     wanted = np.concatenate([train, judged])
-    pictures = Pictures(source, source.targets, classifier.preprocess, None)
-    ready = np.stack([pictures.for_judging(int(index)) for index in wanted])
-    memory = Pictures(source, source.targets[wanted], classifier.preprocess, ready, is_ready=True)
-    out = judge(classifier.model, memory, np.arange(len(wanted)), device=device)
+    pictures = ImageReader(source, source.targets, classifier.preprocess, None)
+    ready = np.stack([pictures.read_whole(int(index)) for index in wanted])
+    memory = ImageReader(source, source.targets[wanted], classifier.preprocess, ready, is_ready=True)
+    out = predict_logits(classifier.model, memory, np.arange(len(wanted)), device=device)
     values, targets = torch.from_numpy(out.logits), torch.from_numpy(out.targets)
     known, truth, asked, answers = (
         values[: len(train)],
@@ -63,14 +63,14 @@ def main() -> None:
     fitted: dict[str, Any] = {}
 
     def linear_probes() -> None:
-        spectrum = decompose(known, truth, len(source.labels))
+        spectrum = principal_axes(known, truth, len(source.labels))
         ridge = fit_ridge(known, truth, spectrum)
         logistic = fit_logistic(known, truth, spectrum, ridge)
         weight, bias = spectrum.fold(logistic.weight, logistic.bias)
-        fitted.update(spectrum=spectrum, logistic=logistic, top1=top1(linear(asked, weight, bias), answers))
+        fitted.update(spectrum=spectrum, logistic=logistic, top1=share_correct(linear_classes(asked, weight, bias), answers))
 
     ways: dict[str, Callable[[], Any]] = {
-        "forward pass": lambda: judge(classifier.model, memory, np.arange(len(wanted)), device=device),
+        "forward pass": lambda: predict_logits(classifier.model, memory, np.arange(len(wanted)), device=device),
         "ridge + logistic": linear_probes,
         "whole probe, nothing kept": lambda: probe(args.model, args.data, device=device, talk=quiet, fresh=True),
         "whole probe again, new process": lambda: subprocess.run(

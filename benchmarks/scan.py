@@ -14,9 +14,9 @@ import time
 import numpy as np
 
 from vitrail.config import DataConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.data.check.duplicates import THUMBNAIL, hashes
-from vitrail.data.setup import check_data
+from vitrail.data.setup import load_data
 from vitrail.machine import processor_name
 
 
@@ -29,9 +29,9 @@ def main() -> None:
     whole, hashing, count = [], [], 0
     for _ in range(args.rounds):
         started = time.perf_counter()
-        checked = check_data(DataConfig(source=args.data), Talk(quiet=True))
+        checked = load_data(DataConfig(source=args.data), Console(quiet=True))
         whole.append(time.perf_counter() - started)
-        count = len(checked.source.paths)
+        count = len(checked.dataset.paths)
         copies = np.random.default_rng(0).integers(0, 256, (count, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
         started = time.perf_counter()
         hashes(copies)

@@ -97,9 +97,9 @@ def tiny() -> dict:
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., Path]) -> tuple[Path, Path]:
     """Return (run folder, data folder) of a finished small training."""
     from vitrail.api import train
-    from vitrail.console import Talk
+    from vitrail.console import Console
 
     place = tmp_path_factory.mktemp("run")
     data = make_folder(place / "shapes")
-    result = train(data, out=place / "out", talk=Talk(quiet=True), **TINY)
+    result = train(data, out=place / "out", talk=Console(quiet=True), **TINY)
     return result.folder, data

@@ -14,9 +14,9 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from vitrail.data.images.decode import read_picture
+from vitrail.data.images.decode import read_image
 from vitrail.evaluation.classifier import Classifier
-from vitrail.weights.imported_model import Imported
+from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.model_file import build_model
 
 # name → (sample of scikit-learn, width, height, mode, EXIF orientation)
@@ -55,12 +55,12 @@ def opened(path: Path) -> PIL.Image.Image:
         return PIL.ImageOps.exif_transpose(picture).convert("RGB")
 
 
-def our_logits(imported: Imported, paths: list[Path]) -> Tensor:
+def our_logits(imported: ImportedModel, paths: list[Path]) -> Tensor:
     """Return the logits of picture files, from file to logits as `predict` does."""
     header = imported.header
     model = build_model(header.architecture, imported.weights, "test")
     classifier = Classifier(model, header)
-    pixels = [header.preprocess.apply(read_picture(path, mode=header.preprocess.mode)) for path in paths]
+    pixels = [header.preprocess.apply(read_image(path, mode=header.preprocess.mode)) for path in paths]
     return classifier.logits(pixels)
 
 
@@ -70,7 +70,7 @@ def their_logits(model: nn.Module, transform: Callable[[PIL.Image.Image], Tensor
     return model.eval()(torch.stack([transform(opened(path)) for path in paths]))
 
 
-def assert_same_logits(imported: Imported, model: nn.Module, transform: Any, paths: list[Path]) -> None:
+def assert_same_logits(imported: ImportedModel, model: nn.Module, transform: Any, paths: list[Path]) -> None:
     """Assert that an imported model answers as its source does, picture files in, logits out."""
     expected = their_logits(model, transform, paths)
     assert expected.std(dim=0).max() > 0.01  # the pictures make a difference

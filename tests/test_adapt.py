@@ -12,7 +12,7 @@ from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table
 from vitrail.models.vit import ViT
 from vitrail.weights.adapt import Start, adapt
-from vitrail.weights.imported_model import Imported, LoadReport
+from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.labels import match_labels
 from vitrail.weights.model_file import ModelHeader, build_model
 
@@ -20,23 +20,23 @@ LABELS = ("ant", "bee", "cat", "dog", "eel")
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)
 
 
-def trained(config: ViTConfig = SMALL, labels: tuple[str, ...] = LABELS) -> Imported:
+def trained(config: ViTConfig = SMALL, labels: tuple[str, ...] = LABELS) -> ImportedModel:
     """Return a model whose every weight means something: none is zero or one."""
     weights = ViT(config).state_dict()
     weights = {name: tensor + (0.1 * torch.randn(tensor.shape)).to(tensor.dtype) for name, tensor in weights.items()}
     half = (0.5,) * config.in_channels
     preprocess = Preprocess(image_size=config.image_size, channels=config.in_channels, mean=half, std=half)
     header = ModelHeader(config, labels, preprocess)
-    return Imported(header, weights, LoadReport("theirs", loaded=len(weights)))
+    return ImportedModel(header, weights, LoadReport("theirs", loaded=len(weights)))
 
 
-def started(imported: Imported, labels: tuple[str, ...] = LABELS, **changes) -> tuple[ViT, Start]:
+def started(imported: ImportedModel, labels: tuple[str, ...] = LABELS, **changes) -> tuple[ViT, Start]:
     config = dataclasses.replace(imported.header.architecture, num_classes=len(labels), **changes)
     start = adapt(imported, config, labels, ViT(config).state_dict())
     return build_model(config, start.weights, "ours"), start
 
 
-def theirs(imported: Imported) -> ViT:
+def theirs(imported: ImportedModel) -> ViT:
     return build_model(imported.header.architecture, imported.weights, "theirs")
 
 

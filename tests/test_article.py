@@ -17,12 +17,12 @@ from vitrail.cli import COMMANDS, train
 from vitrail.cli.options import given_settings
 from vitrail.config import RunConfig, ScheduleConfig
 from vitrail.config_schema import flatten
-from vitrail.export.formats import TARGETS
+from vitrail.export.formats import FORMATS
 from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES
 from vitrail.models.variants import variant_config
 from vitrail.optim.schedules import Schedule
 from vitrail.recipes import Facts, build_config
-from vitrail.training.start import meaning
+from vitrail.training.start import parse_model_spec
 
 ROOT = Path(__file__).parents[1]
 ARTICLE = ROOT / "docs" / "article.md"
@@ -245,7 +245,7 @@ def test_commands_on_the_pages_are_accepted(line, monkeypatch):
     assert vitrail.cli.run(words) == 0
     if words[0] == "train":
         given = given_settings(seen[0], own=train.OwnOptions)
-        given |= meaning(seen[0].model_name) if seen[0].model_name else {}
+        given |= parse_model_spec(seen[0].model_name) if seen[0].model_name else {}
         if "pretrained" not in given:  # those weights are the reader's
             build_config(seen[0].recipe or "auto", FACTS, given)
 
@@ -263,6 +263,6 @@ def test_settings_on_the_pages_exist():
 def test_what_is_not_there_yet_is_not_there_yet():
     why = "docs/article.md and README.zh-CN.md say that this is not there yet; mend both, then this test"
     assert not {"pretrain", "serve", "explain"} & set(COMMANDS), why
-    assert not {"onnx", "torch"} & set(TARGETS), why
+    assert not {"onnx", "torch"} & set(FORMATS), why
     with pytest.raises(ValueError, match="unknown model 'hf:google/vit-base-patch16-224'"):
         build_config("auto", FACTS, {"variant": "hf:google/vit-base-patch16-224"})

@@ -15,14 +15,14 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from vitrail.config import AugmentConfig
-from vitrail.data.augment.random_changes import augment_batch, crop_boxes, draw, geometry
+from vitrail.data.augment.random_changes import augment_batch, crop_boxes, draw_changes, geometry
 
 MIDDLE = 0.5  # the draw that leaves a symmetric change out
 
 
 def draws(count: int = 1, **given: float) -> dict[str, np.ndarray]:
     """Draws that change nothing but what is given."""
-    names = draw(0, np.zeros(1, int), np.zeros(1, int))
+    names = draw_changes(0, np.zeros(1, int), np.zeros(1, int))
     assert set(given) <= set(names)
     return {name: np.full(count, given.get(name, MIDDLE)) for name in names}
 
@@ -45,16 +45,16 @@ def as_batch(picture: np.ndarray) -> torch.Tensor:
 @given(st.integers(0, 2**63), st.integers(0, 2**31), st.lists(st.integers(0, 2**40), min_size=1, max_size=8))
 def test_draws_are_a_pure_function_of_seed_epoch_and_picture(seed, epoch, indices):
     indices = np.asarray(indices)
-    together = draw(seed, np.full(len(indices), epoch), indices)
+    together = draw_changes(seed, np.full(len(indices), epoch), indices)
     for place in range(len(indices)):
-        alone = draw(seed, np.asarray([epoch]), indices[place : place + 1])
+        alone = draw_changes(seed, np.asarray([epoch]), indices[place : place + 1])
         assert {name: values[place] for name, values in together.items()} == {name: v[0] for name, v in alone.items()}
     assert all((values >= 0).all() and (values < 1).all() for values in together.values())
 
 
 def test_the_first_draws_are_those_that_earlier_versions_drew():
     """A run that is resumed, or repeated from its config.json, sees the same crops and flips."""
-    found = draw(7, np.asarray([0, 3]), np.asarray([11, 12]))
+    found = draw_changes(7, np.asarray([0, 3]), np.asarray([11, 12]))
     golden = {
         "area": [0.04894409534913635, 0.14182842516990468],
         "ratio": [0.3670477928221403, 0.5335482523549774],
@@ -77,7 +77,7 @@ def test_draws_differ_between_seeds_epochs_pictures_and_purposes():
     seen = set()
     for seed in range(3):
         for epoch in range(3):
-            found = draw(seed, np.full(50, epoch), np.arange(50))
+            found = draw_changes(seed, np.full(50, epoch), np.arange(50))
             seen |= {float(value) for values in found.values() for value in values}
     assert len(seen) == 3 * 3 * 50 * len(draws())
 
@@ -87,10 +87,10 @@ def test_draws_are_uniform_and_independent(vary):
     n, counts = 4000, np.arange(4000)
     zeros = np.zeros(n, int)
     if vary == "seed":
-        parts = [draw(int(seed), zeros[:1], zeros[:1]) for seed in counts]
+        parts = [draw_changes(int(seed), zeros[:1], zeros[:1]) for seed in counts]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     else:
-        found = draw(0, counts, zeros) if vary == "epoch" else draw(0, zeros, counts)
+        found = draw_changes(0, counts, zeros) if vary == "epoch" else draw_changes(0, zeros, counts)
     bound = 1.95 / np.sqrt(n)  # Kolmogorov-Smirnov at one in a thousand
     for name, values in found.items():
         ordered = np.sort(values)
@@ -105,7 +105,7 @@ def test_draws_are_uniform_and_independent(vary):
 def test_no_change_asked_for_is_the_identical_picture(channels):
     batch = pictures(channels=channels)
     before = batch.clone()
-    out = augment_batch(batch, AugmentConfig(), draw(0, np.zeros(2, int), np.arange(2)), None, 8)
+    out = augment_batch(batch, AugmentConfig(), draw_changes(0, np.zeros(2, int), np.arange(2)), None, 8)
     assert torch.equal(out, before)
     assert torch.equal(batch, before)
 
@@ -209,7 +209,7 @@ def test_crop_flip_and_rotation_are_applied_in_this_order():
 )
 def test_crops_lie_inside_and_have_the_area_and_the_ratio_asked_for(scale, ratio, seed, sizes):
     config, size = AugmentConfig(crop_scale=scale, crop_ratio=ratio), np.asarray(sizes)
-    drawn = draw(seed, np.zeros(len(size), int), np.arange(len(size)))
+    drawn = draw_changes(seed, np.zeros(len(size), int), np.arange(len(size)))
     left, top, width, height = crop_boxes(config, drawn, size).T
     heights, widths = size.T.astype(float)
     assert (left >= 0).all()  # exactly: Pillow refuses a box that begins at -1e-14
@@ -228,7 +228,7 @@ def test_crops_lie_inside_and_have_the_area_and_the_ratio_asked_for(scale, ratio
 def test_crops_spread_over_the_area_the_ratio_and_the_place():
     n = 2000
     config = AugmentConfig(crop_scale=0.25, crop_ratio=4 / 3)
-    drawn = draw(3, np.zeros(n, int), np.arange(n))
+    drawn = draw_changes(3, np.zeros(n, int), np.arange(n))
     left, top, width, height = crop_boxes(config, drawn, np.tile((300, 300), (n, 1))).T
     fits = (width < 299.9) & (height < 299.9)
     assert fits.mean() > 0.6
@@ -275,7 +275,7 @@ def test_grey_pictures_have_no_saturation():
 
 def test_each_picture_of_a_batch_is_changed_by_its_own_draws():
     config = AugmentConfig(flip=0.5, rotation=20.0, shift=0.1, brightness=0.3, contrast=0.3, saturation=0.3)
-    batch, drawn = pictures(5), draw(1, np.zeros(5, int), np.arange(5))
+    batch, drawn = pictures(5), draw_changes(1, np.zeros(5, int), np.arange(5))
     together = augment_batch(batch, config, drawn, None, 8)
     for place in range(5):
         one = {name: values[place : place + 1] for name, values in drawn.items()}
@@ -285,7 +285,7 @@ def test_each_picture_of_a_batch_is_changed_by_its_own_draws():
 def test_a_crop_alone_is_the_same_with_every_fill_but_black():
     """No sample lies further out than half a pixel, where a mirror and the edge are one."""
     noise = torch.rand(6, 3, 9, 13)
-    drawn = draw(0, np.zeros(6, dtype=int), np.arange(6))
+    drawn = draw_changes(0, np.zeros(6, dtype=int), np.arange(6))
     boxes = crop_boxes(AugmentConfig(crop_scale=0.2), drawn, np.tile((9, 13), (6, 1)))
     one, other = (
         augment_batch(noise, AugmentConfig(crop_scale=0.2, fill=fill), drawn, boxes, 16) for fill in ("mirror", "edge")

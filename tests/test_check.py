@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_image
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data.check.check import Checked, check_source
+from vitrail.data.check.check import CheckResult, check_dataset
 from vitrail.data.check.class_names import label_problems
 from vitrail.data.check.crop_duplicates import align, crop_candidates
 from vitrail.data.problems import Kind
@@ -52,11 +52,11 @@ def fill(root: Path, labels: tuple[str, ...] = ("a", "b"), count: int = 13) -> P
     return root
 
 
-def check(root: Path, *, quick: bool = False, **settings) -> Checked:
-    return check_source(DataConfig(source=str(root), **settings), quick=quick)
+def check(root: Path, *, quick: bool = False, **settings) -> CheckResult:
+    return check_dataset(DataConfig(source=str(root), **settings), quick=quick)
 
 
-def found(checked: Checked, *kinds: str) -> list[tuple[str, ...]]:
+def found(checked: CheckResult, *kinds: str) -> list[tuple[str, ...]]:
     return [problem.paths for problem in checked.problems if problem.kind in kinds]
 
 
@@ -76,11 +76,11 @@ def test_a_good_set_has_nothing_to_warn_of(tmp_path, capsys):
 
 
 def test_the_fingerprint_is_that_of_a_training(tmp_path):
-    from vitrail.console import Talk
-    from vitrail.data.setup import check_data
+    from vitrail.console import Console
+    from vitrail.data.setup import load_data
 
     root = fill(tmp_path / "good")
-    trained = check_data(DataConfig(source=str(root)), Talk(quiet=True)).splits.fingerprint
+    trained = load_data(DataConfig(source=str(root)), Console(quiet=True)).splits.fingerprint
     assert check(root).facts["fingerprint"] == trained
     assert check(root, quick=True).facts["fingerprint"] == trained
     assert check(root, split_seed=1).facts["fingerprint"] != trained

@@ -17,8 +17,8 @@ from vitrail.api import train
 from vitrail.config import RunConfig
 from vitrail.files import replacing
 from vitrail.kernels import autotune as choosing
-from vitrail.kernels.autotune import cache_file, choose, fastest, machine_key, measure, timings
-from vitrail.kernels.registry import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, rule
+from vitrail.kernels.autotune import cache_file, choose_kernels, fastest, machine_key, measure, timings
+from vitrail.kernels.registry import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, default_kernel
 from vitrail.models.config import ViTConfig
 from vitrail.models.kernel_choice import attention_cases, training_cases
 from vitrail.models.variants import variant_config
@@ -34,7 +34,7 @@ def test_a_measurement_names_every_candidate_and_takes_well_under_a_second():
         taken = measure(case)
         assert time.process_time() - started < 3, "of all threads"
         assert list(taken) == candidates(case)
-        assert next(iter(taken)) == rule(case)
+        assert next(iter(taken)) == default_kernel(case)
         assert all(0 < ms < 1000 for ms in taken.values())
         assert torch.get_num_threads() == before
 
@@ -54,14 +54,14 @@ def test_the_rule_stays_unless_another_is_clearly_faster():
 
 
 def test_rules():
-    assert rule(SMALL) == "fused"
-    assert rule(SMALL._replace(dtype="bfloat16")) == "matmul"
-    assert rule(SMALL._replace(dtype="bfloat16", device="cuda")) == "fused"
-    assert rule(SMALL._replace(dtype="bfloat16", tokens=3137)) == "fused", "N×N weights would fill the memory"
-    assert rule(LOCAL) == "fused", "the halos of 14×14 are hardly less than the grid"
+    assert default_kernel(SMALL) == "fused"
+    assert default_kernel(SMALL._replace(dtype="bfloat16")) == "matmul"
+    assert default_kernel(SMALL._replace(dtype="bfloat16", device="cuda")) == "fused"
+    assert default_kernel(SMALL._replace(dtype="bfloat16", tokens=3137)) == "fused", "N×N weights would fill the memory"
+    assert default_kernel(LOCAL) == "fused", "the halos of 14×14 are hardly less than the grid"
     big = LOCAL._replace(tokens=785, grid=(28, 28))
-    assert rule(big) == "tiles"
-    assert rule(big._replace(device="cuda")) != "tiles"
+    assert default_kernel(big) == "tiles"
+    assert default_kernel(big._replace(device="cuda")) != "tiles"
     huge = big._replace(tokens=12545, grid=(112, 112), window=67)
     assert candidates(huge) == ["tiles"], "N×N masks would fill the memory"
     assert candidates(huge._replace(device="cuda")) == ["fused"], "scores of all halos are more than the mask"
@@ -74,7 +74,7 @@ def test_what_was_measured_is_kept_and_read(tmp_path, monkeypatch):
     assert json.loads(cache.read_text()) == {machine_key(): {SMALL.key: taken}}
     monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured again"))
     assert timings(SMALL, cache) == taken
-    assert choose([SMALL], cache=cache).chosen == {SMALL.key: fastest(taken)}
+    assert choose_kernels([SMALL], cache=cache).chosen == {SMALL.key: fastest(taken)}
     with pytest.raises(pytest.fail.Exception):
         timings(SMALL, cache, fresh=True)
 
@@ -91,8 +91,8 @@ def test_a_broken_cache_is_measured_anew(tmp_path, monkeypatch, content):
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
-    assert choose([SMALL], cache=tmp_path / "file" / "kernels.json").chosen == {SMALL.key: "matmul"}
-    assert choose([SMALL], cache=None).chosen == {SMALL.key: "matmul"}
+    assert choose_kernels([SMALL], cache=tmp_path / "file" / "kernels.json").chosen == {SMALL.key: "matmul"}
+    assert choose_kernels([SMALL], cache=None).chosen == {SMALL.key: "matmul"}
 
 
 def test_another_version_of_torch_is_another_machine(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_another_version_of_torch_is_another_machine(tmp_path, monkeypatch):
     timings(SMALL, cache)
     monkeypatch.setattr(choosing, "machine_key", lambda: "elsewhere")
     monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 1.0, "matmul": 2.0})
-    assert choose([SMALL], cache=cache).chosen == {SMALL.key: "fused"}
+    assert choose_kernels([SMALL], cache=cache).chosen == {SMALL.key: "fused"}
     assert len(json.loads(cache.read_text())) == 2
 
 
@@ -116,7 +116,7 @@ def test_an_odd_entry_of_the_cache_counts_as_none(tmp_path, monkeypatch, entry, 
     cache.write_text(json.dumps({machine_key(): {SMALL.key: entry}}))
     monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
     expected = {SMALL.key: "matmul"} if measuring else {}
-    assert choose([SMALL], cache=cache, measuring=measuring).chosen == expected
+    assert choose_kernels([SMALL], cache=cache, measuring=measuring).chosen == expected
     assert timings(SMALL, cache) == {"fused": 2.0, "matmul": 1.0}
 
 
@@ -124,7 +124,7 @@ def test_kernels_of_the_cache_that_are_no_candidates_are_passed_over(tmp_path, m
     cache, kept = tmp_path / "kernels.json", {"gone": 0.1, "triton": 0.1, "matmul": 1.0, "tiles": 3.0, "fused": 2.0}
     cache.write_text(json.dumps({machine_key(): {LOCAL.key: kept}}))
     monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured"))
-    assert choose([LOCAL], cache=cache).chosen == {LOCAL.key: "matmul"}
+    assert choose_kernels([LOCAL], cache=cache).chosen == {LOCAL.key: "matmul"}
     assert list(timings(LOCAL, cache).items()) == [("fused", 2.0), ("matmul", 1.0), ("tiles", 3.0)]
 
 
@@ -142,7 +142,7 @@ def test_kernels_of_the_cache_that_are_no_candidates_are_passed_over(tmp_path, m
 )
 def test_choices_of_a_run_that_are_no_kernels_are_refused(known, says):
     with pytest.raises(ValueError, match=says):
-        choose([SMALL, LOCAL], cache=None, known=known)
+        choose_kernels([SMALL, LOCAL], cache=None, known=known)
 
 
 WRITES = """
@@ -180,25 +180,25 @@ def test_two_writes_of_one_file_at_once_take_different_drafts(tmp_path):
 def test_what_was_measured_of_older_kernels_does_not_count(tmp_path, monkeypatch):
     cache = tmp_path / "kernels.json"
     monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
-    choose([SMALL], cache=cache)
+    choose_kernels([SMALL], cache=cache)
     monkeypatch.setattr(choosing, "_REVISION", choosing._REVISION + 1)
-    assert choose([SMALL], cache=cache, measuring=False).chosen == {}
+    assert choose_kernels([SMALL], cache=cache, measuring=False).chosen == {}
 
 
 def test_known_choices_are_kept_to_and_wishes_obeyed(monkeypatch):
     monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured"))
-    assert choose([SMALL], cache=None, known={SMALL.key: "matmul"}).chosen == {SMALL.key: "matmul"}
-    assert choose([SMALL], cache=None, measuring=False).chosen == {}
-    wish = choose([SMALL, LOCAL], cache=None, global_attention="matmul", local_attention="tiles")
+    assert choose_kernels([SMALL], cache=None, known={SMALL.key: "matmul"}).chosen == {SMALL.key: "matmul"}
+    assert choose_kernels([SMALL], cache=None, measuring=False).chosen == {}
+    wish = choose_kernels([SMALL, LOCAL], cache=None, global_attention="matmul", local_attention="tiles")
     assert (wish.global_attention, wish.local_attention) == ("matmul", "tiles")
     with pytest.raises(ValueError, match="kernels.local_attention 'tiles' has no effect: .* no local attention"):
-        choose([SMALL], cache=None, local_attention="tiles")
+        choose_kernels([SMALL], cache=None, local_attention="tiles")
     with pytest.raises(ValueError, match="kernels.global_attention 'matmul' has no effect"):
-        choose([LOCAL], cache=None, global_attention="matmul")
+        choose_kernels([LOCAL], cache=None, global_attention="matmul")
     with pytest.raises(ValueError, match="'triton', which cannot compute cpu .* auto, tiles, plain, fused, matmul$"):
-        choose([LOCAL], cache=None, local_attention="triton")
+        choose_kernels([LOCAL], cache=None, local_attention="triton")
     with pytest.raises(ValueError, match=r"kernels.local_attention is 'tiles', which cannot compute cuda float32"):
-        choose([LOCAL._replace(device="cuda")], cache=None, local_attention="tiles")
+        choose_kernels([LOCAL._replace(device="cuda")], cache=None, local_attention="tiles")
 
 
 def test_a_model_uses_what_was_chosen(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from vitrail.data.images import decode
-from vitrail.data.images.decode import PictureError, inspect_picture, is_picture_name, read_picture
+from vitrail.data.images.decode import ImageError, inspect_image, is_image_name, read_image
 
 ORIENTED = {  # EXIF orientation -> what to do with the stored rows and columns
     1: lambda p: p,
@@ -47,7 +47,7 @@ def saved(picture: Image.Image, file_format: str, **options) -> bytes:
 
 
 def pixels(source, **options) -> np.ndarray:
-    return np.asarray(read_picture(source, **options))
+    return np.asarray(read_image(source, **options))
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
@@ -72,7 +72,7 @@ def exif(orientation: int) -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_plain_jpeg_has_the_bits_that_pillow_gives(photo, mode, options):
     data = saved(photo.convert(mode), "JPEG", **options)
-    info = inspect_picture(data)
+    info = inspect_image(data)
     assert decode._read_plain_jpeg(data, info, 10**6) is not None
     np.testing.assert_array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     np.testing.assert_array_equal(pixels(data, mode="L"), np.asarray(Image.open(io.BytesIO(data)).convert("L")))
@@ -87,10 +87,10 @@ def test_orientation_is_applied_once(photo, file_format, orientation):
     if file_format == "JPEG":
         stored = np.asarray(Image.open(io.BytesIO(data)))
     expected = ORIENTED[orientation](stored)
-    picture = read_picture(data)
+    picture = read_image(data)
     np.testing.assert_array_equal(np.asarray(picture), expected)
     assert 274 not in picture.getexif()
-    for info in (inspect_picture(data), inspect_picture(data, decode=False)):
+    for info in (inspect_image(data), inspect_image(data, decode=False)):
         assert (info.orientation, info.height, info.width) == (orientation, *expected.shape[:2])
 
 
@@ -98,12 +98,12 @@ def test_orientation_is_applied_once(photo, file_format, orientation):
 def test_an_orientation_that_does_not_exist_is_none(photo, orientation):
     data = saved(photo, "PNG", exif=exif(orientation))
     np.testing.assert_array_equal(pixels(data), np.asarray(photo))
-    assert inspect_picture(data).orientation == 1
+    assert inspect_image(data).orientation == 1
 
 
 def test_broken_exif_does_not_cost_the_picture(photo):
     data = saved(photo, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
-    assert inspect_picture(data).verdict == "ok"
+    assert inspect_image(data).verdict == "ok"
     np.testing.assert_array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(saved(photo, "JPEG")))))
 
 
@@ -112,7 +112,7 @@ def test_orientation_after_the_pixels_of_a_png_counts(photo):
     at = data.index(b"IEND") - 4
     late = data[:at] + chunk(b"eXIf", exif(6)[6:]) + data[at:]
     np.testing.assert_array_equal(pixels(late), ORIENTED[6](np.asarray(photo)))
-    assert inspect_picture(late).orientation == 6
+    assert inspect_image(late).orientation == 6
 
 
 def test_alpha_is_composed_on_white(rng):
@@ -175,7 +175,7 @@ def test_wide_numbers_are_scaled_by_the_stated_rule(values, expected):
 
 def test_cmyk_is_converted(photo):
     data = saved(photo.convert("CMYK"), "JPEG", quality=95)
-    assert inspect_picture(data).mode == "CMYK"
+    assert inspect_image(data).mode == "CMYK"
     assert np.abs(pixels(data).astype(int) - np.asarray(photo)).mean() < 5
 
 
@@ -192,7 +192,7 @@ def test_first_frame_is_used_and_frames_are_counted(file_format):
     options = {"lossless": True} if file_format == "WEBP" else {}
     data = saved(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
     np.testing.assert_array_equal(pixels(data), np.asarray(frames[0]))
-    info = inspect_picture(data)
+    info = inspect_image(data)
     assert (info.format, info.frames, info.width, info.height) == (file_format, 3, 8, 6)
 
 
@@ -200,7 +200,7 @@ def test_the_content_decides_not_the_name(tmp_path, photo):
     path = tmp_path / "is_a_png.jpg"
     path.write_bytes(saved(photo, "PNG"))
     np.testing.assert_array_equal(pixels(path), np.asarray(photo))
-    assert inspect_picture(str(path)).format == "PNG"
+    assert inspect_image(str(path)).format == "PNG"
 
 
 # ---- bad pictures ----
@@ -210,10 +210,10 @@ def test_jpeg_without_its_end_is_damaged_wherever_it_was_cut(photo):
     data = saved(photo, "JPEG")
     start_of_scan = data.index(b"\xff\xda") + 20
     for length in [*range(start_of_scan, len(data), 7), len(data) - 2, len(data) - 1]:
-        info = inspect_picture(data[:length])
+        info = inspect_image(data[:length])
         assert info.verdict == "damaged", length
         assert (info.format, info.width, info.height) == ("JPEG", 48, 32)
-    assert inspect_picture(data + b"trailing bytes").verdict == "ok"
+    assert inspect_image(data + b"trailing bytes").verdict == "ok"
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "PPM", "TGA", "GIF"])
@@ -221,8 +221,8 @@ def test_keep_returns_the_part_before_the_damage(rng, file_format):
     picture = Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).resize((256, 256))
     data = saved(picture, file_format, **({"interlace": 0} if file_format == "GIF" else {}))
     half = data[: len(data) * 6 // 10]
-    with pytest.raises(PictureError, match="keep") as caught:
-        read_picture(half, name="half")
+    with pytest.raises(ImageError, match="keep") as caught:
+        read_image(half, name="half")
     assert (caught.value.path, caught.value.verdict) == ("half", "damaged")
     kept, whole = pixels(half, mode="L", damaged="keep"), pixels(data, mode="L")
     assert kept.shape == whole.shape
@@ -233,9 +233,9 @@ def test_keep_returns_the_part_before_the_damage(rng, file_format):
 
 def test_a_cut_tiff_is_kept_and_turned(photo):
     data = saved(photo, "TIFF", exif=exif(6))  # uncompressed: its directory comes first
-    kept = read_picture(data[:-2000], damaged="keep")
+    kept = read_image(data[:-2000], damaged="keep")
     np.testing.assert_array_equal(np.asarray(kept)[:, -16:], ORIENTED[6](np.asarray(photo))[:, -16:])
-    info = inspect_picture(data[:-2000])
+    info = inspect_image(data[:-2000])
     assert (info.verdict, info.orientation, info.width, info.height) == ("damaged", 6, 32, 48)
 
 
@@ -243,14 +243,14 @@ def test_a_cut_tiff_is_kept_and_turned(photo):
 def test_damaged_progressive_jpeg_is_kept_and_turned(photo, percent):
     data = saved(photo.resize((96, 64)), "JPEG", progressive=True, quality=95, exif=exif(6))
     cut = data[: len(data) * percent // 100]
-    assert inspect_picture(cut).orientation == 6
-    assert read_picture(cut, damaged="keep").size == (64, 96)
+    assert inspect_image(cut).orientation == 6
+    assert read_image(cut, damaged="keep").size == (64, 96)
 
 
 def test_png_with_a_broken_stream_is_damaged(photo):
     rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(photo))
     data = png(48, 32, chunk(b"IDAT", zlib.compress(rows)[:1500]))
-    assert inspect_picture(data).verdict == "damaged"
+    assert inspect_image(data).verdict == "damaged"
 
 
 @pytest.mark.parametrize(
@@ -270,15 +270,15 @@ def test_no_picture_at_all_is_unreadable(tmp_path, data):
     path = tmp_path / "named.jpg"
     path.write_bytes(data)
     for keep in ("refuse", "keep"):
-        with pytest.raises(PictureError, match=r"named\.jpg: unreadable: \w") as caught:
-            read_picture(path, damaged=keep)
+        with pytest.raises(ImageError, match=r"named\.jpg: unreadable: \w") as caught:
+            read_image(path, damaged=keep)
     assert caught.value.path == str(path)
-    assert inspect_picture(path).verdict == "unreadable"
+    assert inspect_image(path).verdict == "unreadable"
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_missing_file_is_not_a_verdict(tmp_path):
-    for function in (read_picture, inspect_picture):
+    for function in (read_image, inspect_image):
         with pytest.raises(FileNotFoundError):
             function(tmp_path / "none.jpg")
 
@@ -293,29 +293,29 @@ def test_too_many_pixels_are_refused_from_the_header():
     }
     for name, data in bombs.items():
         for decode_pixels in (True, False):
-            assert inspect_picture(data, decode=decode_pixels).verdict == "refused", name
-        with pytest.raises(PictureError, match="limit_pixels"):
-            read_picture(data, damaged="keep")
+            assert inspect_image(data, decode=decode_pixels).verdict == "refused", name
+        with pytest.raises(ImageError, match="limit_pixels"):
+            read_image(data, damaged="keep")
 
 
 def test_the_limit_is_the_callers(photo):
     for file_format in ("JPEG", "PNG"):
         data = saved(photo, file_format)
-        assert inspect_picture(data, limit_pixels=48 * 32).verdict == "ok"
-        info = inspect_picture(data, limit_pixels=48 * 32 - 1)
+        assert inspect_image(data, limit_pixels=48 * 32).verdict == "ok"
+        info = inspect_image(data, limit_pixels=48 * 32 - 1)
         assert (info.verdict, info.width, info.height) == ("refused", 48, 32)
 
 
 def test_raised_limit_reads_what_pillow_alone_would_refuse():
     data = png(20_000, 10_000, chunk(b"IDAT", b""), bits=1, colour=0)
-    assert inspect_picture(data, decode=False).verdict == "refused"
-    assert inspect_picture(data, limit_pixels=10**9, decode=False).verdict == "ok"
+    assert inspect_image(data, decode=False).verdict == "refused"
+    assert inspect_image(data, limit_pixels=10**9, decode=False).verdict == "ok"
 
 
 def test_a_text_bomb_does_not_take_memory_and_leaves_the_picture():
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))
     data = png(1, 1, text, chunk(b"IDAT", zlib.compress(b"\0\x01\x02\x03")))
-    assert inspect_picture(data).verdict == "damaged"
+    assert inspect_image(data).verdict == "damaged"
     np.testing.assert_array_equal(pixels(data, damaged="keep"), [[[1, 2, 3]]])
 
 
@@ -326,7 +326,7 @@ def test_random_damage_is_always_a_verdict(photo, rng):
             spoiled = bytearray(data)
             for at in rng.integers(0, len(data), 4):
                 spoiled[at] = rng.integers(0, 256)
-            info = inspect_picture(bytes(spoiled[: rng.integers(1, len(data) + 1)]), limit_pixels=10**6)
+            info = inspect_image(bytes(spoiled[: rng.integers(1, len(data) + 1)]), limit_pixels=10**6)
             assert (info.reason == "") == (info.verdict == "ok")
 
 
@@ -343,8 +343,8 @@ def test_threads_do_not_disturb_each_other(photo):
             np.testing.assert_array_equal(pixels(good), wanted[0])
             np.testing.assert_array_equal(pixels(plain), wanted[1])
         elif k % 3 == 1:
-            read_picture(bad[k % 2], damaged="keep")
-        return inspect_picture(bad[k % 3]).verdict
+            read_image(bad[k % 2], damaged="keep")
+        return inspect_image(bad[k % 3]).verdict
 
     with ThreadPoolExecutor(8) as pool:
         verdicts = list(pool.map(work, range(300)))
@@ -355,11 +355,11 @@ def test_pillow_warnings_stay_inside(photo):
     broken_tiff = saved(photo, "TIFF").replace(b"\x00\x01\x03\x00", b"\x00\x01\x99\x00", 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        inspect_picture(broken_tiff)
-        inspect_picture(
+        inspect_image(broken_tiff)
+        inspect_image(
             saved(photo, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\xff\x7f\0\0\0\0")
         )
-        inspect_picture(png(10_000, 9_500, chunk(b"IDAT", b""), bits=1, colour=0), decode=False)
+        inspect_image(png(10_000, 9_500, chunk(b"IDAT", b""), bits=1, colour=0), decode=False)
     assert caught == []
 
 
@@ -368,7 +368,7 @@ def test_pillow_warnings_stay_inside(photo):
 
 @pytest.mark.parametrize("name", ["a.jpg", "A.JpEg", "x.y.PNG", "é 漢字.webp", "folder/a.tiff", "a.jfif", "a.avif"])
 def test_names_of_pictures(name):
-    assert is_picture_name(name)
+    assert is_image_name(name)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_names_of_pictures(name):
     ],
 )
 def test_names_that_are_no_pictures(name):
-    assert not is_picture_name(name)
+    assert not is_image_name(name)
 
 
 def test_every_ending_is_one_that_pillow_opens():

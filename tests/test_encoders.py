@@ -21,7 +21,7 @@ from vitrail.api import train
 from vitrail.cli import run as vitrail
 from vitrail.config import RunConfig, save_config
 from vitrail.config_schema import override
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.evaluation.classifier import load
 from vitrail.evaluation.evaluate import evaluate
@@ -31,10 +31,10 @@ from vitrail.models.cost import num_macs, num_parameters
 from vitrail.models.variants import variant_config
 from vitrail.models.vit import ViT
 from vitrail.recipes import Facts, build_config
-from vitrail.training.frozen import freeze, running_statistics, slow_statistics
+from vitrail.training.frozen import freeze, running_statistics, scale_bn_momentum
 from vitrail.weights.model_file import ModelHeader, load_model, save_model
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=3, embed_dim=24, depth=1, num_heads=3)
 FACTS = Facts(2000, 3, 32, True, 3, "", "cpu", False)
 
@@ -153,7 +153,7 @@ print("alike")
 def test_statistics_move_per_step_as_without_accumulation():
     torch.manual_seed(0)
     whole, parts = (nn.Sequential(nn.BatchNorm2d(3)).train() for _ in range(2))
-    slow_statistics(parts, 4)
+    scale_bn_momentum(parts, 4)
     picture = torch.randn(1, 3, 4, 4).expand(
         8, -1, -1, -1
     )  # alike everywhere, so that parts have the batch's statistics
@@ -317,17 +317,17 @@ def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys
 
 
 def test_every_step_has_its_patch_size(make_folder, tmp_path, tiny):
-    from vitrail.data.loading.train_loader import TrainStream
-    from vitrail.data.setup import check_data, ready_data
+    from vitrail.data.loading.train_loader import TrainLoader
+    from vitrail.data.setup import build_train_data, load_data
 
     data = make_folder(tmp_path / "data", count=8)
     config, _ = build_config("auto", FACTS, {**tiny, "data.source": str(data), "model.patch_sizes": (4, 8)})
-    ready = ready_data(check_data(config.data, QUIET), config)
+    ready = build_train_data(load_data(config.data, QUIET), config)
 
     def sizes(start: int, stop: int, rank: int = 0) -> list[int | None]:
-        stream = TrainStream(
-            ready.pictures,
-            ready.splits.parts["train"],
+        stream = TrainLoader(
+            ready.reader,
+            ready.splits.indices["train"],
             batch_size=4,
             seed=1,
             augment=config.augment,

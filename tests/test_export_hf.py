@@ -21,10 +21,10 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 import vitrail
 from vitrail.api import train
 from vitrail.cli import run
-from vitrail.console import Talk
-from vitrail.data.images.decode import read_picture
+from vitrail.console import Console
+from vitrail.data.images.decode import read_image
 from vitrail.data.images.preprocess import Preprocess
-from vitrail.export.formats import TARGETS, export
+from vitrail.export.formats import FORMATS, export
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.weights.model_file import ModelHeader, save_model, versions
@@ -80,7 +80,7 @@ def agree(ours: Path | str, folder: Path, pictures: list[Path], *, backend: str 
     classifier, model = vitrail.load(ours), opened(folder)
     assert [model.config.id2label[i] for i in range(len(classifier.labels))] == list(classifier.labels)
     for path in pictures:
-        mine = classifier.logits([classifier.preprocess.apply(read_picture(path))])
+        mine = classifier.logits([classifier.preprocess.apply(read_image(path))])
         with torch.no_grad():
             theirs = model(their_pixels(folder, path, backend=backend)).logits
         assert_close(mine, theirs, atol=atol, rtol=0)
@@ -157,7 +157,7 @@ def test_grey_pictures(resize, backend, tmp_path, pictures):
     made = export(ours, "hf", out=tmp_path / "folder")
     assert any("open them as mode L" in note for note in made.notes)
     classifier, model = vitrail.load(ours), opened(made.path)
-    picture = read_picture(pictures[2], mode="L")
+    picture = read_image(pictures[2], mode="L")
     processor = AutoImageProcessor.from_pretrained(made.path, backend=backend)
     pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
     assert_close(classifier.logits([classifier.preprocess.apply(picture)]), model(pixels).logits, atol=1e-4, rtol=0)
@@ -190,7 +190,7 @@ def test_without_a_classifier_the_base_model_is_written(fields, model_type, tmp_
     assert all("pooler" in name for name in told["missing_keys"])
     assert not told["unexpected_keys"]
     classifier = vitrail.load(ours)
-    pixels = classifier.preprocess.apply(read_picture(pictures[0]))
+    pixels = classifier.preprocess.apply(read_image(pictures[0]))
     theirs = their_answer(model.eval(), classifier.preprocess.normalise(torch.from_numpy(pixels[None])))
     assert_close(classifier.logits([pixels]), theirs, atol=1e-4, rtol=0)
 
@@ -330,7 +330,7 @@ def test_a_trained_run_is_judged_alike_by_transformers(tiny_run, tmp_path):
         "model.num_heads": 2,
     }
     settings |= {"model.decoder": "token", "model.class_token": True, "preprocess.resize": "squash"}
-    result = train(data, out=tmp_path / "run", talk=Talk(quiet=True), **settings)
+    result = train(data, out=tmp_path / "run", talk=Console(quiet=True), **settings)
     folder = export(result.folder, "hf").path
     assert folder == tmp_path / "run-hf"
     files = sorted(data.rglob("*.png"))
@@ -342,7 +342,7 @@ def test_a_trained_run_is_judged_alike_by_transformers(tiny_run, tmp_path):
     assert theirs == [row.label for row in rows]
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_target_writes_what_loads_again(name, tmp_path):
     # Of two middles transformers takes the smaller, timm the nearest.
     ours = saved(tmp_path, {"resize": "crop", "crop_offset": "nearest" if name == "timm" else "down"})
@@ -378,7 +378,7 @@ def test_transformers_opens_what_is_written_for_timm(tmp_path, pictures):
     model, processor = opened(folder), AutoImageProcessor.from_pretrained(folder)
     classifier = vitrail.load(ours)
     for path in pictures:
-        picture = read_picture(path)
+        picture = read_image(path)
         with torch.no_grad():
             theirs = model(**processor(picture, return_tensors="pt")).logits
         assert_close(theirs, classifier.logits([classifier.preprocess.apply(picture)]), atol=1e-4, rtol=0)

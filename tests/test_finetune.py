@@ -25,7 +25,7 @@ from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.optim.optimizers import build_optimizer, layer_of, num_layers
 from vitrail.recipes import Facts, build_config
-from vitrail.training.start import learning, let_learn, pinned, ready_start, start_model
+from vitrail.training.start import load_start, pin_revision, set_trainable, start_model, trainable_parameters
 from vitrail.weights.model_file import load_model
 
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)
@@ -58,7 +58,7 @@ def test_a_subset_of_the_classes_is_known_before_any_step(digits_run, tmp_path):
     unseen = write_digits(tmp_path / "data", (5, 2), 25, skip=150)
     changes = {"pretrained": str(digits_run), "model.num_classes": 2}
     config = override(load_config(digits_run / "config.json"), changes)
-    start = ready_start(config, ("5", "2"))
+    start = load_start(config, ("5", "2"))
     model = start_model(config, fresh=True, start=start).eval()
     base = load(digits_run)
     pixels = [base._prepare(path)[1] for digit in "52" for path in sorted((unseen / digit).iterdir())]
@@ -162,10 +162,10 @@ def test_what_starts_at_random_learns_with_the_head(tiny_run, tmp_path):
 
 
 def test_a_name_on_a_hub_is_kept_with_its_revision():
-    assert pinned("hf:owner/name", "hf:owner/name@1234") == "hf:owner/name@1234"
-    assert pinned("hf:owner/name@main", "hf:owner/name@1234") == "hf:owner/name@1234"
-    assert pinned("runs/a@b", "runs/a@b") == "runs/a@b"
-    assert pinned("file.pth", "timm:something@1") == "file.pth"
+    assert pin_revision("hf:owner/name", "hf:owner/name@1234") == "hf:owner/name@1234"
+    assert pin_revision("hf:owner/name@main", "hf:owner/name@1234") == "hf:owner/name@1234"
+    assert pin_revision("runs/a@b", "runs/a@b") == "runs/a@b"
+    assert pin_revision("file.pth", "timm:something@1") == "file.pth"
 
 
 @pytest.mark.slow
@@ -214,13 +214,13 @@ def test_rates_of_layers_by_hand():
 
 def test_batch_norms_that_do_not_learn_yet_keep_their_statistics():
     model = start_model(override(RunConfig(model=SMALL), {"model.encoder": "resnet18"}), fresh=True)
-    all_learning = learning(model)
+    all_learning = trainable_parameters(model)
     norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
     before = norm.running_mean.clone()
-    let_learn(model, all_learning, {name: p for name, p in all_learning.items() if name.startswith("head.")})
+    set_trainable(model, all_learning, {name: p for name, p in all_learning.items() if name.startswith("head.")})
     model(torch.rand(4, 3, 32, 32))
     assert torch.equal(norm.running_mean, before)
-    let_learn(model, all_learning, all_learning)
+    set_trainable(model, all_learning, all_learning)
     model(torch.rand(4, 3, 32, 32))
     assert not torch.equal(norm.running_mean, before)
 

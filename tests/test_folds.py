@@ -20,15 +20,15 @@ from test_splits import divided, listing, per_class
 from vitrail.api import Result, train
 from vitrail.cli import run as vitrail
 from vitrail.config import DataConfig, load_config
-from vitrail.console import Talk
-from vitrail.data.datasets.open import open_source
+from vitrail.console import Console
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.splits.kfold import fold_numbers
-from vitrail.data.splits.splits import make_splits
+from vitrail.data.splits.splits import split_dataset
 from vitrail.evaluation.evaluate import evaluate
 from vitrail.training import cross_validation as folds_module
 from vitrail.weights.model_file import load_model
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,22 +76,22 @@ def test_large_groups_are_spread_by_their_classes():
 def test_each_fold_is_a_division_of_its_own_and_together_they_are_all():
     source = listing(50, 23, 7)
     parts = [divided(source, folds=5, fold=fold, test_fraction=0.1) for fold in range(5)]
-    table = np.asarray([per_class(source, each.parts["val"]) for each in parts])
+    table = np.asarray([per_class(source, each.indices["val"]) for each in parts])
     assert table.sum(axis=0).tolist() == [45, 21, 6]
     assert (table.max(axis=0) - table.min(axis=0)).tolist() == [0, 1, 1]
-    tests = {tuple(each.parts["test"]) for each in parts}
+    tests = {tuple(each.indices["test"]) for each in parts}
     assert len(tests) == 1
-    assert per_class(source, parts[0].parts["test"]) == [5, 2, 1]
-    judged = np.concatenate([each.parts["val"] for each in parts])
+    assert per_class(source, parts[0].indices["test"]) == [5, 2, 1]
+    judged = np.concatenate([each.indices["val"] for each in parts])
     assert len(judged) == len(set(judged)) == 72
-    assert not set(judged) & set(parts[0].parts["test"])
+    assert not set(judged) & set(parts[0].indices["test"])
     for each in parts:
-        assert len(each.parts["train"]) + len(each.parts["val"]) == 72
+        assert len(each.indices["train"]) + len(each.indices["val"]) == 72
         assert each.problems == ()
     assert len({each.fingerprint for each in parts}) == 5
     assert parts[3].rule == "a stratified split of all pictures; val: fold 3 of 5 (from 0), stratified"
     other = divided(source, folds=5, fold=0, test_fraction=0.1, split_seed=1)
-    assert other.parts["val"].tolist() != parts[0].parts["val"].tolist()
+    assert other.indices["val"].tolist() != parts[0].indices["val"].tolist()
 
 
 def test_classes_that_not_every_fold_can_judge_are_named():
@@ -103,7 +103,7 @@ def test_classes_that_not_every_fold_can_judge_are_named():
     ]
     assert "2 classes have fewer pictures than there are folds (4)" in found.problems[0].message
     assert "1 pictures are judged in no fold" in found.problems[1].message
-    assert all(23 in divided(source, folds=4, fold=fold).parts["train"] for fold in range(4))
+    assert all(23 in divided(source, folds=4, fold=fold).indices["train"] for fold in range(4))
 
 
 def test_a_source_with_its_own_validation_part_is_refused_and_its_test_part_kept_apart():
@@ -112,8 +112,8 @@ def test_a_source_with_its_own_validation_part_is_refused_and_its_test_part_kept
         divided(source, folds=2, fold=0)
     source = listing(8, 8, split=(["train"] * 6 + ["test"] * 2) * 2)
     splits = [divided(source, folds=3, fold=fold) for fold in range(3)]
-    assert all(each.parts["test"].tolist() == [6, 7, 14, 15] for each in splits)
-    assert sorted(np.concatenate([each.parts["val"] for each in splits])) == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]
+    assert all(each.indices["test"].tolist() == [6, 7, 14, 15] for each in splits)
+    assert sorted(np.concatenate([each.indices["val"] for each in splits])) == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_resume_goes_on_with_what_is_unfinished(crossed, tmp_path, monkeypatch):
     shutil.rmtree(cut / "fold-2")
     (cut / "folds.json").unlink()
     begun = []
-    real = folds_module.begin
+    real = folds_module.start
     monkeypatch.setattr(
         folds_module, "begin", lambda place, *more, **words: begun.append(place.name) or real(place, *more, **words)
     )
@@ -274,9 +274,9 @@ def test_a_group_that_is_taken_out_for_one_class_is_out_for_the_others():
 
 def test_more_folds_than_can_be_filled_are_refused_before_one_is_trained(make_folder, tmp_path):
     root = make_folder(tmp_path / "shapes", count=3)
-    source = open_source(str(root))
+    source = open_dataset(str(root))
     good, alone = np.ones(9, dtype=bool), np.arange(9)
     with pytest.raises(
         ValueError, match=r"data\.folds is 10, but \d+ of them .* 9 pictures in 9 groups .*; lower data\.folds"
     ):
-        make_splits(source, DataConfig(source=str(root), folds=10), good, alone)
+        split_dataset(source, DataConfig(source=str(root), folds=10), good, alone)

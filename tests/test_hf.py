@@ -25,7 +25,7 @@ from torch.testing import assert_close
 
 import vitrail
 from vitrail.cli import run
-from vitrail.data.images.decode import read_picture
+from vitrail.data.images.decode import read_image
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.weights.formats.hf_image_processor import from_processor, to_processor
 from vitrail.weights.resolve import open_weights
@@ -69,7 +69,7 @@ def broken(vit_folder: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def answer(classifier: vitrail.Classifier, path: Path) -> torch.Tensor:
-    return classifier.logits([classifier.preprocess.apply(read_picture(path))])
+    return classifier.logits([classifier.preprocess.apply(read_image(path))])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -103,7 +103,7 @@ def test_every_exif_orientation_is_turned_as_transformers_turns_it(orientation, 
     pixels = np.random.default_rng(0).integers(0, 255, (13, 7, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     theirs = transformers.image_utils.load_image(str(tmp_path / "turned.png"))
-    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "turned.png")), np.asarray(theirs))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "turned.png")), np.asarray(theirs))
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2-registers", "dinov3"])

@@ -17,10 +17,10 @@ from vitrail import ViT
 from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES, flex, tiles
 from vitrail.kernels import window as windows
 from vitrail.kernels.registry import GLOBAL_KERNELS, LOCAL_KERNELS, Kernels
-from vitrail.kernels.tensor_cache import Kept
+from vitrail.kernels.tensor_cache import TensorCache
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 from vitrail.kernels.window import covers, num_pairs, window_mask
-from vitrail.models.attention import GlobalAttention, Layout, LocalAttention
+from vitrail.models.attention import GlobalAttention, LocalAttention, TokenLayout
 from vitrail.models.variants import variant_config
 
 CPU_KERNELS = {name: LOCAL_KERNELS[name] for name in ("tiles", "plain", "fused", "matmul")}
@@ -247,7 +247,7 @@ def test_a_layer_alone_says_what_it_needs():
         LocalAttention(32, 4, window=4)
     with pytest.raises(ValueError, match="17 tokens are no square; give a Layout"):
         LocalAttention(32, 4, window=3)(torch.randn(1, 17, 32))
-    assert LocalAttention(32, 4, window=3)(torch.randn(1, 17, 32), Layout(grids=((4, 4),), num_prefix=1)).shape == (
+    assert LocalAttention(32, 4, window=3)(torch.randn(1, 17, 32), TokenLayout(grids=((4, 4),), num_prefix=1)).shape == (
         1,
         17,
         32,
@@ -358,7 +358,7 @@ def test_the_bias_of_a_large_grid_is_made_of_its_kinds_alone(monkeypatch):
 
 
 def test_more_grids_than_a_batch_has_keep_their_biases(monkeypatch):
-    monkeypatch.setattr(tiles, "_BIASES", Kept(limit_bytes=64 * 2**20))
+    monkeypatch.setattr(tiles, "_BIASES", TensorCache(limit_bytes=64 * 2**20))
     calls = []
     monkeypatch.setattr(tiles, "tile_bias", lambda *given: calls.append(given) or tile_bias(*given))
     for _ in range(2):
@@ -368,7 +368,7 @@ def test_more_grids_than_a_batch_has_keep_their_biases(monkeypatch):
 
 
 def test_what_is_kept_is_bounded_and_the_last_in_use():
-    kept, made = Kept(limit_bytes=100), []
+    kept, made = TensorCache(limit_bytes=100), []
 
     def take(name, size):
         return kept.get(name, lambda: made.append(name) or torch.zeros(size, dtype=torch.uint8))
@@ -385,8 +385,8 @@ def test_what_is_kept_is_bounded_and_the_last_in_use():
 @pytest.mark.parametrize("name", ["tiles", "fused", "flex"])
 def test_a_pass_without_storage_leaves_nothing_behind(name, monkeypatch):
     """As PyTorch's tools take that count operations or memory; and what is kept is of no use to them."""
-    monkeypatch.setattr(tiles, "_BIASES", Kept(limit_bytes=2**20))
-    monkeypatch.setattr(windows, "_BIASES", Kept(limit_bytes=2**20))
+    monkeypatch.setattr(tiles, "_BIASES", TensorCache(limit_bytes=2**20))
+    monkeypatch.setattr(windows, "_BIASES", TensorCache(limit_bytes=2**20))
     monkeypatch.setattr(flex, "_MASKS", {})
     q, k, v = (part.detach() for part in random_qkv(1, 1, (7, 8), 1, 16))
     attend = LOCAL_KERNELS[name]

@@ -15,16 +15,16 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
-from vitrail.console import Talk
-from vitrail.data.augment.mixup import Mix
-from vitrail.data.datasets.base import ArrayPictures
+from vitrail.console import Console
+from vitrail.data.augment.mixup import MixTargets
+from vitrail.data.datasets.base import ArrayDataset
 from vitrail.data.datasets.open import digits as all_digits
-from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.images.preprocess import Preprocess
-from vitrail.data.loading.eval_loader import judging_batches
-from vitrail.data.loading.reader import Pictures
-from vitrail.data.loading.train_loader import Batch, TrainStream
-from vitrail.data.setup import TrainData, check_data, is_identity, ready_data
+from vitrail.data.loading.eval_loader import eval_batches
+from vitrail.data.loading.reader import ImageReader
+from vitrail.data.loading.train_loader import Batch, TrainLoader
+from vitrail.data.setup import TrainData, build_train_data, is_identity, load_data
 from vitrail.models.config import ViTConfig
 
 CPU = torch.device("cpu")
@@ -73,16 +73,16 @@ def load(
         seed=5,
         batch_size=batch_size,
     )
-    found = ready_data(check_data(data, Talk(quiet=True)), config)
-    assert (found.pictures.stored is not None) == memory
+    found = build_train_data(load_data(data, Console(quiet=True)), config)
+    assert (found.reader.stored is not None) == memory
     return found, config
 
 
-def stream(found: tuple[TrainData, RunConfig], rank: int = 0, ranks: int = 1) -> TrainStream:
+def stream(found: tuple[TrainData, RunConfig], rank: int = 0, ranks: int = 1) -> TrainLoader:
     data, config = found
-    part = data.splits.parts["train"]
-    return TrainStream(
-        data.pictures,
+    part = data.splits.indices["train"]
+    return TrainLoader(
+        data.reader,
         part,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -97,8 +97,8 @@ def same(one: Batch, other: Batch) -> bool:
     """Bit for bit."""
     parts = torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
     if one.mix is not None and other.mix is not None:
-        parts = parts and torch.equal(one.mix.partners, other.mix.partners)
-        parts = parts and torch.equal(one.mix.shares, other.mix.shares)
+        parts = parts and torch.equal(one.mix.labels_b, other.mix.labels_b)
+        parts = parts and torch.equal(one.mix.lam, other.mix.lam)
     return parts and (one.mix is None) == (other.mix is None) and one.indices.tolist() == other.indices.tolist()
 
 
@@ -108,7 +108,7 @@ def joined(*batches: Batch) -> Batch:
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.targets for batch in batches]),
         np.concatenate([batch.indices for batch in batches]),
-        mix=Mix(torch.cat([mix.partners for mix in mixes]), torch.cat([mix.shares for mix in mixes]))
+        mix=MixTargets(torch.cat([mix.labels_b for mix in mixes]), torch.cat([mix.lam for mix in mixes]))
         if mixes
         else None,
     )
@@ -120,9 +120,9 @@ def test_each_picture_comes_exactly_once_an_epoch(count, share, seed, ranks):
     """Positions alone decide: over every border of epochs, batches are full and no picture is left out or repeated."""
     digits, preprocess = all_digits(), Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
     part = np.arange(100, 100 + count)
-    pictures = Pictures(digits, digits.targets, preprocess, digits.arrays[0][:, None], is_ready=True, workers=1)
+    pictures = ImageReader(digits, digits.targets, preprocess, digits.arrays[0][:, None], is_ready=True, workers=1)
     each = [
-        TrainStream(
+        TrainLoader(
             pictures,
             part,
             batch_size=share * ranks,
@@ -135,7 +135,7 @@ def test_each_picture_comes_exactly_once_an_epoch(count, share, seed, ranks):
         for r in range(ranks)
     ]
     steps = -(-4 * count // (share * ranks))
-    rows = [one.order.at(step, one.rank, ranks) for step in range(steps) for one in each]
+    rows = [one.sampler.samples(step, one.rank, ranks) for step in range(steps) for one in each]
     assert all(len(epochs) == len(indices) == share for epochs, indices in rows)
     epochs, indices = (np.concatenate(column) for column in zip(*rows, strict=True))
     assert epochs.tolist() == sorted(epochs.tolist())
@@ -149,18 +149,18 @@ def test_each_picture_comes_exactly_once_an_epoch(count, share, seed, ranks):
 def test_another_seed_is_another_order(files):
     data, config = load(files, AugmentConfig(), memory=True)
     one, two = stream((data, config)), stream((data, replace(config, seed=6)))
-    first, second = (each.order.epoch(0)[1].tolist() for each in (one, two))
+    first, second = (each.sampler.epoch(0)[1].tolist() for each in (one, two))
     assert first != second
-    assert sorted(first) == sorted(second) == list(range(len(data.splits.parts["train"])))
+    assert sorted(first) == sorted(second) == list(range(len(data.splits.indices["train"])))
 
 
 def test_targets_belong_to_their_pictures(files):
     data, config = load(files, AugmentConfig(), memory=False)
     for batch in stream((data, config)).batches(0, 8):
         assert batch.images.shape == (6, 3, 24, 24)
-        assert batch.targets.tolist() == data.source.targets[batch.indices].tolist()
+        assert batch.targets.tolist() == data.dataset.targets[batch.indices].tolist()
         for image, index in zip(batch.images, batch.indices, strict=True):
-            pixels = data.pictures.preprocess.apply(data.source.read(int(index), "RGB"))
+            pixels = data.reader.preprocess.apply(data.dataset.read(int(index), "RGB"))
             torch.testing.assert_close(image, torch.from_numpy(pixels).float() / 127.5 - 1, rtol=0, atol=1e-6)
 
 
@@ -184,7 +184,7 @@ def test_without_crops_memory_and_files_give_the_same_batches(files, preprocess)
     for one, other in zip(stream(stored).batches(0, 5), stream(read).batches(0, 5), strict=True):
         assert same(one, other)
     judged = [
-        list(judging_batches(d.pictures, d.splits.parts["val"], batch_size=4, device=CPU)) for d, _ in (stored, read)
+        list(eval_batches(d.reader, d.splits.indices["val"], batch_size=4, device=CPU)) for d, _ in (stored, read)
     ]
     assert all(same(one, other) for one, other in zip(*judged, strict=True))
 
@@ -234,17 +234,17 @@ def test_the_number_of_threads_changes_nothing(files, memory):
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_judging_gives_each_picture_once_over_all_processes(files, memory, ranks, batch_size):
     data, _ = load(files, EVERYTHING, memory=memory)
-    part = data.splits.parts["val"]
+    part = data.splits.indices["val"]
     seen: dict[int, torch.Tensor] = {}
     for rank in range(ranks):
-        for batch in judging_batches(data.pictures, part, batch_size=batch_size, device=CPU, rank=rank, ranks=ranks):
+        for batch in eval_batches(data.reader, part, batch_size=batch_size, device=CPU, rank=rank, ranks=ranks):
             assert 0 < len(batch.indices) <= batch_size
-            assert batch.targets.tolist() == data.source.targets[batch.indices].tolist()
+            assert batch.targets.tolist() == data.dataset.targets[batch.indices].tolist()
             assert not set(batch.indices.tolist()) & set(seen)
             seen |= dict(zip(batch.indices.tolist(), batch.images, strict=True))
     assert sorted(seen) == part.tolist()
     for index, image in seen.items():
-        pixels = data.pictures.preprocess.apply(data.source.read(index, "RGB"))
+        pixels = data.reader.preprocess.apply(data.dataset.read(index, "RGB"))
         torch.testing.assert_close(image, torch.from_numpy(pixels).float() / 127.5 - 1, rtol=0, atol=1e-6)
 
 
@@ -260,26 +260,26 @@ def test_a_file_lost_after_the_scan_is_dropped_and_noted_and_never_replaced(file
     data = found[0]
     whole = list(stream(found).batches(0, 3))
     lost = int(whole[1].indices[2])
-    place = data.source.location(lost)
+    place = data.dataset.location(lost)
     Path(place).unlink()
     left = list(stream(found).batches(0, 3))
     assert same(left[0], whole[0])
-    assert same(left[1], joined(whole[1].part(0, 2), whole[1].part(3, 6)))
+    assert same(left[1], joined(whole[1].take(0, 2), whole[1].take(3, 6)))
     assert same(left[2], whole[2])
-    assert list(data.pictures.dropped) == [place]
-    assert "No such file" in data.pictures.dropped[place]
+    assert list(data.reader.dropped) == [place]
+    assert "No such file" in data.reader.dropped[place]
 
 
 def test_the_partner_of_a_lost_file_stays_unmixed_and_all_others_are_as_before(files, tmp_path):
     found = load(copied(files, tmp_path), replace(MIXED, mix_chance=1.0), memory=False)
     data = found[0]
     [whole] = stream(found).batches(1, 2)
-    Path(data.source.location(int(whole.indices[2]))).unlink()
+    Path(data.dataset.location(int(whole.indices[2]))).unlink()
     [left] = stream(found).batches(1, 2)
     assert left.indices.tolist() == np.delete(whole.indices, 2).tolist()
-    assert same(joined(left.part(0, 2), left.part(3, 5)), joined(whole.part(0, 2), whole.part(4, 6)))
+    assert same(joined(left.take(0, 2), left.take(3, 5)), joined(whole.take(0, 2), whole.take(4, 6)))
     assert left.mix is not None
-    assert (left.mix.shares[2], left.mix.partners[2]) == (1, left.targets[2])
+    assert (left.mix.lam[2], left.mix.labels_b[2]) == (1, left.targets[2])
     unmixed = (data, replace(found[1], augment=replace(MIXED, mixup=0.0, cutmix=0.0)))
     [alone] = stream(unmixed).batches(1, 2)
     assert torch.equal(left.images[2], alone.images[2])
@@ -287,14 +287,14 @@ def test_the_partner_of_a_lost_file_stays_unmixed_and_all_others_are_as_before(f
 
 def test_a_file_broken_after_the_scan_is_left_out_of_the_judgement_alone_in_its_batch_too(files, tmp_path):
     data, _ = load(copied(files, tmp_path), AugmentConfig(), memory=False)
-    part = data.splits.parts["val"]
+    part = data.splits.indices["val"]
     assert len(part) == 4
     broken = int(part[3])
-    Path(data.source.location(broken)).write_bytes(b"broken")
+    Path(data.dataset.location(broken)).write_bytes(b"broken")
     for batch_size in (1, 3, 4):
-        batches = list(judging_batches(data.pictures, part, batch_size=batch_size, device=CPU))
+        batches = list(eval_batches(data.reader, part, batch_size=batch_size, device=CPU))
         assert [index for batch in batches for index in batch.indices] == part[:3].tolist()
-    assert list(data.pictures.dropped) == [data.source.location(broken)]
+    assert list(data.reader.dropped) == [data.dataset.location(broken)]
 
 
 def test_when_no_file_is_left_reading_stops(files, tmp_path):
@@ -305,24 +305,24 @@ def test_when_no_file_is_left_reading_stops(files, tmp_path):
     with pytest.raises(ValueError, match=r"none of 6 files can be read any more.*\.png"):
         next(stream(found).batches(0, 1))
     with pytest.raises(ValueError, match="none of 4 files can be read any more"):
-        list(judging_batches(data.pictures, data.splits.parts["val"], batch_size=3, device=CPU))
+        list(eval_batches(data.reader, data.splits.indices["val"], batch_size=3, device=CPU))
 
 
 def test_pictures_larger_than_the_input_are_read_from_files(files):
-    assert load(files, AugmentConfig(), memory=False, side=16)[0].pictures.stored is None
+    assert load(files, AugmentConfig(), memory=False, side=16)[0].reader.stored is None
     data, config = load(files, AugmentConfig(), memory=True)
     smaller = replace(config, model=replace(config.model, image_size=16))
-    assert ready_data(check_data(config.data, Talk(quiet=True)), smaller).pictures.stored is None
-    assert data.pictures.stored is not None
-    assert data.pictures.stored.shape == (23, 3, 24, 24)
+    assert build_train_data(load_data(config.data, Console(quiet=True)), smaller).reader.stored is None
+    assert data.reader.stored is not None
+    assert data.reader.stored.shape == (23, 3, 24, 24)
 
 
 def test_a_prepared_picture_is_not_prepared_twice(files):
     data, _ = load(files, AugmentConfig(), memory=True)
-    assert data.pictures.is_ready
+    assert data.reader.is_ready
     for index in range(3):
-        wanted = data.pictures.preprocess.apply(data.source.read(index, "RGB"))
-        np.testing.assert_array_equal(data.pictures.for_judging(index), wanted)
+        wanted = data.reader.preprocess.apply(data.dataset.read(index, "RGB"))
+        np.testing.assert_array_equal(data.reader.read_whole(index), wanted)
 
 
 def test_prepared_pictures_stay_on_disk_when_they_do_not_fit(files):
@@ -330,9 +330,9 @@ def test_prepared_pictures_stay_on_disk_when_they_do_not_fit(files):
     stored = 23 * 3 * 20 * 16
     for limit, fits in ((23 * 3 * 24 * 24, True), (stored, False)):
         tight = replace(config, data=replace(config.data, memory_bytes=limit))
-        checked = check_data(tight.data, Talk(quiet=True))
+        checked = load_data(tight.data, Console(quiet=True))
         assert checked.scan.pixels is not None
-        pictures = ready_data(checked, tight).pictures
+        pictures = build_train_data(checked, tight).reader
         assert pictures.is_ready == (pictures.stored is not None) == fits
 
 
@@ -405,12 +405,12 @@ def test_preprocessing_that_cannot_work_is_refused(change, message):
 
 
 def test_digits_train_from_memory_in_grey():
-    source = open_source("digits")
-    assert isinstance(source, ArrayPictures)
+    source = open_dataset("digits")
+    assert isinstance(source, ArrayDataset)
     preprocess = Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
-    pictures = Pictures(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
+    pictures = ImageReader(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
     part = np.arange(50)
-    train = TrainStream(pictures, part, batch_size=10, seed=0, augment=AugmentConfig(), device=CPU)
+    train = TrainLoader(pictures, part, batch_size=10, seed=0, augment=AugmentConfig(), device=CPU)
     batch = next(train.batches(3, 4))
     wanted = torch.from_numpy(source.arrays[0][batch.indices][:, None]).float() / 127.5 - 1
     torch.testing.assert_close(batch.images, wanted, rtol=0, atol=1e-6)

@@ -11,7 +11,7 @@ from sklearn.metrics import (
 )
 
 from vitrail.evaluation.calibration import calibration_error, calibration_table, fit_temperature
-from vitrail.evaluation.metrics import Outputs, headline, judgement, target_ranks
+from vitrail.evaluation.metrics import Outputs, all_metrics, headline_metrics, target_ranks
 
 
 def outputs(count: int = 500, classes: int = 12, seed: int = 0) -> Outputs:
@@ -27,7 +27,7 @@ def test_figures_equal_scikit_learns():
     labels = tuple("abcdefghijkl")
     probabilities = np.exp(out.logits - out.logits.max(axis=1, keepdims=True)).astype(np.float64)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    result = judgement(out, labels)
+    result = all_metrics(out, labels)
     assert result["top1"] == pytest.approx(np.mean(out.logits.argmax(1) == out.targets))
     assert result["top5"] == pytest.approx(top_k_accuracy_score(out.targets, out.logits, k=5))
     assert result["loss"] == pytest.approx(log_loss(out.targets, probabilities), rel=1e-6)
@@ -44,25 +44,25 @@ def test_figures_equal_scikit_learns():
 
 def test_balanced_accuracy_is_of_the_classes_that_are_there():
     logits = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 1, 0]]
-    result = judgement(Outputs(logits, np.asarray([0, 0, 0, 0, 1, 1]), np.arange(6)), ("a", "b", "none"))
+    result = all_metrics(Outputs(logits, np.asarray([0, 0, 0, 0, 1, 1]), np.arange(6)), ("a", "b", "none"))
     assert result["balanced_accuracy"] == (3 / 4 + 1 / 2) / 2
 
 
 def test_top5_with_fewer_than_five_classes_is_defined():
-    assert headline(outputs(classes=3))["top5"] == 1.0
-    assert headline(outputs(classes=5))["top5"] == 1.0
-    assert headline(outputs(classes=6))["top5"] < 1.0
+    assert headline_metrics(outputs(classes=3))["top5"] == 1.0
+    assert headline_metrics(outputs(classes=5))["top5"] == 1.0
+    assert headline_metrics(outputs(classes=6))["top5"] < 1.0
 
 
 def test_equal_logits_rank_as_argmax_does():
     out = Outputs(np.zeros((3, 4), np.float32), np.array([0, 1, 3]), np.arange(3))
     assert target_ranks(out).tolist() == [0, 1, 3]
-    assert headline(out)["top1"] == pytest.approx(1 / 3)
+    assert headline_metrics(out)["top1"] == pytest.approx(1 / 3)
 
 
 def test_undefined_figures_are_null_not_zero():
     out = Outputs(np.array([[5.0, 0, 0], [5.0, 0, 0]], np.float32), np.array([0, 1]), np.arange(2))
-    rows = judgement(out, ("a", "b", "never"))["per_class"]
+    rows = all_metrics(out, ("a", "b", "never"))["per_class"]
     assert rows["never"] == {"precision": None, "recall": None, "f1": None, "count": 0}
     assert rows["b"]["precision"] is None
     assert rows["b"]["recall"] == 0.0
@@ -73,7 +73,7 @@ def test_a_model_that_says_nan_is_an_error():
     out = outputs(10)
     out.logits[3, 2] = np.nan
     with pytest.raises(ValueError, match="picture number 3"):
-        headline(out)
+        headline_metrics(out)
 
 
 def test_calibration_error_by_hand():

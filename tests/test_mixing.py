@@ -18,15 +18,15 @@ from torchvision.transforms import v2
 from vitrail import distributed as parallel
 from vitrail.api import check_runnable, train
 from vitrail.config import AugmentConfig, RunConfig
-from vitrail.console import Talk
-from vitrail.data.augment.mixup import Mix, beta, cut_boxes, mix_pairs_
-from vitrail.data.augment.random_changes import draw
+from vitrail.console import Console
+from vitrail.data.augment.mixup import MixTargets, beta, cut_boxes, mix_pairs_
+from vitrail.data.augment.random_changes import draw_changes
 from vitrail.data.loading.train_loader import Batch
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.objectives.classification import Classification
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 SIZE, CLASSES = (12, 9), 5
 
 
@@ -34,30 +34,30 @@ def some(count: int = 16, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, np.n
     random = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, *SIZE, generator=random)
     targets = torch.randint(CLASSES, (count,), generator=random)
-    return images, targets, draw(seed, np.zeros(count, int), np.arange(count))
+    return images, targets, draw_changes(seed, np.zeros(count, int), np.arange(count))
 
 
-def mixed(config: AugmentConfig, count: int = 16, seed: int = 0) -> tuple[Tensor, Mix]:
+def mixed(config: AugmentConfig, count: int = 16, seed: int = 0) -> tuple[Tensor, MixTargets]:
     images, targets, drawn = some(count, seed)
     out, mix = mix_pairs_(images.clone(), targets, np.arange(count), config, drawn)
     assert mix is not None
     return out, mix
 
 
-def soft(targets: Tensor, mix: Mix) -> Tensor:
+def soft(targets: Tensor, mix: MixTargets) -> Tensor:
     """Label shares [B, K]."""
-    own, other = (F.one_hot(each, CLASSES).float() for each in (targets, mix.partners))
-    return mix.shares[:, None] * own + (1 - mix.shares[:, None]) * other
+    own, other = (F.one_hot(each, CLASSES).float() for each in (targets, mix.labels_b))
+    return mix.lam[:, None] * own + (1 - mix.lam[:, None]) * other
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 4.0])
 def test_shares_are_beta(alpha):
-    drawn = draw(1, np.zeros(4000, int), np.arange(4000))
+    drawn = draw_changes(1, np.zeros(4000, int), np.arange(4000))
     assert stats.kstest(beta(alpha, drawn), stats.beta(alpha, alpha).cdf).pvalue > 1e-3
 
 
 def test_a_tiny_alpha_mixes_nothing_but_still_gives_numbers():
-    shares = beta(1e-3, draw(0, np.zeros(200, int), np.arange(200)))
+    shares = beta(1e-3, draw_changes(0, np.zeros(200, int), np.arange(200)))
     assert np.isfinite(shares).all()
     assert (np.minimum(shares, 1 - shares) < 1e-6).mean() > 0.95
 
@@ -101,7 +101,7 @@ def test_cutmix_is_torchvisions_of_a_pair_with_the_share_of_the_real_box():
 def test_a_cut_box_is_that_of_torchvision(monkeypatch):
     """The same share and the same centre give the same box and the same corrected share."""
     shares = np.linspace(0, 1, 60)
-    drawn = draw(2, np.zeros(60, int), np.arange(60))
+    drawn = draw_changes(2, np.zeros(60, int), np.arange(60))
     ours = cut_boxes(shares, drawn, SIZE)
     for place, share in enumerate(shares):
         centre = iter([int(drawn["mix_left"][place] * SIZE[1]), int(drawn["mix_top"][place] * SIZE[0])])
@@ -123,7 +123,7 @@ def test_label_mass_is_conserved(config):
     torch.testing.assert_close(after.sum(1), torch.ones(64))
     torch.testing.assert_close(after.view(32, 2, CLASSES).sum(1), before.view(32, 2, CLASSES).sum(1), atol=1e-5, rtol=0)
     torch.testing.assert_close(out.view(32, 2, -1).sum(1), images.view(32, 2, -1).sum(1), atol=1e-5, rtol=0)
-    assert (mix.shares < 0.9).any()
+    assert (mix.lam < 0.9).any()
 
 
 def test_with_both_on_each_takes_about_half_and_the_chance_leaves_the_rest_alone():
@@ -138,10 +138,10 @@ def test_with_both_on_each_takes_about_half_and_the_chance_leaves_the_rest_alone
     assert 0.55 < chosen.float().mean() < 0.65
     assert 0.45 < cut.float().mean() < 0.55
     assert torch.equal(out[~chosen], images[~chosen])
-    assert (mix.shares[~chosen] == 1).all()
-    assert torch.equal(mix.partners[~chosen], targets[~chosen])
+    assert (mix.lam[~chosen] == 1).all()
+    assert torch.equal(mix.labels_b[~chosen], targets[~chosen])
     kept = (out == images).all(dim=1).flatten(1).float().mean(1)  # a cut keeps its own pixels, a blend none
-    torch.testing.assert_close(kept[chosen & cut], mix.shares[chosen & cut], atol=1e-6, rtol=0)
+    torch.testing.assert_close(kept[chosen & cut], mix.lam[chosen & cut], atol=1e-6, rtol=0)
     assert (kept[chosen & ~cut] < 0.01).all()
 
 
@@ -156,8 +156,8 @@ def test_a_picture_whose_partner_failed_stays_as_it_is():
         for number, place in enumerate(left):
             alone = place == lost ^ 1
             assert torch.equal(out[number], images[place] if alone else whole[place])
-            assert mix.shares[number] == (1 if alone else wanted.shares[place])
-            assert mix.partners[number] == (targets if alone else wanted.partners)[place]
+            assert mix.lam[number] == (1 if alone else wanted.lam[place])
+            assert mix.labels_b[number] == (targets if alone else wanted.labels_b)[place]
 
 
 class Fixed(nn.Module):
@@ -182,7 +182,7 @@ def test_the_loss_is_cross_entropy_with_soft_labels(smoothing):
     torch.testing.assert_close(found["loss"], wanted)
     ours, theirs = (torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (found["loss"], wanted))
     torch.testing.assert_close(ours, theirs)
-    heavier = torch.where(mix.shares < 0.5, mix.partners, targets)
+    heavier = torch.where(mix.lam < 0.5, mix.labels_b, targets)
     assert found["correct"] == (logits.argmax(1) == heavier).sum()
 
 
@@ -191,7 +191,7 @@ def test_unmixed_pairs_give_the_plain_loss():
     logits = torch.randn(32, CLASSES)
     objective = Classification(Fixed(logits), label_smoothing=0.1)  # pyright: ignore[reportArgumentType]
     plain = objective(Batch(images, targets, np.arange(32)))
-    mix = Mix(targets, torch.ones(32))
+    mix = MixTargets(targets, torch.ones(32))
     found = objective(Batch(images, targets, np.arange(32), mix=mix))
     torch.testing.assert_close(found["loss"], plain["loss"])
     assert found["correct"] == plain["correct"]
@@ -205,7 +205,7 @@ def test_parts_of_a_batch_hold_their_part_of_the_mix():
     square = replace(batch, images=F.interpolate(out, (12, 12)))
     objective = Classification(model.eval())
     whole = objective(square)
-    parts = [objective(square.part(start, stop)) for start, stop in ((0, 5), (5, 16))]
+    parts = [objective(square.take(start, stop)) for start, stop in ((0, 5), (5, 16))]
     torch.testing.assert_close(whole["loss"], (parts[0]["loss"] * 5 + parts[1]["loss"] * 11) / 16)
     assert whole["correct"] == sum(part["correct"] for part in parts)
 

@@ -8,7 +8,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch.testing import assert_close
 
-from vitrail.models.attention import Layout
+from vitrail.models.attention import TokenLayout
 from vitrail.models.blocks import DropPath, PatchDropout
 from vitrail.models.config import DECODER_NAMES, ViTConfig
 from vitrail.models.cost import num_macs, num_parameters
@@ -180,7 +180,7 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
             return torch.ones_like(x)
 
         for _ in range(max(1, 12_000 // count)):
-            out = DropPath(rate).train()(torch.zeros(count, 2, 3), branch, Layout())
+            out = DropPath(rate).train()(torch.zeros(count, 2, 3), branch, TokenLayout())
             assert (out == out[:, :1, :1]).all()
             seen.append(out[:, 0, 0])
         kept = torch.cat(seen)
@@ -196,7 +196,7 @@ def test_patch_dropout_keeps_prefix_and_a_subset_in_order():
     torch.manual_seed(0)
     tokens = torch.arange(12.0)[None, :, None].expand(5, -1, 2)
     rope = torch.arange(12.0)[:, None].expand(-1, 4)
-    out, layout = PatchDropout(0.5, num_prefix=2).train()(tokens, Layout(rope))
+    out, layout = PatchDropout(0.5, num_prefix=2).train()(tokens, TokenLayout(rope))
     assert layout.rope is not None
     assert torch.equal(layout.rope[:, 0, :, :2], out), "a patch's rotation goes with it"
     assert out.shape == (5, 2 + 5, 2)

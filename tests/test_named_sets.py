@@ -20,11 +20,11 @@ import torchvision
 from PIL import Image
 
 from vitrail.cli import run
-from vitrail.data.datasets.base import ArrayPictures, FilePictures, PackedPictures
-from vitrail.data.datasets.keys import picture_keys
-from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.base import ArrayDataset, FileDataset, ParquetDataset
+from vitrail.data.datasets.keys import image_keys
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.datasets.torchvision_sets import SETS
-from vitrail.data.images.decode import PictureError
+from vitrail.data.images.decode import ImageError
 
 
 @pytest.fixture
@@ -67,15 +67,15 @@ def mnist_files(raw: Path, train: int = 80, test: int = 40) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_torchvision_takes_the_arguments_of_every_entry(name):
     entry, kind = SETS[name], getattr(torchvision.datasets, name)
-    assert "test" in entry.parts or "" in entry.parts
-    for words in entry.parts.values():
+    assert "test" in entry.splits or "" in entry.splits
+    for words in entry.splits.values():
         inspect.signature(kind).bind("root", download=True, **words)
 
 
 def test_mnist_in_its_own_files(cache):
     mnist_files(cache / "torchvision" / "MNIST" / "MNIST" / "raw")
-    source = open_source("torchvision:mnist")
-    assert isinstance(source, ArrayPictures)
+    source = open_dataset("torchvision:mnist")
+    assert isinstance(source, ArrayDataset)
     assert source.name == "torchvision:MNIST"
     assert source.labels[7] == "7 - seven"
     assert source.flip_reason  # the names do not tell that a mirrored 7 is no 7
@@ -85,7 +85,7 @@ def test_mnist_in_its_own_files(cache):
     pixels, targets = bars(40, 28, 1)
     np.testing.assert_array_equal(np.asarray(source.read(83, "L")), pixels[3])
     np.testing.assert_array_equal(source.targets[80:], targets)
-    keys = picture_keys(source, np.arange(120), "L")
+    keys = image_keys(source, np.arange(120), "L")
     assert len(set(keys.tolist())) == 120
     with pytest.raises(IndexError):
         source.read(120, "L")
@@ -134,7 +134,7 @@ def test_cifar_in_its_own_files(cache, monkeypatch):
     monkeypatch.setattr(kind, "test_list", [save("test_batch", batch(20))])
     meta = save("batches.meta", {"label_names": names})
     monkeypatch.setattr(kind, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    source = open_source("torchvision:CIFAR10")
+    source = open_dataset("torchvision:CIFAR10")
     assert source.labels == tuple(names)
     assert source.targets.tolist()[:5] == [0, 1, 2, 3, 4]
     assert [str(part) for part in source.split[[0, 19, 20, 23]]] == ["train", "train", "test", "test"]
@@ -142,7 +142,7 @@ def test_cifar_in_its_own_files(cache, monkeypatch):
         np.testing.assert_array_equal(np.asarray(source.read(index, "RGB")), pixels[index].transpose(1, 2, 0))
     (root / "data_batch_3").write_bytes(b"cut short")
     with pytest.raises(ValueError, match=r"torchvision:CIFAR10: the files in .* are not whole .* remove that folder"):
-        open_source("torchvision:CIFAR10")
+        open_dataset("torchvision:CIFAR10")
 
 
 def test_sets_that_are_files_are_read_as_files(cache):
@@ -151,8 +151,8 @@ def test_sets_that_are_files_are_read_as_files(cache):
         folder.mkdir(parents=True)
         for picture in range(3):
             Image.new("RGB", (8, 8), (picture, number, 0)).save(folder / f"{name}_{picture}.jpg")
-    source = open_source("torchvision:EuroSAT")
-    assert isinstance(source, FilePictures)
+    source = open_dataset("torchvision:EuroSAT")
+    assert isinstance(source, FileDataset)
     assert source.split is None
     assert source.labels == ("Forest", "River")
     assert source.paths[4] == "eurosat/2750/River/River_1.jpg"
@@ -168,7 +168,7 @@ def test_pets_keep_their_makers_parts(cache):
     (root / "annotations" / "test.txt").write_text("Abyssinian_3 1 1 1\nbeagle_4 2 2 1\n")
     for number, name in enumerate(("Abyssinian_1", "beagle_2", "Abyssinian_3", "beagle_4")):
         Image.new("RGB", (9, 7), (number, 0, 0)).save(root / "images" / f"{name}.jpg")
-    source = open_source("torchvision:OxfordIIITPet")
+    source = open_dataset("torchvision:OxfordIIITPet")
     assert source.labels == ("Abyssinian", "Beagle")
     assert source.split is not None
     assert source.split.tolist() == ["train", "train", "test", "test"]
@@ -178,7 +178,7 @@ def test_pets_keep_their_makers_parts(cache):
 def test_without_network_the_error_is_short_and_nothing_is_left(cache, monkeypatch, capsys):
     no_network(monkeypatch)
     with pytest.raises(ValueError, match="connect this machine to the network, or put the files") as caught:
-        open_source("torchvision:SVHN")
+        open_dataset("torchvision:SVHN")
     assert str(caught.value).startswith("torchvision:SVHN: cannot be downloaded (")
     assert len(str(caught.value)) < 400
     assert not list((cache / "torchvision").glob("*SVHN*.part"))
@@ -187,7 +187,7 @@ def test_without_network_the_error_is_short_and_nothing_is_left(cache, monkeypat
 
 def test_unknown_names_have_a_nearest_known():
     with pytest.raises(ValueError, match=r"unknown data set 'cifar-10'; did you mean 'CIFAR10'\?"):
-        open_source("torchvision:cifar-10")
+        open_dataset("torchvision:cifar-10")
 
 
 # --- hf:
@@ -219,25 +219,25 @@ def test_a_folder_of_parquet_with_pictures(cache, tmp_path):
     for part, levels in (("train-00000-of-00002", [10, 11]), ("train-00001-of-00002", [12, 13, 14])):
         hub_file(root / "data" / f"{part}.parquet", levels, ["rust", "healthy"])
     hub_file(root / "data" / "validation-00000-of-00001.parquet", [20, 21], ["rust", "healthy"])
-    source = open_source(f"hf:{root}")
-    assert isinstance(source, PackedPictures)
+    source = open_dataset(f"hf:{root}")
+    assert isinstance(source, ParquetDataset)
     assert (source.name, source.labels) == ("hf:beans", ("rust", "healthy"))  # the file's own order
     assert source.split is not None
     assert source.split.tolist() == ["train"] * 5 + ["val"] * 2
     assert [source.read(index, "RGB").getpixel((0, 0))[0] for index in range(7)] == [10, 11, 12, 13, 14, 20, 21]
     assert source.targets.tolist() == [0, 1, 0, 1, 0, 0, 1]
     assert source.paths[3] == "train-00001-of-00002/000001"
-    assert isinstance(source.packed, np.memmap)
-    assert len(set(picture_keys(source, np.arange(7), "RGB").tolist())) == 7
+    assert isinstance(source.content, np.memmap)
+    assert len(set(image_keys(source, np.arange(7), "RGB").tolist())) == 7
     first = {path: path.stat().st_mtime_ns for path in (cache / "packed").iterdir()}
-    open_source(f"hf:{root}")
+    open_dataset(f"hf:{root}")
     assert {path: path.stat().st_mtime_ns for path in (cache / "packed").iterdir()} == first
 
 
 def test_one_parquet_file_with_pictures_and_without_class_names(cache, tmp_path):
     hub_file(tmp_path / "all.parquet", [3, 4, 5])
-    source = open_source(str(tmp_path / "all.parquet"))
-    assert isinstance(source, PackedPictures)
+    source = open_dataset(str(tmp_path / "all.parquet"))
+    assert isinstance(source, ParquetDataset)
     assert source.labels == ("0", "1")
     assert source.split is None
     assert source.targets.tolist() == [1, 0, 1]
@@ -246,9 +246,9 @@ def test_one_parquet_file_with_pictures_and_without_class_names(cache, tmp_path)
 def test_a_broken_picture_in_parquet_is_named(cache, tmp_path):
     table = pyarrow.table({"image": [encoded(1), b"no picture"], "label": ["a", "b"]})
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
-    source = open_source(str(tmp_path / "p.parquet"))
+    source = open_dataset(str(tmp_path / "p.parquet"))
     assert source.read(0, "L").size == (5, 4)
-    with pytest.raises(PictureError, match=r"p\.parquet: p/000001: unreadable"):
+    with pytest.raises(ImageError, match=r"p\.parquet: p/000001: unreadable"):
         source.read(1, "L")
 
 
@@ -267,7 +267,7 @@ def test_parquet_that_cannot_be_used(cache, tmp_path, columns, name, message):
     (tmp_path / "set").mkdir()
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "set" / name)
     with pytest.raises(ValueError, match=message):
-        open_source(f"hf:{tmp_path / 'set'}")
+        open_dataset(f"hf:{tmp_path / 'set'}")
 
 
 def test_train_and_probe_on_parquet_with_pictures(cache, make_folder, tmp_path, capsys):
@@ -291,8 +291,8 @@ def test_train_and_probe_on_parquet_with_pictures(cache, make_folder, tmp_path, 
 
 
 def test_a_folder_of_class_folders_by_hf(make_folder, tmp_path):
-    source = open_source(f"hf:{make_folder(tmp_path / 'shapes', count=2)}")
-    assert isinstance(source, FilePictures)
+    source = open_dataset(f"hf:{make_folder(tmp_path / 'shapes', count=2)}")
+    assert isinstance(source, FileDataset)
     assert (source.name, source.labels) == ("hf:shapes", ("flat", "slant", "steep"))
 
 
@@ -301,6 +301,6 @@ def test_names_of_the_hub_need_the_extra(cache):
         import datasets  # noqa: F401
     except ImportError:
         with pytest.raises(ValueError, match=r"hf:beans: .* pip install 'vitrail\[hf\]', or download .* hf:FOLDER"):
-            open_source("hf:beans")
+            open_dataset("hf:beans")
     with pytest.raises(ValueError, match=r"hf:\./beans: no such folder"):
-        open_source("hf:./beans")
+        open_dataset("hf:./beans")

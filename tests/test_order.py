@@ -10,27 +10,27 @@ from hypothesis import strategies as st
 
 from vitrail.config import AugmentConfig, RunConfig
 from vitrail.config_schema import override
-from vitrail.data.augment.random_changes import draw
+from vitrail.data.augment.random_changes import draw_changes
 from vitrail.data.datasets.open import digits
 from vitrail.data.images.preprocess import Preprocess
-from vitrail.data.loading.reader import Pictures
-from vitrail.data.loading.sampler import Order, shares
-from vitrail.data.loading.train_loader import TrainStream
+from vitrail.data.loading.reader import ImageReader
+from vitrail.data.loading.sampler import Sampler, largest_remainder
+from vitrail.data.loading.train_loader import TrainLoader
 
 SIZES = (60, 25, 12, 3)
 TARGETS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), SIZES))
 
 
-def samples(order: Order, start: int, stop: int, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def samples(order: Sampler, start: int, stop: int, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Return occasion and place of all samples of some steps."""
-    rows = [order.at(step, rank, ranks) for step in range(start, stop) for rank in range(ranks)]
+    rows = [order.samples(step, rank, ranks) for step in range(start, stop) for rank in range(ranks)]
     occasions, places = (np.concatenate(column) for column in zip(*rows, strict=True))
     return occasions, places
 
 
 def test_the_default_order_and_its_draws_are_what_they_always_were():
     # Made on commit 9595d9e, before there was a choice: a recorded run must go on with the same pictures.
-    order = Order(np.zeros(13, int), batch_size=6, seed=5)
+    order = Sampler(np.zeros(13, int), batch_size=6, seed=5)
     golden = {
         0: ([0, 0, 0], [7, 11, 5], [0.48645471453765865, 0.28887341550144663, 0.6156207928900951]),
         2: ([1, 1, 1], [12, 2, 9], [0.027544920427691966, 0.14965745877670533, 0.23182310659728378]),
@@ -38,9 +38,9 @@ def test_the_default_order_and_its_draws_are_what_they_always_were():
         7: ([3, 3, 3], [5, 2, 12], [0.30586106422313397, 0.34610720904917436, 0.9465167044983835]),
     }
     for step, (epochs, places, areas) in golden.items():
-        found = order.at(step, 1, 2)
+        found = order.samples(step, 1, 2)
         assert [each.tolist() for each in found] == [epochs, places]
-        assert draw(5, *found)["area"].tolist() == areas
+        assert draw_changes(5, *found)["area"].tolist() == areas
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_default_order_and_its_draws_are_what_they_always_were():
     ],
 )
 def test_shares_are_whole_and_by_the_largest_remainder(total, proportions, wanted):
-    found = shares(total, np.asarray(proportions, float))
+    found = largest_remainder(total, np.asarray(proportions, float))
     assert found.sum() == total
     assert found.tolist() == wanted
 
@@ -63,7 +63,7 @@ def test_shares_are_whole_and_by_the_largest_remainder(total, proportions, wante
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=12))
 def test_no_class_is_without_a_share(sizes):
     for proportions in (np.ones(len(sizes)), np.sqrt(sizes)):
-        found = shares(sum(sizes), proportions)
+        found = largest_remainder(sum(sizes), proportions)
         assert found.sum() == sum(sizes)
         assert found.min() >= 1
         assert (np.abs(found - sum(sizes) * proportions / proportions.sum()) < 1).all()
@@ -71,7 +71,7 @@ def test_no_class_is_without_a_share(sizes):
 
 @pytest.mark.parametrize(("sampling", "wanted"), [("balanced", [25, 25, 25, 25]), ("sqrt", [43, 28, 19, 10])])
 def test_every_epoch_has_each_classs_share_and_pictures_of_a_class_come_as_often(sampling, wanted):
-    order = Order(TARGETS, batch_size=20, seed=3, sampling=sampling)
+    order = Sampler(TARGETS, batch_size=20, seed=3, sampling=sampling)
     total = np.zeros(100, int)
     for epoch in range(13):
         _, places = samples(order, 5 * epoch, 5 * epoch + 5)
@@ -81,14 +81,14 @@ def test_every_epoch_has_each_classs_share_and_pictures_of_a_class_come_as_often
             own = total[np.equal(TARGETS, label)]
             assert own.max() - own.min() <= 1, "a picture came more often than another of its class"
     assert total.min() >= 1, "a picture was left out"
-    other = samples(Order(TARGETS, batch_size=20, seed=4, sampling=sampling), 0, 5)
+    other = samples(Sampler(TARGETS, batch_size=20, seed=4, sampling=sampling), 0, 5)
     assert other[1].tolist() != samples(order, 0, 5)[1].tolist()
 
 
 @pytest.mark.parametrize("sampling", ["natural", "balanced", "sqrt"])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_a_picture_never_comes_twice_on_one_occasion(sampling, repeats):
-    order = Order(TARGETS, batch_size=12, seed=3, sampling=sampling, repeats=repeats)
+    order = Sampler(TARGETS, batch_size=12, seed=3, sampling=sampling, repeats=repeats)
     occasions, places = samples(order, 0, 80)
     pairs = set(zip(occasions.tolist(), places.tolist(), strict=True))
     assert len(pairs) == len(places)
@@ -102,17 +102,17 @@ def test_the_order_does_not_depend_on_processes_or_on_where_it_starts(data):
     batch = 12 * data.draw(st.integers(1, 12))  # up to more than an epoch in a step
     start, ranks = data.draw(st.integers(0, 40)), data.draw(st.sampled_from([2, 3, 4, 6]))
     make = {"batch_size": batch, "seed": data.draw(st.integers(0, 5)), "sampling": sampling, "repeats": repeats}
-    whole = samples(Order(TARGETS, **make), 0, start + 2)
-    later = samples(Order(TARGETS, **make), start, start + 2, ranks)
+    whole = samples(Sampler(TARGETS, **make), 0, start + 2)
+    later = samples(Sampler(TARGETS, **make), start, start + 2, ranks)
     for all_of_it, end in zip(whole, later, strict=True):
         assert all_of_it[start * batch :].tolist() == end.tolist()
 
 
 def test_repeated_pictures_are_spread_over_their_batch():
-    order, single = (Order(TARGETS, batch_size=b, seed=3, repeats=r) for b, r in ((12, 3), (4, 1)))
+    order, single = (Sampler(TARGETS, batch_size=b, seed=3, repeats=r) for b, r in ((12, 3), (4, 1)))
     for step in range(60):
-        occasions, places = order.at(step)
-        once, distinct = single.at(step)
+        occasions, places = order.samples(step)
+        once, distinct = single.samples(step)
         assert places.tolist() == distinct.tolist() * 3
         assert occasions.tolist() == [3 * epoch + repeat for repeat in range(3) for epoch in once]
 
@@ -120,9 +120,9 @@ def test_repeated_pictures_are_spread_over_their_batch():
 def test_repeats_are_augmented_differently():
     source = digits()
     preprocess = Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
-    pictures = Pictures(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
+    pictures = ImageReader(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
     augment = AugmentConfig(rotation=20.0, repeats=4)
-    stream = TrainStream(
+    stream = TrainLoader(
         pictures, np.arange(50), batch_size=8, seed=0, augment=augment, device=torch.device("cpu"), sampling="balanced"
     )
     for batch in stream.batches(0, 3):

@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 from vitrail.config import AugmentConfig, RunConfig
 from vitrail.data.augment.mixup import ERASED_AREA, ERASED_RATIO, erase_, erased_boxes
 from vitrail.data.augment.policies import BINS, OPERATIONS, SIGMAS, STRONGEST, apply_policy, decide, strength_of
-from vitrail.data.augment.random_changes import augment_batch, draw
+from vitrail.data.augment.random_changes import augment_batch, draw_changes
 from vitrail.models.config import ViTConfig
 from vitrail.recipes import refuse_idle
 
@@ -78,7 +78,7 @@ def test_every_operation_at_every_strength_is_torchvisions(policy, channels):
 )
 def test_a_batch_is_each_of_its_pictures_changed_one_after_the_other(config, channels):
     pixels = levels(40, channels)
-    drawn = draw(3, np.full(40, 2), np.arange(40))
+    drawn = draw_changes(3, np.full(40, 2), np.arange(40))
     out = apply_policy(pixels.float() / 255, config, drawn)
     turns = decide(config, drawn, channels=channels, size=SIZE)
     assert len(turns) == (config.policy_ops if config.policy == "randaugment" else 1)
@@ -97,7 +97,7 @@ def test_a_batch_is_each_of_its_pictures_changed_one_after_the_other(config, cha
 
 def test_three_augment_is_deits_grey_solarised_or_blurred():
     pixels, config = levels(1), AugmentConfig(policy="three_augment")
-    drawn = draw(0, np.zeros(1, int), np.zeros(1, int))
+    drawn = draw_changes(0, np.zeros(1, int), np.zeros(1, int))
     wanted = {
         0.1: v2.Grayscale(3)(pixels),
         0.5: v2.RandomSolarize(128, p=1.0)(pixels),
@@ -121,7 +121,7 @@ def test_a_blur_of_a_picture_smaller_than_its_kernel():
 def test_each_operation_comes_as_often_and_grey_pictures_get_none_on_colour(policy, channels):
     n = 6000
     config = AugmentConfig(policy=policy)
-    [first, *_] = decide(config, draw(0, np.zeros(n, int), np.arange(n)), channels=channels, size=SIZE)
+    [first, *_] = decide(config, draw_changes(0, np.zeros(n, int), np.arange(n)), channels=channels, size=SIZE)
     names = [name for name in STRONGEST[policy] if channels == 3 or name not in ("color", "greyscale")]
     counts = {name: sum(each == name for each, _ in first) for name in names}
     assert sum(counts.values()) == n
@@ -145,14 +145,14 @@ def test_what_colour_operations_do_to_grey_pictures_is_nothing(channels):
 def test_policies_come_after_geometry_and_colour():
     pixels = levels(8)[..., :24]
     config = AugmentConfig(flip=0.5, rotation=20.0, brightness=0.3, policy="trivialaugment")
-    drawn = draw(1, np.zeros(8, int), np.arange(8))
+    drawn = draw_changes(1, np.zeros(8, int), np.arange(8))
     plain = augment_batch(pixels.float() / 255, replace(config, policy="none"), drawn, None, 24)
     assert torch.equal(augment_batch(pixels.float() / 255, config, drawn, None, 24), apply_policy(plain, config, drawn))
 
 
 def test_erasing_fills_one_box_with_the_mean_and_leaves_the_rest():
     n = 400
-    drawn = draw(0, np.zeros(n, int), np.arange(n))
+    drawn = draw_changes(0, np.zeros(n, int), np.arange(n))
     images = torch.rand(n, 3, *SIZE) + 1
     out = erase_(images.clone(), AugmentConfig(erasing=0.25), drawn)
     changed = (out != images).any(dim=1)
@@ -168,7 +168,7 @@ def test_erasing_fills_one_box_with_the_mean_and_leaves_the_rest():
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 300), st.integers(1, 300))
 def test_erased_boxes_lie_inside(seed, height, width):
-    left, top, right, bottom = erased_boxes(draw(seed, np.zeros(50, int), np.arange(50)), (height, width)).T
+    left, top, right, bottom = erased_boxes(draw_changes(seed, np.zeros(50, int), np.arange(50)), (height, width)).T
     assert (left >= 0).all()
     assert (top >= 0).all()
     assert (left < right).all()
@@ -179,7 +179,7 @@ def test_erased_boxes_lie_inside(seed, height, width):
 
 def test_erased_boxes_have_the_area_the_ratio_and_the_places_of_the_paper():
     n = 4000
-    left, top, right, bottom = erased_boxes(draw(0, np.zeros(n, int), np.arange(n)), (1000, 1000)).T
+    left, top, right, bottom = erased_boxes(draw_changes(0, np.zeros(n, int), np.arange(n)), (1000, 1000)).T
     wide, tall = right - left, bottom - top
     share, ratio = wide * tall / 1e6, tall / wide
     np.testing.assert_allclose(np.quantile(share, [0, 0.5, 1]), [0.02, 0.175, 0.33], atol=0.012)
@@ -195,7 +195,7 @@ def test_erased_boxes_have_the_area_the_ratio_and_the_places_of_the_paper():
 def test_noise_is_of_unit_deviation_and_each_pictures_own():
     n = 12
     config = AugmentConfig(erasing=1.0, erasing_fill="noise")
-    drawn, images = draw(0, np.zeros(n, int), np.arange(n)), torch.full((n, 3, 64, 64), 9.0)
+    drawn, images = draw_changes(0, np.zeros(n, int), np.arange(n)), torch.full((n, 3, 64, 64), 9.0)
     out = erase_(images.clone(), config, drawn)
     noise = out[out != 9.0]
     assert noise.numel() > 10_000

@@ -16,16 +16,16 @@ from sklearn.linear_model import LogisticRegression
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.data.cache import rows as kept_module
-from vitrail.data.cache.rows import KeptRows
-from vitrail.data.datasets.keys import picture_keys
-from vitrail.data.datasets.open import open_source
+from vitrail.data.cache.rows import RowCache
+from vitrail.data.datasets.keys import image_keys
+from vitrail.data.datasets.open import open_dataset
 from vitrail.evaluation import linear
 from vitrail.evaluation.classifier import load
 from vitrail.evaluation.knn import knn_predict, neighbours
 from vitrail.evaluation.linear import GRID, fit_logistic, fit_ridge
-from vitrail.evaluation.pca import decompose
+from vitrail.evaluation.pca import principal_axes
 from vitrail.evaluation.probe import probe
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def probed(model, source, **options) -> dict:
-    return probe(str(model), str(source), device=CPU, talk=Talk(quiet=True), **options)
+    return probe(str(model), str(source), device=CPU, talk=Console(quiet=True), **options)
 
 
 def blobs(count: int, width: int, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +92,7 @@ def test_no_more_neighbours_than_a_usual_class_has_pictures():
 @pytest.mark.parametrize(("count", "width"), [(60, 9), (24, 40), (20, 20)])
 def test_leave_one_out_equals_leaving_one_out(count, width):
     features, targets = blobs(count, width)
-    spectrum = decompose(features, targets, 4)
+    spectrum = principal_axes(features, targets, 4)
     ridge = fit_ridge(features, targets, spectrum)
     inputs = spectrum.standardise(features).numpy()
     answers = np.eye(4)[targets.numpy()]
@@ -116,7 +116,7 @@ def test_leave_one_out_equals_leaving_one_out(count, width):
 def test_the_spectrum_is_that_of_standardised_features(count, width, monkeypatch):
     features, targets = blobs(count, width)
     monkeypatch.setattr("vitrail.evaluation.pca._ROWS", 77)
-    spectrum = decompose(features, targets, 4)
+    spectrum = principal_axes(features, targets, 4)
     x = features.double()
     deviation = x.std(dim=0, correction=0)
     deviation[1] = 1.0  # constant
@@ -140,7 +140,7 @@ def test_the_spectrum_is_that_of_standardised_features(count, width, monkeypatch
 def test_logistic_regression_equals_scikit_learns(count, width, classes, penalty, monkeypatch):
     features, targets = blobs(count, width, classes)
     monkeypatch.setattr(linear, "TOLERANCE", 1e-9)
-    spectrum = decompose(features, targets, classes)
+    spectrum = principal_axes(features, targets, classes)
     ours = fit_logistic(features, targets, spectrum, fit_ridge(features, targets, spectrum), penalty=penalty)
     inputs = spectrum.standardise(features).numpy()
     strength = 1 / (penalty * count)
@@ -154,7 +154,7 @@ def test_logistic_regression_equals_scikit_learns(count, width, classes, penalty
 
 def test_the_usual_tolerance_is_enough_and_few_steps_reach_it():
     features, targets = blobs(600, 40, 5)
-    spectrum = decompose(features, targets, 5)
+    spectrum = principal_axes(features, targets, 5)
     ridge = fit_ridge(features, targets, spectrum)
     found = fit_logistic(features, targets, spectrum, ridge)
     assert found.gradient <= linear.TOLERANCE
@@ -175,7 +175,7 @@ def test_the_usual_tolerance_is_enough_and_few_steps_reach_it():
 
 def test_coordinates_in_float32_give_nearly_the_same(monkeypatch):
     features, targets = blobs(600, 20, 5)
-    spectrum = decompose(features, targets, 5)
+    spectrum = principal_axes(features, targets, 5)
     ridge = fit_ridge(features, targets, spectrum)
     double = fit_logistic(features, targets, spectrum, ridge)
     monkeypatch.setattr(linear, "_DOUBLE_BYTES", 0)
@@ -187,7 +187,7 @@ def test_coordinates_in_float32_give_nearly_the_same(monkeypatch):
 
 def test_features_that_are_all_constant_give_the_frequent_class():
     features, targets = torch.full((30, 6), 2.5), torch.tensor([0, 1, 1] * 10)
-    spectrum = decompose(features, targets, 2)
+    spectrum = principal_axes(features, targets, 2)
     logistic = fit_logistic(features, targets, spectrum, fit_ridge(features, targets, spectrum))
     weight, bias = spectrum.fold(logistic.weight, logistic.bias)
     assert (features.double() @ weight.T + bias).argmax(dim=1).tolist() == [1] * 30
@@ -202,7 +202,7 @@ def keys_of(*numbers: int) -> np.ndarray:
 
 
 def test_rows_are_kept_under_their_keys(tmp_path):
-    kept = KeptRows(tmp_path / "rows", 3, np.float32)
+    kept = RowCache(tmp_path / "rows", 3, np.float32)
     values, found = kept.read(keys_of(1, 2))
     assert not found.any() and values.shape == (2, 3)
     kept.add(keys_of(1, 2), np.arange(6, dtype=np.float32).reshape(2, 3))
@@ -210,13 +210,13 @@ def test_rows_are_kept_under_their_keys(tmp_path):
     values, found = kept.read(keys_of(3, 9, 1))
     assert found.tolist() == [True, False, True]
     assert values[[0, 2]].tolist() == [[7, 7, 7], [0, 1, 2]]
-    assert KeptRows(tmp_path / "rows", 4, np.float32).read(keys_of(1))[1].tolist() == [False]
-    assert KeptRows(tmp_path / "rows", 3, np.int32).read(keys_of(1))[1].tolist() == [False]
+    assert RowCache(tmp_path / "rows", 4, np.float32).read(keys_of(1))[1].tolist() == [False]
+    assert RowCache(tmp_path / "rows", 3, np.int32).read(keys_of(1))[1].tolist() == [False]
 
 
 @pytest.mark.parametrize("harm", ["empty", "cut", "cut short", "flipped", "text", "other"])
 def test_a_broken_file_counts_as_absent(tmp_path, harm):
-    kept = KeptRows(tmp_path, 64, np.float32)
+    kept = RowCache(tmp_path, 64, np.float32)
     kept.add(keys_of(*range(50)), np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32))
     (path,) = tmp_path.glob("*.safetensors")
     content = path.read_bytes()
@@ -231,7 +231,7 @@ def test_a_broken_file_counts_as_absent(tmp_path, harm):
 
 
 def test_many_files_are_joined_into_one(tmp_path):
-    kept = KeptRows(tmp_path, 2, np.float32)
+    kept = RowCache(tmp_path, 2, np.float32)
     for number in range(100):
         kept.add(keys_of(number), np.full((1, 2), number, np.float32))
         if number == 50:
@@ -243,7 +243,7 @@ def test_many_files_are_joined_into_one(tmp_path):
 
 
 def add_many(folder: Path, start: int) -> None:
-    kept = KeptRows(folder, 2, np.float32)
+    kept = RowCache(folder, 2, np.float32)
     for number in range(start, start + 60):
         kept.add(keys_of(number), np.full((1, 2), number, np.float32))
 
@@ -256,7 +256,7 @@ def test_two_processes_add_at_once(tmp_path):
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    values, found = KeptRows(tmp_path, 2, np.float32).read(keys_of(*range(120)))
+    values, found = RowCache(tmp_path, 2, np.float32).read(keys_of(*range(120)))
     # A row may be lost to a reader that joined files meanwhile, and is then computed again; none is wrong.
     assert (values[found] == np.arange(120)[found][:, None]).all()
     assert found.mean() > 0.5
@@ -264,28 +264,28 @@ def test_two_processes_add_at_once(tmp_path):
 
 def test_a_picture_is_known_by_its_file_or_its_pixels(make_folder, tmp_path, monkeypatch):
     root = make_folder(tmp_path / "data", count=3)
-    source = open_source(str(root))
-    before = picture_keys(source, np.arange(9), "RGB")
+    source = open_dataset(str(root))
+    before = image_keys(source, np.arange(9), "RGB")
     assert len(set(before.tolist())) == 9
     monkeypatch.chdir(tmp_path)
-    assert (picture_keys(open_source("data"), np.arange(9), "RGB") == before).all(), "a relative path is the same file"
+    assert (image_keys(open_dataset("data"), np.arange(9), "RGB") == before).all(), "a relative path is the same file"
     path = root / source.paths[4]
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-    changed = picture_keys(source, np.arange(9), "RGB") != before
+    changed = image_keys(source, np.arange(9), "RGB") != before
     assert np.flatnonzero(changed).tolist() == [4]
     other, state = root / source.paths[7], (root / source.paths[7]).stat()
     other.write_bytes(other.read_bytes()[::-1])
     os.utime(
         other, ns=(state.st_atime_ns, state.st_mtime_ns)
     )  # as `cp -p` and `tar` leave it: of the same size and time
-    changed = picture_keys(source, np.arange(9), "RGB") != before
+    changed = image_keys(source, np.arange(9), "RGB") != before
     assert np.flatnonzero(changed).tolist() == [4, 7]
     # The digits are no files: a file that happens to have their name is not meant.
-    digits = open_source("digits")
-    own = picture_keys(digits, np.arange(1797), "L")
+    digits = open_dataset("digits")
+    own = image_keys(digits, np.arange(1797), "L")
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "0000").write_bytes(b"another")
-    assert (picture_keys(digits, np.arange(1797), "L") == own).all()
+    assert (image_keys(digits, np.arange(1797), "L") == own).all()
     assert len(set(own.tolist())) == 1797
 
 
@@ -364,10 +364,10 @@ def test_only_what_changed_is_computed(model, make_folder, tmp_path, cache):
 def test_features_from_the_cache_are_those_of_the_model(model, make_folder, tmp_path, cache):
     data = make_folder(tmp_path / "data", count=5)
     probed(model, data)
-    classifier, source = load(model), open_source(str(data))
+    classifier, source = load(model), open_dataset(str(data))
     (folder,) = (cache / "features").iterdir()
-    keys = picture_keys(source, np.arange(15), "RGB")
-    rows, found = KeptRows(folder, 24, np.float32).read(keys)
+    keys = image_keys(source, np.arange(15), "RGB")
+    rows, found = RowCache(folder, 24, np.float32).read(keys)
     assert found.all()
     pixels = [classifier.preprocess.apply(source.read(i, "RGB")) for i in range(15)]
     images = classifier.preprocess.normalise(torch.from_numpy(np.stack(pixels)))

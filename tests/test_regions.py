@@ -17,14 +17,14 @@ from PIL import Image, ImageOps
 
 from vitrail.api import train
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
-from vitrail.console import Talk
-from vitrail.data.cache.decoded import PictureCache, kept_sizes
-from vitrail.data.datasets.open import open_source
-from vitrail.data.images.decode import PictureError, read_picture
+from vitrail.console import Console
+from vitrail.data.cache.decoded import DecodedImageCache, stored_sizes_of
+from vitrail.data.datasets.open import open_dataset
+from vitrail.data.images.decode import ImageError, read_image
 from vitrail.data.images.jpeg import FACTORS, decode_jpeg, jpeg_header
 from vitrail.data.images.preprocess import INTERPOLATIONS
-from vitrail.data.loading.crop_decode import Box, Cut, by_pillow, by_torch, shrunk
-from vitrail.data.setup import CheckedData, check_data, ready_data
+from vitrail.data.loading.crop_decode import Box, CropReader, by_pillow, by_torch, shrunk
+from vitrail.data.setup import CheckedData, build_train_data, load_data
 from vitrail.models.config import ViTConfig
 from vitrail.tensor_files import load_tensors
 from vitrail.training.loop import report_dropped
@@ -67,7 +67,7 @@ def middle(width: int, height: int) -> Box:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 def test_exact_crops_have_the_bits_of_pillows_decoding(folder, mode, interpolation):
-    source, cut = open_source(str(folder)), Cut(24, interpolation, mode)
+    source, cut = open_dataset(str(folder)), CropReader(24, interpolation, mode)
     for index in range(len(source.paths)):
         picture = source.read(index, mode)
         with Image.open(source.location(index)) as opened:  # another decoder than the one under test
@@ -103,7 +103,7 @@ def test_fast_crops_differ_little_and_come_from_smaller_decoding():
     data = jpeg(picture)
     header = jpeg_header(data)
     assert header is not None
-    exact, fast = Cut(48, "bilinear", "RGB"), Cut(48, "bilinear", "RGB", fast=True)
+    exact, fast = CropReader(48, "bilinear", "RGB"), CropReader(48, "bilinear", "RGB", fast=True)
     for share, factor in ((1.0, 8), (0.6, 4), (0.25, 2), (0.15, 1)):
         box = Box(30.0, 20.0, 640 * share - 60, 480 * share - 20) if share < 1 else Box(0, 0, 640, 480)
         assert fast.factor(box) == factor
@@ -154,12 +154,12 @@ def test_a_damaged_file_is_an_error_by_name_in_every_form(folder, tmp_path):
         (place / name).mkdir(parents=True)
         for number in range(2):
             (place / name / f"{number}.jpg").write_bytes(jpeg(photo(number, 200, 150)))
-    source = open_source(str(place))
+    source = open_dataset(str(place))
     broken = place / "a" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:-900])
     for fast in (False, True):
-        with pytest.raises(PictureError, match=r"a/0\.jpg: damaged"):
-            Cut(16, "bilinear", "RGB", fast).read(source, 0, middle)
+        with pytest.raises(ImageError, match=r"a/0\.jpg: damaged"):
+            CropReader(16, "bilinear", "RGB", fast).read(source, 0, middle)
 
 
 def test_header_of_what_is_no_plain_jpeg_is_none():
@@ -179,14 +179,14 @@ def loaded(folder: Path, **data) -> tuple[RunConfig, CheckedData]:
         augment=AugmentConfig(crop_scale=0.3, flip=0.5),
         batch_size=4,
     )
-    return config, check_data(settings_, Talk(quiet=True), channels=3)
+    return config, load_data(settings_, Console(quiet=True), channels=3)
 
 
 def batches(config: RunConfig, checked: CheckedData, start: int = 0, stop: int = 9):
     from vitrail.distributed import World
 
-    data = ready_data(checked, config)
-    return data, list(data.stream(config, torch.device("cpu"), World()).batches(start, stop))
+    data = build_train_data(checked, config)
+    return data, list(data.loader(config, torch.device("cpu"), World()).batches(start, stop))
 
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
@@ -195,19 +195,19 @@ def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, 
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "one"))
     config, checked = loaded(folder, decode=decode, cache_side=32)
     data, first = batches(config, checked)
-    cache = data.pictures.cache
+    cache = data.reader.cache
     assert cache is not None
-    assert cache.num_kept == len(data.splits.parts["train"])
-    monkeypatch.setattr(Cut, "whole", None)  # all is there: nothing may be decoded any more
+    assert cache.num_stored == len(data.splits.indices["train"])
+    monkeypatch.setattr(CropReader, "whole", None)  # all is there: nothing may be decoded any more
     again, second = batches(config, checked)
-    assert again.pictures.cache is not None
-    assert again.pictures.cache.folder == cache.folder
+    assert again.reader.cache is not None
+    assert again.reader.cache.folder == cache.folder
     monkeypatch.undo()
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "two"))
     _, late = batches(config, checked, 3, 9)
     few, rest = batches(replace(config, data=replace(config.data, cache_bytes=8000)), checked)
-    assert few.pictures.cache is not None
-    assert 0 < few.pictures.cache.num_kept < cache.num_kept
+    assert few.reader.cache is not None
+    assert 0 < few.reader.cache.num_stored < cache.num_stored
     for other in (second, late, rest):
         for one, two in zip(first[-len(other) :], other, strict=True):
             assert torch.equal(one.images, two.images)
@@ -219,8 +219,8 @@ def test_what_was_kept_badly_is_decoded_again(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     config, checked = loaded(folder, cache_side=32)
     data, first = batches(config, checked)
-    assert data.pictures.cache is not None
-    place = data.pictures.cache.folder / "pixels"
+    assert data.reader.cache is not None
+    place = data.reader.cache.folder / "pixels"
     content = bytearray(place.read_bytes())
     for at in range(100, len(content), 5000):
         content[at] ^= 255
@@ -238,40 +238,40 @@ def test_a_changed_file_has_another_cache(folder, monkeypatch, tmp_path):
         (copy / path.parent.name / path.name).write_bytes(path.read_bytes())
     config, checked = loaded(copy, cache_side=32)
     data, _ = batches(config, checked)
-    changed = Path(data.source.location(int(data.splits.parts["train"][0])))
+    changed = Path(data.dataset.location(int(data.splits.indices["train"][0])))
     changed.write_bytes(jpeg(photo(99, 120, 100)))
     again, found = batches(*loaded(copy, cache_side=32))
-    assert data.pictures.cache is not None
-    assert again.pictures.cache is not None
-    assert data.pictures.cache.folder != again.pictures.cache.folder
+    assert data.reader.cache is not None
+    assert again.reader.cache is not None
+    assert data.reader.cache.folder != again.reader.cache.folder
     assert all(np.isfinite(batch.images.numpy()).all() for batch in found)
 
 
 def test_a_full_disk_ends_the_keeping_and_not_the_training(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     config, checked = loaded(folder, cache_side=32)
-    data = ready_data(checked, config)
-    cache = data.pictures.cache
+    data = build_train_data(checked, config)
+    cache = data.reader.cache
     assert cache is not None
     cache._file = os.open("/dev/full", os.O_RDWR)  # every write there says that the disk is full
-    part = data.splits.parts["train"]
+    part = data.splits.indices["train"]
     before = cache.read(int(part[0]))
     assert "No space left" in cache.full
     np.testing.assert_array_equal(cache.read(int(part[0])), before)
-    report_dropped(data, None, Talk())  # type: ignore[arg-type]
-    report_dropped(data, None, Talk())  # type: ignore[arg-type]
+    report_dropped(data, None, Console())  # type: ignore[arg-type]
+    report_dropped(data, None, Console())  # type: ignore[arg-type]
     assert capsys.readouterr().out.count("no more pictures are kept decoded") == 1
 
 
 def test_threads_share_a_cache(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     config, checked = loaded(folder, cache_side=32)
-    caches = [ready_data(checked, config).pictures.cache for _ in range(2)]  # as two processes would have
-    part = checked.splits.parts["train"].tolist()
+    caches = [build_train_data(checked, config).reader.cache for _ in range(2)]  # as two processes would have
+    part = checked.splits.indices["train"].tolist()
     wanted = {index: np.array(caches[0]._decode(index)[0]) for index in part}  # type: ignore[union-attr]
     wrong: list[int] = []
 
-    def read(cache: PictureCache) -> None:
+    def read(cache: DecodedImageCache) -> None:
         for index in part * 3:
             if not np.array_equal(cache.read(index), wanted[index]):
                 wrong.append(index)
@@ -286,7 +286,7 @@ def test_threads_share_a_cache(folder, monkeypatch, tmp_path):
 
 def test_kept_sizes():
     sizes = np.asarray([[100, 200], [200, 100], [20, 30], [33, 1000]])
-    assert kept_sizes(sizes, 32).tolist() == [[32, 64], [64, 32], [20, 30], [32, 970]]
+    assert stored_sizes_of(sizes, 32).tolist() == [[32, 64], [64, 32], [20, 30], [32, 970]]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_kept_sizes():
 )
 def test_a_cache_that_cannot_be_is_refused_before_a_folder_is_made(folder, tmp_path, tiny, given, message):
     with pytest.raises(ValueError, match=message):
-        train(folder, out=tmp_path / "run", talk=Talk(quiet=True), **{**tiny, "model.image_size": 32, **given})
+        train(folder, out=tmp_path / "run", talk=Console(quiet=True), **{**tiny, "model.image_size": 32, **given})
     assert not (tmp_path / "run").exists()
 
 
@@ -307,9 +307,9 @@ def test_a_training_gives_the_same_weights_from_an_empty_and_from_a_full_cache(
 ):
     ways = {**tiny, "batch_size": 4, "model.image_size": 32, "data.cache_side": 40, "data.decode": "fast"}
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
-    whole = train(folder, out=tmp_path / "whole", talk=Talk(), **ways)
+    whole = train(folder, out=tmp_path / "whole", talk=Console(), **ways)
     assert "training pictures are kept decoded in" in " ".join(capsys.readouterr().out.split())
-    again = train(folder, out=tmp_path / "again", talk=Talk(quiet=True), **ways)
+    again = train(folder, out=tmp_path / "again", talk=Console(quiet=True), **ways)
     one, other = (load_tensors(each.folder / "model.safetensors")[0] for each in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -325,10 +325,10 @@ def test_small_turned_pictures_are_kept_as_they_are(decode, tmp_path, monkeypatc
     config, checked = loaded(tmp_path / "data", decode=decode, cache_side=32)
     data, first = batches(config, checked)
     _, second = batches(config, checked)
-    cache = data.pictures.cache
+    cache = data.reader.cache
     assert cache is not None
-    for index in data.splits.parts["train"].tolist():
-        np.testing.assert_array_equal(cache.read(index), np.asarray(data.source.read(index, "RGB")))
+    for index in data.splits.indices["train"].tolist():
+        np.testing.assert_array_equal(cache.read(index), np.asarray(data.dataset.read(index, "RGB")))
     assert all(torch.equal(one.images, two.images) for one, two in zip(first, second, strict=True))
 
 
@@ -340,16 +340,16 @@ def test_exif_behind_padding_is_found(padding):
     padded = data[:at] + b"\xff" * padding + data[at:]
     header = jpeg_header(padded)
     assert header is None or header.turn == 6
-    assert read_picture(padded).size == read_picture(data).size == (20, 40)
+    assert read_image(padded).size == read_image(data).size == (20, 40)
 
 
 def test_a_picture_of_one_pixel_can_be_cropped_fast(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         photo(0, 1, 1).save(tmp_path / name / "one.png")
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     for left in (0.0, 0.4, 0.7):
-        found = Cut(8, "bilinear", "RGB", fast=True).read(
+        found = CropReader(8, "bilinear", "RGB", fast=True).read(
             source, 0, lambda width, height, left=left: Box(left, left, 0.3, 0.3)
         )
         assert found.shape == (3, 8, 8)

@@ -20,8 +20,8 @@ import pytest
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data.datasets.base import ShardPictures
-from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.base import TarDataset
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.datasets.webdataset import remote, stores
 from vitrail.data.datasets.write_shards import write_shards
 
@@ -189,13 +189,13 @@ def by_port(monkeypatch) -> Callable[[int], None]:
     return use
 
 
-def opened(word: str) -> ShardPictures:
-    source = open_source(word)
-    assert isinstance(source, ShardPictures)
+def opened(word: str) -> TarDataset:
+    source = open_dataset(word)
+    assert isinstance(source, TarDataset)
     return source
 
 
-def check_equal(source: ShardPictures, shards: Path) -> None:
+def check_equal(source: TarDataset, shards: Path) -> None:
     """Every shard's bytes, every picture and label are those of the local shards."""
     local = opened(f"{shards}/{WORD}")
     assert [Path(each.file).read_bytes() for each in source.shards] == [
@@ -241,7 +241,7 @@ def test_an_ended_process_is_gone_on_with(shards, cache):
     size = (shards / "pictures-000001.tar").stat().st_size
     server = Server(shards, ranges=True)
     with serving(server):
-        (found,) = remote.look_up([f"{server.url}/pictures-000001.tar"])
+        (found,) = remote.inspect_addresses([f"{server.url}/pictures-000001.tar"])
         found.place.parent.mkdir(parents=True)
         begun = (shards / "pictures-000001.tar").read_bytes()[:1000]
         found.place.with_name(f".{found.place.name}.part").write_bytes(begun)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from vitrail.report.plots import POINTS_LIMIT, pool, running_mean, thin
-from vitrail.report.run_page import ROWS_LIMIT, build_report, clip, percent, source_hash, wilson
+from vitrail.report.run_page import ROWS_LIMIT, build_report, clip, percent_text, source_hash, wilson
 
 HOSTILE = [
     "<script>alert(1)</script>", '" onload="alert(2)', "{{ 7 * 7 }} ${x}$", "漢字の葉", "\udcff broken",
@@ -161,18 +161,18 @@ class Page(HTMLParser):
 
 def test_the_headline_says_what_the_files_say(digits: Path):
     page, result = Page(digits / "report.html"), json.loads((digits / "evaluation.json").read_text())["val"]
-    assert f"{percent(result['top1'])} of 360 validation pictures right" in page.text
+    assert f"{percent_text(result['top1'])} of 360 validation pictures right" in page.text
     figures = ["99.9 %", "0.071", "1.2 %", "1 min 3 s", "804 k", "4,21", "9f2c51ab"]
     for words in [*figures, "slightly optimistic", "vitrail train digits", "vitrail predict"]:
         assert words in page.text
     low, high = wilson(round(result["top1"] * 360), 360)
-    assert f"between {percent(low)} and {percent(high)}" in page.text
+    assert f"between {percent_text(low)} and {percent_text(high)}" in page.text
 
 
 def test_a_test_split_is_the_headline_and_validation_is_said_to_have_chosen(tmp_path: Path):
     splits = {"val": evaluation(DIGITS, 360), "test": evaluation(DIGITS, 500, seed=2)}
     text = Page(build_report(make_run(tmp_path, DIGITS, splits))).text
-    assert f"{percent(splits['test']['top1'])} of 500 test pictures right" in text
+    assert f"{percent_text(splits['test']['top1'])} of 500 test pictures right" in text
     assert "The validation pictures chose the best epoch" in text and "optimistic" not in text
 
 
@@ -289,7 +289,7 @@ def test_equal_runs_give_equal_pages_and_no_scraps(digits: Path):
 def test_wilson_interval_and_percent_are_honest():
     assert wilson(356, 360) == pytest.approx((0.97184, 0.99567), abs=1e-4)
     assert wilson(5, 5)[0] == pytest.approx(0.5655, abs=1e-4) and wilson(5, 5)[1] == 1
-    assert [percent(x) for x in (1, 0.9999, 0.9889, 0.0001, 0, None, math.nan)] == [
+    assert [percent_text(x) for x in (1, 0.9999, 0.9889, 0.0001, 0, None, math.nan)] == [
         "100 %", "99.9 %", "98.9 %", "0.1 %", "0 %", "–", "–"]  # fmt: skip
 
 

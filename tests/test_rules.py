@@ -5,10 +5,10 @@ import torch
 
 from vitrail.models.config import ViTConfig
 from vitrail.weights.imported_model import LoadReport
-from vitrail.weights.key_mapping import Form, Rule, to_ours, to_theirs
+from vitrail.weights.key_mapping import Rule, TensorLayout, to_ours, to_theirs
 
 CONFIG = ViTConfig(embed_dim=4, num_heads=2, depth=1)
-TRANSPOSED = Form(lambda x, config: x.T, lambda x, config: x.T)
+TRANSPOSED = TensorLayout(lambda x, config: x.T, lambda x, config: x.T)
 RULES = [
     Rule("layer.{i}.query.{p}", "blocks.{i}.attn.qkv.{p}/0"),
     Rule("layer.{i}.key.weight", "blocks.{i}.attn.qkv.weight/1"),

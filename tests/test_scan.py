@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from vitrail.config import DataConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.data.check.duplicates import THUMBNAIL, candidates, duplicate_pairs, hashes
-from vitrail.data.check.scan import Scan, has_colour, scan_source
-from vitrail.data.datasets.base import Source
-from vitrail.data.datasets.open import open_source
-from vitrail.data.images.decode import read_picture
-from vitrail.data.setup import check_data
+from vitrail.data.check.scan import Scan, has_colour, scan_dataset
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.datasets.open import open_dataset
+from vitrail.data.images.decode import read_image
+from vitrail.data.setup import load_data
 from vitrail.data.splits.splits import save_splits
 from vitrail.threads import ordered_map
 
@@ -41,13 +41,13 @@ def fill(root: Path, labels: str = "ab", count: int = 4, **size: int) -> Path:
     return root
 
 
-def scanned(root: Path, *, damaged: str = "stop", memory_bytes: int = 10**9, **options) -> tuple[Source, Scan]:
-    source = open_source(str(root), keep_damaged=damaged == "keep")
+def scanned(root: Path, *, damaged: str = "stop", memory_bytes: int = 10**9, **options) -> tuple[Dataset, Scan]:
+    source = open_dataset(str(root), keep_damaged=damaged == "keep")
     options = {"near_duplicates": True, "workers": 2, **options}
-    return source, scan_source(source, damaged=damaged, memory_bytes=memory_bytes, **options)
+    return source, scan_dataset(source, damaged=damaged, memory_bytes=memory_bytes, **options)
 
 
-def lost(source: Source, scan: Scan) -> set[str]:
+def lost(source: Dataset, scan: Scan) -> set[str]:
     return {path for path, good in zip(source.paths, scan.good, strict=True) if not good}
 
 
@@ -61,7 +61,7 @@ def test_pixels_in_memory_are_the_decoded_files(tmp_path, channels, mode):
     assert scan.pixels is not None
     assert scan.colour == (mode == "RGB")
     for index in range(len(source.paths)):
-        pixels = np.asarray(read_picture(source.location(index), mode=mode))
+        pixels = np.asarray(read_image(source.location(index), mode=mode))
         np.testing.assert_array_equal(scan.pixels[index], pixels[None] if mode == "L" else pixels.transpose(2, 0, 1))
     assert scan.good.all()
     assert scan.sizes.tolist() == [[32, 48]] * 8
@@ -149,27 +149,27 @@ def test_a_damaged_file_is_kept_when_asked_and_still_named(tmp_path):
     ]
     place = list(source.paths).index("b/cut.jpg")
     assert scan.pixels is not None
-    kept = np.asarray(read_picture(source.location(place), damaged="keep"))
+    kept = np.asarray(read_image(source.location(place), damaged="keep"))
     np.testing.assert_array_equal(scan.pixels[place], kept.transpose(2, 0, 1))
 
 
 def test_pictures_of_too_many_pixels_are_refused_by_name(tmp_path):
     fill(tmp_path)
     put(tmp_path / "a" / "huge.png", photo(70, 60, 60))
-    source = open_source(str(tmp_path), limit_pixels=48 * 32)
-    scan = scan_source(source, damaged="drop", near_duplicates=True, memory_bytes=10**9, workers=1)
+    source = open_dataset(str(tmp_path), limit_pixels=48 * 32)
+    scan = scan_dataset(source, damaged="drop", near_duplicates=True, memory_bytes=10**9, workers=1)
     assert found(scan) == [("warning", "refused", ("a/huge.png",))]
 
 
 def test_checking_data_stops_at_broken_files_and_tells_all(tmp_path):
     break_some(tmp_path)
-    talk = Talk(quiet=True)
+    talk = Console(quiet=True)
     with pytest.raises(ValueError, match=r"nonsense\.jpg") as caught:
-        check_data(DataConfig(source=str(tmp_path)), talk)
+        load_data(DataConfig(source=str(tmp_path)), talk)
     assert "cut.jpg" in str(caught.value)
     assert "gone.png" in str(caught.value)
-    checked = check_data(DataConfig(source=str(tmp_path), damaged="drop"), talk)
-    divided = np.concatenate(list(checked.splits.parts.values()))
+    checked = load_data(DataConfig(source=str(tmp_path), damaged="drop"), talk)
+    divided = np.concatenate(list(checked.splits.indices.values()))
     assert sorted(divided.tolist()) == np.flatnonzero(checked.scan.good).tolist()
     assert {problem.kind for problem in checked.problems} == {"unreadable", "damaged", "small-class"}
 
@@ -179,22 +179,22 @@ def test_a_data_set_of_broken_files_alone_is_named_too(tmp_path):
         (tmp_path / label).mkdir()
         (tmp_path / label / "x.jpg").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"a/x\.jpg(.|\n)*b/x\.jpg"):
-        check_data(DataConfig(source=str(tmp_path)), Talk(quiet=True))
+        load_data(DataConfig(source=str(tmp_path)), Console(quiet=True))
     with pytest.raises(ValueError, match="no pictures to train on for 2 classes: a, b"):
-        check_data(DataConfig(source=str(tmp_path), damaged="drop"), Talk(quiet=True))
+        load_data(DataConfig(source=str(tmp_path), damaged="drop"), Console(quiet=True))
 
 
 def test_a_recorded_split_refuses_a_picture_that_broke_since(tmp_path):
     """Its place in memory is empty: trained on, it would be a black picture."""
     fill(tmp_path / "data")
-    config, talk = DataConfig(source=str(tmp_path / "data"), damaged="drop"), Talk(quiet=True)
-    checked = check_data(config, talk)
-    save_splits(checked.source, checked.splits, tmp_path / "split.json")
-    again = check_data(config, talk, recorded=tmp_path / "split.json")
+    config, talk = DataConfig(source=str(tmp_path / "data"), damaged="drop"), Console(quiet=True)
+    checked = load_data(config, talk)
+    save_splits(checked.dataset, checked.splits, tmp_path / "split.json")
+    again = load_data(config, talk, recorded=tmp_path / "split.json")
     assert again.splits.fingerprint == checked.splits.fingerprint
     (tmp_path / "data" / "a" / "0.png").write_bytes(b"broken since")
     with pytest.raises(ValueError, match=r"broken now, for instance a/0\.png"):
-        check_data(config, talk, recorded=tmp_path / "split.json")
+        load_data(config, talk, recorded=tmp_path / "split.json")
 
 
 def test_exact_duplicates_are_found_whatever_their_format(tmp_path):
@@ -289,8 +289,8 @@ def test_duplicates_stay_on_one_side_of_the_split(tmp_path):
     for number in range(6):
         put(tmp_path / "a" / f"{number}.jpg", photo(number), quality=90)
     for seed in range(4):
-        checked = check_data(DataConfig(source=str(tmp_path), split_seed=seed, val_fraction=0.3), Talk(quiet=True))
-        sides = {part: set(checked.scan.groups[indices]) for part, indices in checked.splits.parts.items()}
+        checked = load_data(DataConfig(source=str(tmp_path), split_seed=seed, val_fraction=0.3), Console(quiet=True))
+        sides = {part: set(checked.scan.groups[indices]) for part, indices in checked.splits.indices.items()}
         assert not sides["train"] & sides["val"]
 
 

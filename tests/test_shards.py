@@ -21,16 +21,16 @@ from PIL import Image
 
 from vitrail.cli import run
 from vitrail.config import AugmentConfig, DataConfig
-from vitrail.data.check.scan import scan_source
-from vitrail.data.datasets.base import ShardPictures, Source
-from vitrail.data.datasets.open import open_source, run_name, same_source
+from vitrail.data.check.scan import scan_dataset
+from vitrail.data.datasets.base import Dataset, TarDataset
+from vitrail.data.datasets.open import open_dataset, run_name, same_dataset
 from vitrail.data.datasets.webdataset.shards import is_shards
 from vitrail.data.datasets.webdataset.tar import TarReader
 from vitrail.data.datasets.write_shards import write_shards
-from vitrail.data.images.decode import PictureError
+from vitrail.data.images.decode import ImageError
 from vitrail.data.images.preprocess import Preprocess
-from vitrail.data.loading.train_loader import Pictures, TrainStream
-from vitrail.data.splits.splits import make_splits
+from vitrail.data.loading.train_loader import ImageReader, TrainLoader
+from vitrail.data.splits.splits import split_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -64,13 +64,13 @@ def with_cls(*levels: int, first: int = 0) -> dict[str, bytes]:
     return files
 
 
-def opened(word: object) -> ShardPictures:
-    source = open_source(str(word))
-    assert isinstance(source, ShardPictures)
+def opened(word: object) -> TarDataset:
+    source = open_dataset(str(word))
+    assert isinstance(source, TarDataset)
     return source
 
 
-def reds(source: ShardPictures) -> list[int]:
+def reds(source: TarDataset) -> list[int]:
     return [source.read(index, "RGB").getpixel((0, 0))[0] for index in range(len(source.paths))]
 
 
@@ -112,14 +112,14 @@ def test_words_that_mean_no_shards(tmp_path, word, message):
         tar(tmp_path / f"{number:02d}.tar", with_cls(1, 2))
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "00.tar").read_bytes()))
     with pytest.raises(ValueError, match=message):
-        open_source(str(tmp_path / word))
+        open_dataset(str(tmp_path / word))
 
 
 def test_addresses_of_something_else():
     with pytest.raises(ValueError, match=r"of addresses, only tars of pictures are read; expected a name that ends in"):
-        open_source("https://example.org/pictures.zip")
+        open_dataset("https://example.org/pictures.zip")
     with pytest.raises(ValueError, match=r"ftpx://a/b\.tar: Protocol not known: ftpx; expected http://"):
-        open_source("ftpx://a/b.tar")
+        open_dataset("ftpx://a/b.tar")
 
 
 def test_names_of_runs_and_equal_words(tmp_path, monkeypatch):
@@ -131,16 +131,16 @@ def test_names_of_runs_and_equal_words(tmp_path, monkeypatch):
     assert run_name("birds_2024.tar") == "birds_2024"
     assert run_name("{00..99}.tar") == "shards"
     assert run_name("s3://bucket/{00..99}.tar") == "bucket"
-    assert same_source("a/{0..3}.tar", str(tmp_path / "a" / "{0..3}.tar"))
-    assert not same_source("s3://a/{0..3}.tar", "s3:/a/{0..3}.tar")
-    assert same_source("s3://a/x.tar", "s3://a/x.tar")
+    assert same_dataset("a/{0..3}.tar", str(tmp_path / "a" / "{0..3}.tar"))
+    assert not same_dataset("s3://a/{0..3}.tar", "s3:/a/{0..3}.tar")
+    assert same_dataset("s3://a/x.tar", "s3://a/x.tar")
 
 
 def test_a_folder_of_class_folders_stays_one_though_a_tar_lies_in_it(make_folder, tmp_path):
     folder = make_folder(tmp_path / "shapes", count=2)
     tar(folder / "backup.tar", with_cls(1))
     assert not is_shards(str(folder))
-    assert open_source(str(folder)).labels == ("flat", "slant", "steep")
+    assert open_dataset(str(folder)).labels == ("flat", "slant", "steep")
 
 
 # --- labels, parts, groups
@@ -194,7 +194,7 @@ def test_parts_by_name_and_by_json(tmp_path):
     source = opened(tmp_path / "{train-0,photos-validation-0,test/0}.tar")
     assert source.split is not None
     assert source.split.tolist() == ["train", "train", "val", "val", "test", "test"]
-    assert source.divided_by == "the names of the shards:"
+    assert source.split_origin == "the names of the shards:"
     samples = [("a", "train", "p"), ("b", "Valid", "p"), ("c", "train", 4), ("d", "train", None)]
     files = {}
     for number, (key, split, group) in enumerate(samples):
@@ -288,7 +288,7 @@ def test_what_is_not_read_is_named_once(tmp_path):
 def test_what_is_wrong_with_a_sample_is_named_by_shard_and_member(tmp_path, files, message):
     path = tar(tmp_path / "x.tar", files)
     with pytest.raises(ValueError, match=message) as caught:
-        open_source(str(path))
+        open_dataset(str(path))
     assert str(caught.value).startswith(str(path))
 
 
@@ -387,7 +387,7 @@ def test_tars_that_are_not_whole(tmp_path, how, message):
     path = tar(tmp_path / "x.tar", with_cls(1, 2, 3))
     spoil(path, how)
     with pytest.raises(ValueError, match=message):
-        open_source(str(path))
+        open_dataset(str(path))
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_a_broken_picture_is_named_by_shard_and_member(tmp_path, capsys):
     files = with_cls(*range(30)) | {"bad.png": png(1)[:40], "bad.cls": b"0"}
     tar(tmp_path / "x.tar", files)
     source = opened(tmp_path / "x.tar")
-    with pytest.raises(PictureError, match=r"x\.tar: bad\.png: unreadable"):
+    with pytest.raises(ImageError, match=r"x\.tar: bad\.png: unreadable"):
         source.read(30, "RGB")
     assert run(["train", str(tmp_path / "x.tar"), "--out", str(tmp_path / "run")]) == 1
     said = " ".join(capsys.readouterr().err.split())
@@ -461,17 +461,17 @@ def test_the_second_opening_reads_the_kept_index_and_a_broken_one_is_made_anew(t
 # --- training
 
 
-def sizes_of(source: Source) -> np.ndarray:
+def sizes_of(source: Dataset) -> np.ndarray:
     """Height and width of every picture, as the scan finds them."""
     return np.asarray([source.read(index, "RGB").size[::-1] for index in range(len(source.paths))])
 
 
-def stream(source: ShardPictures, *, workers: int, rank: int = 0, ranks: int = 1) -> TrainStream:
-    pictures = Pictures(
+def stream(source: TarDataset, *, workers: int, rank: int = 0, ranks: int = 1) -> TrainLoader:
+    pictures = ImageReader(
         source, source.targets, Preprocess(image_size=16), None, workers=workers, sizes=sizes_of(source)
     )
     part = np.arange(len(source.paths))
-    return TrainStream(
+    return TrainLoader(
         pictures, part, batch_size=8, seed=3, augment=AugmentConfig(crop_scale=0.5), device=torch.device("cpu"),
         rank=rank, ranks=ranks,
     )  # fmt: skip
@@ -496,7 +496,7 @@ def test_order_and_crops_are_the_same_for_any_workers_ranks_and_after_resume(mak
 
 def test_training_sees_the_folders_own_pictures_bit_for_bit(make_folder, tmp_path):
     """In the folder's order, the shards' pictures make the very batches that the folder makes."""
-    folder = open_source(str(make_folder(tmp_path / "shapes", count=12, side=24)))
+    folder = open_dataset(str(make_folder(tmp_path / "shapes", count=12, side=24)))
     write_shards(DataConfig(source=str(tmp_path / "shapes")), tmp_path / "out", size=5)
     shards = opened(tmp_path / "out")
     original = [about["path"] for about in told(tmp_path / "out")]
@@ -506,9 +506,9 @@ def test_training_sees_the_folders_own_pictures_bit_for_bit(make_folder, tmp_pat
     part = np.arange(len(folder.paths))
     batches = []
     for source, chosen in ((folder, part), (shards, order)):
-        pictures = Pictures(source, source.targets, Preprocess(image_size=16), None, workers=2, sizes=sizes_of(source))
+        pictures = ImageReader(source, source.targets, Preprocess(image_size=16), None, workers=2, sizes=sizes_of(source))
         augment = AugmentConfig(crop_scale=0.5)
-        made = TrainStream(pictures, chosen, batch_size=8, seed=3, augment=augment, device=torch.device("cpu"))
+        made = TrainLoader(pictures, chosen, batch_size=8, seed=3, augment=augment, device=torch.device("cpu"))
         batches.append(list(made.batches(0, 6)))
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.images, other.images)
@@ -556,7 +556,7 @@ def test_a_source_with_parts_and_groups_keeps_them(tmp_path):
             f"{number}.png,{'ab'[number % 2]},{'train' if number < 16 else 'val'},{number // 4 if number % 8 else ''}"
         )
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    table = open_source(str(tmp_path / "t.csv"))
+    table = open_dataset(str(tmp_path / "t.csv"))
     written = write_shards(DataConfig(source=str(tmp_path / "t.csv")), tmp_path / "out", size=10, seed=1)
     assert written.names == ("train-000000.tar", "train-000001.tar", "val-000000.tar")
     assert written.counts == {"train": 16, "val": 8}
@@ -570,8 +570,8 @@ def test_a_source_with_parts_and_groups_keeps_them(tmp_path):
     ours, theirs = shards.groups, table.groups[original]
     assert ((ours[:, None] == ours) == (theirs[:, None] == theirs)).all()
     assert ((ours < 0) == (theirs < 0)).all()
-    scan = scan_source(shards, damaged="stop", near_duplicates=False, memory_bytes=0, workers=1)
-    assert make_splits(shards, DataConfig(), scan.good, scan.groups).rule == "the split in .json: train, val"
+    scan = scan_dataset(shards, damaged="stop", near_duplicates=False, memory_bytes=0, workers=1)
+    assert split_dataset(shards, DataConfig(), scan.good, scan.groups).rule == "the split in .json: train, val"
 
 
 # --- with the webdataset library

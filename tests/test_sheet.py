@@ -12,11 +12,11 @@ from PIL import Image
 
 from vitrail.cli import run as vitrail
 from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
-from vitrail.console import Talk
-from vitrail.data.loading.train_loader import TrainStream
-from vitrail.data.setup import check_data, ready_data
+from vitrail.console import Console
+from vitrail.data.loading.train_loader import TrainLoader
+from vitrail.data.setup import build_train_data, load_data
 from vitrail.models.config import ViTConfig
-from vitrail.report.contact_sheet import chosen, views
+from vitrail.report.contact_sheet import chosen_positions, views
 
 ALL = AugmentConfig(
     crop_scale=0.4,
@@ -36,16 +36,16 @@ def prepared(root: Path, augment: AugmentConfig):
     data = DataConfig(source=str(root), near_duplicates=False)
     model = ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=3)
     config = RunConfig(data=data, model=model, augment=augment, preprocess=PreprocessConfig(), seed=3, batch_size=6)
-    checked = check_data(data, Talk(quiet=True))
-    return checked, ready_data(checked, config), config
+    checked = load_data(data, Console(quiet=True))
+    return checked, build_train_data(checked, config), config
 
 
 def test_the_sheet_shows_what_training_shows(make_folder, tmp_path):
     """Pixel for pixel the batches of a training with batches of six, mixed pairs over the end of an epoch included."""
     checked, data, config = prepared(make_folder(tmp_path / "data", count=9), ALL)
-    part = data.splits.parts["train"]
+    part = data.splits.indices["train"]
     assert len(part) % 2 == 1
-    stream = TrainStream(data.pictures, part, batch_size=6, seed=3, augment=config.augment, device=torch.device("cpu"))
+    stream = TrainLoader(data.reader, part, batch_size=6, seed=3, augment=config.augment, device=torch.device("cpu"))
     seen: dict[tuple[int, int], torch.Tensor] = {}
     for step, batch in enumerate(stream.batches(0, -(-3 * len(part) // 6))):
         for place, image in enumerate(batch.images):
@@ -69,11 +69,11 @@ def test_captions_say_what_was_drawn(make_folder, tmp_path):
 
 def test_rows_are_spread_over_the_classes(make_folder, tmp_path):
     few = prepared(make_folder(tmp_path / "few"), AugmentConfig())[1]
-    targets = few.source.targets[few.splits.parts["train"][chosen(few)]]
+    targets = few.dataset.targets[few.splits.indices["train"][chosen_positions(few)]]
     assert targets.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     many = make_folder(tmp_path / "many", classes=tuple(f"c{number:02d}" for number in range(15)), count=4)
     data = prepared(many, AugmentConfig())[1]
-    targets = data.source.targets[data.splits.parts["train"][chosen(data)]]
+    targets = data.dataset.targets[data.splits.indices["train"][chosen_positions(data)]]
     assert targets.tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
 
 

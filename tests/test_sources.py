@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from vitrail.data.datasets.base import ArrayPictures, FilePictures, flip_reason
-from vitrail.data.datasets.open import open_source
-from vitrail.data.images.decode import PictureError
+from vitrail.data.datasets.base import ArrayDataset, FileDataset, flip_reason
+from vitrail.data.datasets.open import open_dataset
+from vitrail.data.images.decode import ImageError
 
 
 def put(path: Path, level: int = 100) -> None:
@@ -27,13 +27,13 @@ def make(root: Path, *names: str) -> Path:
     return root
 
 
-def opened(root: Path) -> FilePictures:
-    source = open_source(str(root))
-    assert isinstance(source, FilePictures)
+def opened(root: Path) -> FileDataset:
+    source = open_dataset(str(root))
+    assert isinstance(source, FileDataset)
     return source
 
 
-def kinds(source: FilePictures) -> list[tuple[str, str]]:
+def kinds(source: FileDataset) -> list[tuple[str, str]]:
     return [(problem.severity, problem.kind) for problem in source.problems]
 
 
@@ -164,7 +164,7 @@ def test_a_broken_file_with_a_pictures_name_is_listed_for_the_scan_to_find(tmp_p
     (tmp_path / "a" / "bad.jpg").write_bytes(b"no jpeg")
     source = opened(tmp_path)
     assert list(source.paths) == ["a/1.png", "a/bad.jpg", "b/1.png"]
-    with pytest.raises(PictureError, match=r"bad\.jpg"):
+    with pytest.raises(ImageError, match=r"bad\.jpg"):
         source.read(1, "RGB")
 
 
@@ -218,7 +218,7 @@ def test_what_is_no_source_is_refused(tmp_path, monkeypatch, name, message):
     Path("empty").mkdir()
     Path("hollow/a").mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
-        open_source(name)
+        open_dataset(name)
 
 
 def test_pictures_come_turned_and_in_the_mode_asked_for(tmp_path):
@@ -237,9 +237,9 @@ def test_pictures_come_turned_and_in_the_mode_asked_for(tmp_path):
 
 def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
     make(tmp_path, "a/1.png", "b/1.png")
-    with pytest.raises(PictureError, match="limit_pixels=11"):
-        open_source(str(tmp_path), limit_pixels=11).read(0, "RGB")
-    assert open_source(str(tmp_path), limit_pixels=12).read(0, "RGB").size == (4, 3)
+    with pytest.raises(ImageError, match="limit_pixels=11"):
+        open_dataset(str(tmp_path), limit_pixels=11).read(0, "RGB")
+    assert open_dataset(str(tmp_path), limit_pixels=12).read(0, "RGB").size == (4, 3)
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
-    source = open_source("digits")
-    assert isinstance(source, ArrayPictures)
+    source = open_dataset("digits")
+    assert isinstance(source, ArrayDataset)
     assert source.labels == tuple("0123456789")
     assert source.targets.tolist() == targets.tolist()
     assert len(set(source.paths)) == len(source.paths) == 1797

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrail.config import DataConfig
-from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.problems import Problem
-from vitrail.data.splits.splits import Splits, check_trainable, fingerprint, load_splits, make_splits, save_splits
+from vitrail.data.splits.splits import Splits, check_trainable, fingerprint, load_splits, save_splits, split_dataset
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Listing:
     flip_reason: str = ""
     groups: np.ndarray | None = None
     weights: np.ndarray | None = None
-    divided_by: str = "the folders"
+    split_origin: str = "the folders"
 
     def read(self, index: int, mode: str) -> PIL.Image.Image:
         raise AssertionError("dividing reads no picture")
@@ -57,7 +57,7 @@ def listing(*counts: int, split: list[str] | None = None) -> Listing:
 def divided(source: Listing, groups: np.ndarray | None = None, good: np.ndarray | None = None, **data) -> Splits:
     count = len(source.paths)
     groups = np.arange(count) if groups is None else groups
-    return make_splits(source, DataConfig(**data), np.ones(count, bool) if good is None else good, groups)
+    return split_dataset(source, DataConfig(**data), np.ones(count, bool) if good is None else good, groups)
 
 
 def per_class(source: Listing, part: np.ndarray) -> list[int]:
@@ -67,35 +67,35 @@ def per_class(source: Listing, part: np.ndarray) -> list[int]:
 def test_every_class_gives_its_share():
     source = listing(100, 50, 10)
     splits = divided(source, val_fraction=0.2)
-    assert per_class(source, splits.parts["val"]) == [20, 10, 2]
-    assert per_class(source, splits.parts["train"]) == [80, 40, 8]
-    assert list(splits.parts) == ["train", "val"]
+    assert per_class(source, splits.indices["val"]) == [20, 10, 2]
+    assert per_class(source, splits.indices["train"]) == [80, 40, 8]
+    assert list(splits.indices) == ["train", "val"]
     assert splits.rule == "a stratified split of all pictures"
 
 
 def test_both_fractions_are_shares_of_the_whole():
     source = listing(100, 50)
     splits = divided(source, val_fraction=0.4, test_fraction=0.5)
-    assert per_class(source, splits.parts["test"]) == [50, 25]
-    assert per_class(source, splits.parts["val"]) == [40, 20]
-    assert per_class(source, splits.parts["train"]) == [10, 5]
-    assert list(splits.parts) == ["train", "val", "test"]
+    assert per_class(source, splits.indices["test"]) == [50, 25]
+    assert per_class(source, splits.indices["val"]) == [40, 20]
+    assert per_class(source, splits.indices["train"]) == [10, 5]
+    assert list(splits.indices) == ["train", "val", "test"]
 
 
 def test_a_small_class_gives_one_picture_and_keeps_one():
     source = listing(2, 3, 1, 40)
     splits = divided(source, val_fraction=0.05)
-    assert per_class(source, splits.parts["val"]) == [1, 1, 0, 2]
+    assert per_class(source, splits.indices["val"]) == [1, 1, 0, 2]
     splits = divided(source, val_fraction=0.95)
-    assert per_class(source, splits.parts["train"]) == [1, 1, 1, 2]
+    assert per_class(source, splits.indices["train"]) == [1, 1, 1, 2]
 
 
 def test_the_split_is_decided_by_its_own_seed_alone():
     source = listing(40, 40)
     first, again, other = divided(source), divided(source), divided(source, split_seed=1)
-    np.testing.assert_array_equal(first.parts["val"], again.parts["val"])
+    np.testing.assert_array_equal(first.indices["val"], again.indices["val"])
     assert first.fingerprint == again.fingerprint
-    assert first.parts["val"].tolist() != other.parts["val"].tolist()
+    assert first.indices["val"].tolist() != other.indices["val"].tolist()
     assert first.fingerprint != other.fingerprint
 
 
@@ -111,15 +111,15 @@ def test_parts_are_disjoint_complete_and_keep_groups_whole(data):
     splits = divided(
         source, numbers, good, val_fraction=val, test_fraction=test, split_seed=data.draw(st.integers(0, 9))
     )
-    together = np.concatenate([*splits.parts.values(), np.empty(0, int)])
+    together = np.concatenate([*splits.indices.values(), np.empty(0, int)])
     assert sorted(together.tolist()) == np.flatnonzero(good).tolist()
-    for one in splits.parts:
-        assert splits.parts[one].tolist() == sorted(splits.parts[one].tolist())
-        for other in splits.parts:
-            shared = set(numbers[splits.parts[one]]) & set(numbers[splits.parts[other]])
+    for one in splits.indices:
+        assert splits.indices[one].tolist() == sorted(splits.indices[one].tolist())
+        for other in splits.indices:
+            shared = set(numbers[splits.indices[one]]) & set(numbers[splits.indices[other]])
             assert one == other or not shared
     present = np.bincount(source.targets[good], minlength=len(counts)) > 0
-    train = splits.parts.get("train", np.empty(0, int))
+    train = splits.indices.get("train", np.empty(0, int))
     assert (np.bincount(source.targets[train], minlength=len(counts)) > 0).tolist() == present.tolist()
 
 
@@ -127,21 +127,21 @@ def test_a_class_of_large_groups_still_has_a_picture_in_val():
     source = listing(12, 40)  # three bursts of four of the first class; a fifth of it would be two pictures
     groups = np.r_[np.repeat([0, 1, 2], 4), np.arange(3, 43)]
     for seed in range(5):
-        val = divided(source, groups, val_fraction=0.2, split_seed=seed).parts["val"]
+        val = divided(source, groups, val_fraction=0.2, split_seed=seed).indices["val"]
         assert per_class(source, val) == [4, 8]
 
 
 def test_a_class_that_is_one_group_stays_in_train():
     source = listing(5, 40)
     splits = divided(source, np.r_[np.zeros(5, int), np.arange(1, 41)])
-    assert per_class(source, splits.parts["train"])[0] == 5
-    assert per_class(source, splits.parts["val"]) == [0, 8]
+    assert per_class(source, splits.indices["train"])[0] == 5
+    assert per_class(source, splits.indices["val"]) == [0, 8]
 
 
 def test_folders_are_used_as_they_are():
     source = listing(4, 4, split=["train", "train", "val", "test"] * 2)
     splits = divided(source, val_fraction=0.5)
-    assert {name: part.tolist() for name, part in splits.parts.items()} == {
+    assert {name: part.tolist() for name, part in splits.indices.items()} == {
         "train": [0, 1, 4, 5],
         "val": [2, 6],
         "test": [3, 7],
@@ -153,16 +153,16 @@ def test_val_is_made_from_train_where_only_test_is_there():
     split = (["train"] * 10 + ["test"] * 10) * 2
     source = listing(20, 20, split=split)
     splits = divided(source, val_fraction=0.2, test_fraction=0.5)
-    assert per_class(source, splits.parts["test"]) == [10, 10]
-    assert {split[index] for index in splits.parts["test"]} == {"test"}
-    assert per_class(source, splits.parts["val"]) == [2, 2]
-    assert {split[index] for index in splits.parts["val"]} == {"train"}
+    assert per_class(source, splits.indices["test"]) == [10, 10]
+    assert {split[index] for index in splits.indices["test"]} == {"test"}
+    assert per_class(source, splits.indices["val"]) == [2, 2]
+    assert {split[index] for index in splits.indices["val"]} == {"train"}
     assert "val: a stratified 20% of train/" in splits.rule
 
 
 def test_a_source_without_train_is_not_divided_anew():
     source = listing(4, 4, split=["val", "val", "test", "test"] * 2)
-    assert {name: part.tolist() for name, part in divided(source).parts.items()} == {
+    assert {name: part.tolist() for name, part in divided(source).indices.items()} == {
         "val": [0, 1, 4, 5],
         "test": [2, 3, 6, 7],
     }
@@ -172,7 +172,7 @@ def test_pictures_that_are_not_good_are_in_no_part():
     source = listing(10, 10)
     good = np.ones(20, bool)
     good[[0, 5, 19]] = False
-    parts = divided(source, good=good).parts
+    parts = divided(source, good=good).indices
     assert sorted(np.concatenate([*parts.values()]).tolist()) == np.flatnonzero(good).tolist()
 
 
@@ -212,9 +212,9 @@ def test_a_recorded_split_is_found_again_in_another_order_of_listing(tmp_path):
     backwards = replace(source, paths=source.paths[::-1], targets=source.targets[::-1])
     found = load_splits(backwards, tmp_path / "split.json")
     assert (found.fingerprint, found.rule) == (splits.fingerprint, splits.rule)
-    for part, indices in splits.parts.items():
-        assert {backwards.paths[i] for i in found.parts[part]} == {source.paths[i] for i in indices}
-        np.testing.assert_array_equal(load_splits(source, tmp_path / "split.json").parts[part], indices)
+    for part, indices in splits.indices.items():
+        assert {backwards.paths[i] for i in found.indices[part]} == {source.paths[i] for i in indices}
+        np.testing.assert_array_equal(load_splits(source, tmp_path / "split.json").indices[part], indices)
 
 
 def test_names_that_are_not_unicode_are_recorded_too(tmp_path):
@@ -224,8 +224,8 @@ def test_names_that_are_not_unicode_are_recorded_too(tmp_path):
     splits = divided(source, val_fraction=0.5)
     save_splits(source, splits, tmp_path / "split.json")
     found = load_splits(source, tmp_path / "split.json")
-    assert {part: i.tolist() for part, i in found.parts.items()} == {
-        part: i.tolist() for part, i in splits.parts.items()
+    assert {part: i.tolist() for part, i in found.indices.items()} == {
+        part: i.tolist() for part, i in splits.indices.items()
     }
 
 
@@ -235,7 +235,7 @@ def test_new_pictures_do_not_disturb_a_recorded_split_and_lost_ones_are_named(tm
     save_splits(source, splits, tmp_path / "split.json")
     assert json.loads((tmp_path / "split.json").read_text())["fingerprint"] == splits.fingerprint
     assert load_splits(listing(7, 5), tmp_path / "split.json").fingerprint == splits.fingerprint
-    lost = int(splits.parts["val"][0])
+    lost = int(splits.indices["val"][0])
     less = replace(source, paths=np.delete(source.paths, lost).tolist(), targets=np.delete(source.targets, lost))
     with pytest.raises(
         ValueError, match=rf"1 pictures of the recorded val part are gone, for instance {source.paths[lost]}"
@@ -272,8 +272,8 @@ def test_a_real_folder_divides_alike_wherever_it_lies(tmp_path):
             folder.mkdir(parents=True)
             for number in range(5):
                 PIL.Image.new("L", (2, 2), number).save(folder / f"{number}.png")
-        source = open_source(str(tmp_path / place))
-        prints.append(make_splits(source, DataConfig(), np.ones(10, bool), np.arange(10)).fingerprint)
+        source = open_dataset(str(tmp_path / place))
+        prints.append(split_dataset(source, DataConfig(), np.ones(10, bool), np.arange(10)).fingerprint)
     assert prints[0] == prints[1]
 
 

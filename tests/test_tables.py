@@ -16,12 +16,12 @@ from PIL import Image
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data.check.scan import scan_source
+from vitrail.data.check.scan import scan_dataset
 from vitrail.data.datasets import table as tables
-from vitrail.data.datasets.base import FilePictures
-from vitrail.data.datasets.open import open_source, run_name, same_source
-from vitrail.data.datasets.string_array import Paths, places, repeated
-from vitrail.data.splits.splits import load_splits, make_splits, save_splits
+from vitrail.data.datasets.base import FileDataset
+from vitrail.data.datasets.open import open_dataset, run_name, same_dataset
+from vitrail.data.datasets.string_array import StringArray, first_repeated, positions_of
+from vitrail.data.splits.splits import load_splits, save_splits, split_dataset
 
 
 def put(path: Path, level: int = 100) -> None:
@@ -42,13 +42,13 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
     return path
 
 
-def opened(path: Path) -> FilePictures:
-    source = open_source(str(path))
-    assert isinstance(source, FilePictures)
+def opened(path: Path) -> FileDataset:
+    source = open_dataset(str(path))
+    assert isinstance(source, FileDataset)
     return source
 
 
-def rows_of(source: FilePictures) -> list[tuple[str, str, str | None]]:
+def rows_of(source: FileDataset) -> list[tuple[str, str, str | None]]:
     parts = [None] * len(source.paths) if source.split is None else source.split.tolist()
     labels = [source.labels[target] for target in source.targets]
     return list(zip(source.paths, labels, parts, strict=True))
@@ -175,7 +175,7 @@ def test_a_relative_table_is_read_from_anywhere(pictures, monkeypatch):
 )
 def test_what_is_wrong_is_named_by_file_and_line(pictures, text, message):
     with pytest.raises(ValueError, match=message) as caught:
-        open_source(str(write(pictures / "t.csv", text)))
+        open_dataset(str(write(pictures / "t.csv", text)))
     assert str(caught.value).startswith(str(pictures / "t.csv"))
 
 
@@ -197,19 +197,19 @@ def test_what_is_wrong_is_named_by_file_and_line(pictures, text, message):
 )
 def test_what_is_wrong_in_json_lines(pictures, text, message):
     with pytest.raises(ValueError, match=message):
-        open_source(str(write(pictures / "t.jsonl", text)))
+        open_dataset(str(write(pictures / "t.jsonl", text)))
 
 
 def test_other_encodings_and_broken_parquet_are_refused(pictures):
     with pytest.raises(ValueError, match=r"t\.csv: is not UTF-8 .*0xe9.*; save it as UTF-8"):
-        open_source(str(write(pictures / "t.csv", "path,label\na.png,café\n", "latin-1")))
+        open_dataset(str(write(pictures / "t.csv", "path,label\na.png,café\n", "latin-1")))
     with pytest.raises(ValueError, match="is no readable Parquet file"):
-        open_source(str(write(pictures / "t.parquet", "PAR1")))
+        open_dataset(str(write(pictures / "t.parquet", "PAR1")))
     pyarrow.parquet.write_table(
         pyarrow.table({"path": ["a.png", "b.png"], "label": [1.0, 2.0]}), pictures / "f.parquet"
     )
     with pytest.raises(ValueError, match=r"f\.parquet, row 1: label 1\.0 is neither text nor a whole number"):
-        open_source(str(pictures / "f.parquet"))
+        open_dataset(str(pictures / "f.parquet"))
 
 
 @pytest.mark.parametrize("form", [as_csv, as_jsonl, as_parquet])
@@ -224,7 +224,7 @@ def test_a_long_table_is_read_once_and_its_files_are_looked_for_each_time(
     (kept,) = cache.rglob("*.bin")
     stamp = kept.stat().st_mtime_ns
 
-    def same(one: FilePictures, other: FilePictures) -> None:
+    def same(one: FileDataset, other: FileDataset) -> None:
         assert rows_of(one) == rows_of(other)
         assert (one.labels, one.problems, one.root, one.name) == (other.labels, other.problems, other.root, other.name)
         assert one.targets.dtype == other.targets.dtype
@@ -247,7 +247,7 @@ def test_a_long_table_is_read_once_and_its_files_are_looked_for_each_time(
 
 def test_a_table_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"no such file; expected a table with the columns path and label"):
-        open_source(str(tmp_path / "no.csv"))
+        open_dataset(str(tmp_path / "no.csv"))
 
 
 def test_a_group_that_the_tables_own_parts_divide_is_named(pictures):
@@ -262,12 +262,12 @@ def test_words_for_the_same_table(tmp_path, monkeypatch):
     assert run_name("some/photos.csv") == "photos"
     assert run_name("torchvision:CIFAR10") == "CIFAR10"
     assert run_name("digits") == "digits"
-    assert same_source("photos.csv", str(tmp_path / "photos.csv"))
-    assert same_source("digits.csv", "./digits.csv")
-    assert not same_source("digits", "./digits")
-    assert same_source("hf:beans/", "hf:./beans")
-    assert same_source("torchvision:CIFAR10", "torchvision:cifar10")
-    assert not same_source("torchvision:CIFAR10", "CIFAR10")
+    assert same_dataset("photos.csv", str(tmp_path / "photos.csv"))
+    assert same_dataset("digits.csv", "./digits.csv")
+    assert not same_dataset("digits", "./digits")
+    assert same_dataset("hf:beans/", "hf:./beans")
+    assert same_dataset("torchvision:CIFAR10", "torchvision:cifar10")
+    assert not same_dataset("torchvision:CIFAR10", "CIFAR10")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_words_for_the_same_table(tmp_path, monkeypatch):
 )
 def test_unknown_words_have_a_nearest_known(word, nearest):
     with pytest.raises(ValueError, match=f"did you mean '{nearest}'"):
-        open_source(word)
+        open_dataset(word)
 
 
 # --- groups
@@ -292,23 +292,23 @@ def test_groups_are_never_divided_and_shares_come_near(tmp_path_factory, data):
     groups = random.permutation(np.where(random.random(len(groups)) < 0.1, -1, groups))
     targets = random.integers(0, classes, len(groups))
     val, test = data.draw(st.sampled_from([(0.2, 0.0), (0.25, 0.25), (0.1, 0.0), (0.5, 0.0)]))
-    source = FilePictures(
+    source = FileDataset(
         name="t",
         labels=tuple("abcd"[:classes]),
-        paths=Paths(f"{number}.png" for number in range(len(groups))),
+        paths=StringArray(f"{number}.png" for number in range(len(groups))),
         targets=targets,
         groups=groups,
-        divided_by="the column split:",
+        split_origin="the column split:",
         root=tmp_path_factory.getbasetemp(),
         limit_pixels=1,
         damaged="refuse",
     )
+    from vitrail.data.check.duplicates import group_numbers as connected
     from vitrail.data.check.duplicates import group_pairs
-    from vitrail.data.check.duplicates import groups as connected
 
     linked = connected(len(groups), group_pairs(groups))
     config = DataConfig(val_fraction=val, test_fraction=test, split_seed=data.draw(st.integers(0, 5)))
-    parts = make_splits(source, config, np.ones(len(groups), bool), linked).parts
+    parts = split_dataset(source, config, np.ones(len(groups), bool), linked).indices
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(groups)))
     sides = [set(groups[part].tolist()) - {-1} for part in parts.values()]
     assert sum(map(len, sides)) == len(set(groups.tolist()) - {-1})
@@ -332,11 +332,11 @@ def test_near_duplicates_join_groups_and_the_split_is_recorded(tmp_path):
     Image.fromarray(twin).save(tmp_path / "twin.png")
     lines.append("twin.png,b,g9")
     source = opened(write(tmp_path / "t.csv", "\n".join(lines)))
-    scan = scan_source(source, damaged="stop", near_duplicates=True, memory_bytes=10**8, workers=1)
+    scan = scan_dataset(source, damaged="stop", near_duplicates=True, memory_bytes=10**8, workers=1)
     assert source.groups is not None
     for seed in range(6):
-        splits = make_splits(source, DataConfig(split_seed=seed), scan.good, scan.groups)
-        sides = {name: set(source.groups[part].tolist()) for name, part in splits.parts.items()}
+        splits = split_dataset(source, DataConfig(split_seed=seed), scan.good, scan.groups)
+        sides = {name: set(source.groups[part].tolist()) for name, part in splits.indices.items()}
         assert not sides["train"] & sides["val"]
         assert any({0, 9} <= side for side in sides.values())
         assert splits.rule == "a stratified split of all pictures; 10 groups kept whole"
@@ -345,8 +345,8 @@ def test_near_duplicates_join_groups_and_the_split_is_recorded(tmp_path):
     assert written["rule"].endswith("10 groups kept whole")
     again = load_splits(source, tmp_path / "split.json", scan.good)
     assert again.fingerprint == written["fingerprint"] == splits.fingerprint
-    assert {name: part.tolist() for name, part in again.parts.items()} == {
-        name: part.tolist() for name, part in splits.parts.items()
+    assert {name: part.tolist() for name, part in again.indices.items()} == {
+        name: part.tolist() for name, part in splits.indices.items()
     }
 
 
@@ -356,7 +356,7 @@ def test_near_duplicates_join_groups_and_the_split_is_recorded(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=40), st.data())
 def test_paths_are_a_sequence_of_what_was_put_in(strings, data):
-    paths = Paths(strings)
+    paths = StringArray(strings)
     assert list(paths) == strings == paths[:]
     assert len(paths) == len(strings)
     for index in range(-len(strings), len(strings)):
@@ -364,21 +364,21 @@ def test_paths_are_a_sequence_of_what_was_put_in(strings, data):
     with pytest.raises(IndexError):
         paths[len(strings)]
     wanted = data.draw(st.lists(st.sampled_from([*strings, "not there at all"]), max_size=10))
-    found = places(paths, wanted)
+    found = positions_of(paths, wanted)
     assert [name in strings for name in wanted] == (found >= 0).tolist()
     assert all(paths[place] == name for place, name in zip(found.tolist(), wanted, strict=True) if place >= 0)
     twice = next((i for i, name in enumerate(strings) if name in strings[:i]), None)
-    assert repeated(paths) == (None if twice is None else (strings.index(strings[twice]), twice))
+    assert first_repeated(paths) == (None if twice is None else (strings.index(strings[twice]), twice))
 
 
 def test_names_that_are_no_unicode_survive():
     name = os.fsdecode(b"caf\xe9.png")
-    assert Paths([name])[0] == name == next(iter(Paths([name])))
+    assert StringArray([name])[0] == name == next(iter(StringArray([name])))
 
 
 def test_long_listings_are_iterated_in_pieces():
     names = [f"{number}" for number in range(150_000)]
-    paths = Paths(names)
+    paths = StringArray(names)
     assert list(paths) == names
     assert paths.num_bytes < 15 * len(names)
 

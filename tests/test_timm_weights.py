@@ -23,7 +23,7 @@ from vitrail.models.vit import ViT
 from vitrail.weights import naming as layouts
 from vitrail.weights.formats.timm_modules import describe
 from vitrail.weights.formats.timm_writer import write_timm
-from vitrail.weights.imported_model import Imported
+from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.key_mapping import to_ours, to_theirs
 from vitrail.weights.model_file import ModelHeader
 from vitrail.weights.resolve import open_weights
@@ -144,7 +144,7 @@ def test_our_own_models_go_out(tmp_path, photographs, change):
     )
     model = redrawn(ViT(config))
     header = ModelHeader(config, ("a", "b", "c", "d"), Preprocess(image_size=config.image_size, crop_fraction=0.8))
-    imported = Imported(header, {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    imported = ImportedModel(header, {name: tensor.detach() for name, tensor in model.state_dict().items()})
     write_timm(header, imported.weights, tmp_path)
     peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert_same_logits(imported, peer, transform_of(tmp_path), photographs)

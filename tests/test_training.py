@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from vitrail.api import train
 from vitrail.config import OptimConfig, RunConfig, ScheduleConfig, load_config
 from vitrail.config_schema import override
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.evaluation.classifier import load
 from vitrail.evaluation.prediction_tables import write_table
 from vitrail.models.vit import ViT
@@ -27,11 +27,11 @@ from vitrail.optim.optimizers import build_optimizer, clip_gradient, update_aver
 from vitrail.optim.schedules import Schedule
 from vitrail.training import loop
 from vitrail.training.diagnosis import NotFinite
-from vitrail.training.loop import rhythm_of
+from vitrail.training.loop import build_cadence
 from vitrail.training.signals import Stopped
 from vitrail.weights.model_file import load_model
 
-QUIET = Talk(quiet=True)
+QUIET = Console(quiet=True)
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -464,8 +464,8 @@ def test_average_of_weights_by_hand():
 
 @pytest.mark.parametrize(("count", "batch", "epochs"), [(100, 16, 3.0), (7, 16, 5.0), (64, 64, 0.5)])
 def test_judgements_fall_on_epoch_ends(count, batch, epochs):
-    rhythm = rhythm_of(override(RunConfig(), {"batch_size": batch, "epochs": epochs}), count)
+    rhythm = build_cadence(override(RunConfig(), {"batch_size": batch, "epochs": epochs}), count)
     assert rhythm.total == max(1, math.ceil(epochs * count / batch))
-    judged = [step for step in range(1, rhythm.total + 1) if rhythm.due(step, rhythm.judge)]
+    judged = [step for step in range(1, rhythm.total + 1) if rhythm.is_due(step, rhythm.evaluate)]
     wanted = {min(rhythm.total, math.ceil(epoch * count / batch - 1e-9)) for epoch in np.arange(1, int(epochs) + 1)}
     assert set(judged) == wanted | {rhythm.total}

@@ -16,8 +16,8 @@ from vitrail.api import train
 from vitrail.cli import run as vitrail
 from vitrail.config import OptimConfig, RunConfig
 from vitrail.config_schema import override
-from vitrail.console import Talk
-from vitrail.data.datasets.base import ArrayPictures
+from vitrail.console import Console
+from vitrail.data.datasets.base import ArrayDataset
 from vitrail.data.loading.class_weights import class_weights, loss_weights, mean_weights
 from vitrail.data.loading.train_loader import Batch
 from vitrail.models.config import ViTConfig
@@ -29,7 +29,7 @@ from vitrail.training.state import Progress, State
 
 SIZES = np.asarray([60, 12, 3, 0])
 TARGETS = np.repeat(np.arange(4), SIZES)
-SOURCE = ArrayPictures(
+SOURCE = ArrayDataset(
     name="test",
     labels=("a", "b", "c", "d"),
     paths=[str(number) for number in range(75)],
@@ -132,7 +132,7 @@ def test_a_run_trains_with_them_and_records_them(make_folder, tmp_path: Path, ti
         (data / "steep" / f"{number:03d}.png").unlink()
     lines = {}
     for kind in ("none", "inverse"):
-        run = train(data, out=tmp_path / kind, talk=Talk(quiet=True), **tiny, **{"optim.class_weights": kind}).folder
+        run = train(data, out=tmp_path / kind, talk=Console(quiet=True), **tiny, **{"optim.class_weights": kind}).folder
         lines[kind] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         noted = json.loads((run / "run.json").read_text()).get("loss_weights")
         if kind == "none":

@@ -14,8 +14,8 @@ from PIL import Image
 from vitrail.cli import run
 from vitrail.config import DataConfig
 from vitrail.data.datasets import write_shards as writing
-from vitrail.data.datasets.base import ArrayPictures
-from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.base import ArrayDataset
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.datasets.write_shards import write_shards
 
 
@@ -121,13 +121,13 @@ def test_size_and_bytes_limit_a_shard(make_folder, tmp_path):
         assert all(length % 10_240 == 0 and (limit is None or length <= limit or limit == 1) for length in lengths)
         if limit == 1:
             assert counts == [1] * 27
-        assert len(open_source(str(out)).paths) == 27
+        assert len(open_dataset(str(out)).paths) == 27
 
 
 def test_digits_become_png_of_the_same_pixels_and_must_not_be_mirrored_still(tmp_path):
     write_shards(DataConfig(source="digits"), tmp_path / "out", size=600)
-    digits, shards = open_source("digits"), open_source(str(tmp_path / "out"))
-    assert isinstance(digits, ArrayPictures)
+    digits, shards = open_dataset("digits"), open_dataset(str(tmp_path / "out"))
+    assert isinstance(digits, ArrayDataset)
     assert shards.flip_reason == digits.flip_reason
     paths = list(digits.paths)
     abouts = [json.loads(each) for name, each in members(tmp_path / "out").items() if name.endswith(".json")]
@@ -141,7 +141,7 @@ def test_shards_of_shards_keep_bytes_and_labels(photos, tmp_path):
     write_shards(DataConfig(source=str(tmp_path / "one")), tmp_path / "two", size=5, seed=7)
 
     def pictures(folder: Path) -> list[tuple[bytes, str]]:
-        source = open_source(str(folder))
+        source = open_dataset(str(folder))
         return sorted((source.encoded(i), source.labels[source.targets[i]]) for i in range(len(source.paths)))
 
     assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
@@ -199,7 +199,7 @@ def test_an_empty_folder_is_taken_and_a_deep_one_made(make_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "a" / "b"):
         write_shards(DataConfig(source=str(folder)), out, size=10)
-        assert len(open_source(str(out)).paths) == 3
+        assert len(open_dataset(str(out)).paths) == 3
 
 
 def test_a_full_disk_leaves_nothing(make_folder, tmp_path):
@@ -230,7 +230,7 @@ def test_weights_and_groups_of_a_table_go_with_its_pictures(make_folder, tmp_pat
     lines = [f"{row},g{number // 2},{1 + number / 4}" for number, row in enumerate(rows)]
     (tmp_path / "t.csv").write_text("\n".join(["path,label,group,weight", *lines]))
     write_shards(DataConfig(source=str(tmp_path / "t.csv")), tmp_path / "out", size=4)
-    table, shards = open_source(str(tmp_path / "t.csv")), open_source(str(tmp_path / "out"))
+    table, shards = open_dataset(str(tmp_path / "t.csv")), open_dataset(str(tmp_path / "out"))
 
     def told(source):
         return sorted(
@@ -247,14 +247,14 @@ def test_weights_and_groups_of_a_table_go_with_its_pictures(make_folder, tmp_pat
     ):
         one.write_bytes(content.replace(old, new, 1))
         with pytest.raises(ValueError, match=message):
-            open_source(str(tmp_path / "out"))
+            open_dataset(str(tmp_path / "out"))
 
 
 def test_numbers_as_class_names_go_round(make_folder, tmp_path):
     """Class 2 of `1 10 2` is written as .cls 2, which is also a name of another class."""
     root = make_folder(tmp_path / "shapes", classes=("1", "10", "2"), count=3)
     write_shards(DataConfig(source=str(root)), tmp_path / "out", size=4)
-    folder, shards = open_source(str(root)), open_source(str(tmp_path / "out"))
+    folder, shards = open_dataset(str(root)), open_dataset(str(tmp_path / "out"))
     assert folder.labels == shards.labels == ("1", "10", "2")
 
     def told(source):
@@ -263,4 +263,4 @@ def test_numbers_as_class_names_go_round(make_folder, tmp_path):
     assert told(folder) == told(shards)
     for path in (tmp_path / "out").glob("*.tar"):  # without what .json says, the number alone must tell the same
         path.write_bytes(path.read_bytes().replace(b'{"label"', b'{"ladel"'))
-    assert told(open_source(str(tmp_path / "out"))) == told(folder)
+    assert told(open_dataset(str(tmp_path / "out"))) == told(folder)

@@ -17,10 +17,10 @@ import torch
 from vitrail import distributed
 from vitrail.config import RunConfig
 from vitrail.config_schema import leaves, override
-from vitrail.console import Talk, duration
-from vitrail.data.datasets.open import same_source
+from vitrail.console import Console, duration
+from vitrail.data.datasets.open import same_dataset
 from vitrail.data.loading.class_weights import loss_weights, mean_weights
-from vitrail.data.setup import CheckedData, TrainData, check_cache, check_data, ready_data, tell_of_cache
+from vitrail.data.setup import CheckedData, TrainData, build_train_data, check_cache_settings, load_data, report_cache
 from vitrail.data.splits.splits import save_splits
 from vitrail.device import autocast, pick_device, supports_bf16
 from vitrail.distributed import World
@@ -30,9 +30,9 @@ from vitrail.models.kernel_choice import remark_on_window
 from vitrail.optim.schedules import Schedule
 from vitrail.recipes import Choice, Facts, build_config, recipe_file
 from vitrail.report.run_page import build_report
-from vitrail.training.finish import finish
-from vitrail.training.loop import rhythm_of
-from vitrail.training.loop import train as train_loop
+from vitrail.training.finish import evaluate_best_weights
+from vitrail.training.loop import build_cadence
+from vitrail.training.loop import train_steps as train_loop
 from vitrail.training.run_folder import (
     Run,
     check_new,
@@ -45,15 +45,15 @@ from vitrail.training.run_folder import (
 )
 from vitrail.training.signals import Stopped
 from vitrail.training.start import (
-    channels_of,
-    check_start,
     choose_kernels,
-    meaning,
-    note_of,
-    noted_start,
-    open_source_weights,
-    pinned,
-    ready_start,
+    load_start,
+    open_start_weights,
+    parse_model_spec,
+    pin_revision,
+    report_start,
+    required_channels,
+    start_from_record,
+    start_record,
 )
 from vitrail.weights.adapt import Start, refuse_misfit
 from vitrail.weights.model_file import ModelHeader, versions
@@ -94,7 +94,7 @@ def train(
     model: str | None = None,
     recipe: str | None = None,
     resume: bool = False,
-    talk: Talk | None = None,
+    talk: Console | None = None,
     **settings: Any,
 ) -> Result:
     """Train on a source of labelled pictures: `vitrail train` as a function.
@@ -112,30 +112,30 @@ def train(
         ValueError: the data, a setting or the folder cannot be used; the message says what to do.
         Stopped: SIGINT or SIGTERM came; the state is saved.
     """
-    world = distributed.join()
-    talk = talk or Talk(quiet=not world.is_main)
+    world = distributed.init()
+    talk = talk or Console(quiet=not world.is_main)
     source = os.fspath(source)
-    given = dict(settings) | ({} if model is None else meaning(model))
+    given = dict(settings) | ({} if model is None else parse_model_spec(model))
     folder = Path(out) if out is not None else None
-    folder = world.from_main(folder or (newest_folder(source) if resume else new_folder(source)))
+    folder = world.broadcast(folder or (newest_folder(source) if resume else new_folder(source)))
     data = (recipe_file(recipe or "auto") or RunConfig()).data
     folds, fold = int(given.get("data.folds", data.folds)), int(given.get("data.fold", data.fold))
-    if world.from_main(has_folds(folder)) if resume else folds > 0 and fold == -1:
+    if world.broadcast(has_folds(folder)) if resume else folds > 0 and fold == -1:
         from vitrail.training.cross_validation import train_folds
 
         return train_folds(folder, source, recipe, given, world, talk, resume=resume)
     if resume:
-        return go_on(folder, source, recipe, given, world, talk)
-    return begin(folder, source, recipe or "auto", given, world, talk)
+        return resume_run(folder, source, recipe, given, world, talk)
+    return start(folder, source, recipe or "auto", given, world, talk)
 
 
-def begin(
+def start(
     folder: Path,
     source: str,
     recipe: str,
     given: Mapping[str, Any],
     world: World,
-    talk: Talk,
+    talk: Console,
     *,
     told: bool = False,
 ) -> Result:
@@ -146,49 +146,49 @@ def begin(
     """
     check_new(folder)
     base = recipe_file(recipe)
-    opened = open_source_weights(base, given)
+    opened = open_start_weights(base, given)
     source_header = opened.header if opened else None
     if opened and "pretrained" in given:
-        given = {**given, "pretrained": pinned(given["pretrained"], opened.report.origin)}
+        given = {**given, "pretrained": pin_revision(given["pretrained"], opened.report.origin)}
     refuse_early(recipe, given, source_header)
     data_settings = {name.removeprefix("data."): value for name, value in given.items() if name.startswith("data.")}
     data_config = override((base or RunConfig()).data, {**data_settings, "source": source})
-    channels = channels_of(base, given, source_header)
-    checked = check_data(data_config, talk, channels=channels)
+    channels = required_channels(base, given, source_header)
+    checked = load_data(data_config, talk, channels=channels)
     refuse_idle_fractions(checked, given)
     facts = facts_of(checked, str(given.get("device", "auto")))
     config, choices = build_config(recipe, facts, {**given, "data.source": source}, source_header)
     check_runnable(config, facts.num_train, world)
-    start = ready_start(config, checked.source.labels, opened)
+    start = load_start(config, checked.dataset.labels, opened)
     del opened  # for hours of training, the whole model once more
-    show(checked, [] if told else choices, talk)
-    learned = check_start(config, start, talk)
-    data = ready_data(checked, config)
-    tell_of_cache(data, config.data, talk)
+    print_choices(checked, [] if told else choices, talk)
+    learned = report_start(config, start, talk)
+    data = build_train_data(checked, config)
+    report_cache(data, config.data, talk)
     if world.is_main:
         create_run(
             folder,
             config,
-            lambda path: save_splits(checked.source, checked.splits, path),
+            lambda path: save_splits(checked.dataset, checked.splits, path),
             command=command(),
-            counts={part: len(indices) for part, indices in checked.splits.parts.items()},
-            labels=list(checked.source.labels),
-            choices=[{"setting": c.setting, "value": plain(c.value), "reason": c.reason} for c in choices],
+            counts={part: len(indices) for part, indices in checked.splits.indices.items()},
+            labels=list(checked.dataset.labels),
+            choices=[{"setting": c.setting, "value": json_value(c.value), "reason": c.reason} for c in choices],
             problems=[problem.to_dict() for problem in checked.problems],
             versions=versions(),
             machine=machine(str(pick_device(config.device)), config.precision),
             num_parameters=num_parameters(config.model),
             **weights_note(data, config),
             **learned,
-            **({"start": note_of(start)} if config.pretrained else {}),
+            **({"start": start_record(start)} if config.pretrained else {}),
             processes=world.size,
-            in_memory=data.pictures.stored is not None,
+            in_memory=data.reader.stored is not None,
         )
-    world.wait()
-    return carry_out(config, data, Run(folder, world.is_main), world, talk, start)
+    world.barrier()
+    return run_to_end(config, data, Run(folder, world.is_main), world, talk, start)
 
 
-def go_on(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, talk: Talk) -> Result:
+def resume_run(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, talk: Console) -> Result:
     """Go on with a run exactly as it was configured.
 
     Raises:
@@ -197,7 +197,7 @@ def go_on(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any
     opened, config = open_run(folder)
     run = Run(opened.folder, world.is_main)
     own = dict(leaves(config))
-    if not same_source(source, config.data.source):
+    if not same_dataset(source, config.data.source):
         raise ValueError(f"{folder}: is a run of {config.data.source}, not of {source}; resume it with its own data")
     for name, value in {**given, **({} if recipe is None else {"recipe": recipe})}.items():
         if (
@@ -214,7 +214,7 @@ def go_on(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any
             )
     info = run.info()
     if info.get("status") == "finished":
-        talk.say(f"{folder} is finished already; nothing to do.")
+        talk.info(f"{folder} is finished already; nothing to do.")
         if run.is_main and not (folder / "report.html").exists():
             build_report(folder)
         return Result(folder, json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
@@ -223,18 +223,18 @@ def go_on(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any
             f"{folder}: was trained by {info['processes']} processes, not {world.size}; resume it with as many"
         )
     check_runnable(config, 1, world, schedule=False)
-    checked = check_data(config.data, talk, channels=config.model.in_channels, recorded=folder / "split.json")
-    data = ready_data(checked, config)
-    tell_of_cache(data, config.data, talk)
-    if info.get("in_memory") != (data.pictures.stored is not None):
+    checked = load_data(config.data, talk, channels=config.model.in_channels, recorded=folder / "split.json")
+    data = build_train_data(checked, config)
+    report_cache(data, config.data, talk)
+    if info.get("in_memory") != (data.reader.stored is not None):
         raise ValueError(
             f"{folder}: pictures of other sizes have come or gone since the run began, so that it would go on by another "
             "input path and not be the same run; restore the folder, or start a new run"
         )
-    talk.say(f"resuming {folder}")
+    talk.info(f"resuming {folder}")
     run.note(status="running")
-    start = noted_start(info) if world.from_main(run.has_state) else ready_start(config, checked.source.labels)
-    return carry_out(config, data, run, world, talk, start)
+    start = start_from_record(info) if world.broadcast(run.has_state) else load_start(config, checked.dataset.labels)
+    return run_to_end(config, data, run, world, talk, start)
 
 
 def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule: bool = True) -> None:
@@ -246,7 +246,7 @@ def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule:
     device = pick_device(config.device)
     autocast(config.precision, device)
     choose_kernels(config, device, measuring=False)  # raises what a wish rules out
-    check_cache(config)
+    check_cache_settings(config)
     samples = config.batch_size // world.size // config.optim.accumulate
     if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:
         raise ValueError(
@@ -271,36 +271,36 @@ def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule:
             f"{config.batch_size + world.size}, or leave them out"
         )
     if schedule:
-        rhythm = rhythm_of(config, num_train)
+        rhythm = build_cadence(config, num_train)
         Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
 
 
 def weights_note(data: TrainData, config: RunConfig) -> dict[str, Any]:
     """Return what `run.json` keeps of weights in the loss, where there are any."""
-    part = data.splits.parts["train"]
-    weights = loss_weights(data.source, part, config.optim)
-    return {} if weights is None else {"loss_weights": mean_weights(data.source, part, weights)}
+    part = data.splits.indices["train"]
+    weights = loss_weights(data.dataset, part, config.optim)
+    return {} if weights is None else {"loss_weights": mean_weights(data.dataset, part, weights)}
 
 
 def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> None:
     """Raise a ValueError when a share was asked for that the source's own parts decide."""
-    own = set() if checked.source.split is None else set(checked.source.split.tolist())
+    own = set() if checked.dataset.split is None else set(checked.dataset.split.tolist())
     for part in ("val", "test"):
         if part in own and f"data.{part}_fraction" in given:
-            raise ValueError(f"data.{part}_fraction has no effect: {checked.source.name} has its own {part} part")
+            raise ValueError(f"data.{part}_fraction has no effect: {checked.dataset.name} has its own {part} part")
 
 
-def carry_out(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk, start: Start) -> Result:
+def run_to_end(config: RunConfig, data: TrainData, run: Run, world: World, talk: Console, start: Start) -> Result:
     """Train to the end and finish."""
     if remark := remark_on_window(config.model):
-        talk.say(remark)
+        talk.info(remark)
     is_fold = run.folder.name == f"fold-{config.data.fold}" and has_folds(run.folder.parent)
     whole = run.folder.parent if is_fold else run.folder
     again = shlex.join(["vitrail", "train", config.data.source, "--out", str(whole), "--resume"])
     try:
         progress = train_loop(config, data, run, world, talk, start)
         run.note(train_seconds=round(progress.elapsed_s, 1))
-        evaluation = finish(config, data, run, world, talk)
+        evaluation = evaluate_best_weights(config, data, run, world, talk)
     except Stopped as stop:
         run.note(status="stopped")
         stop.command = again
@@ -321,7 +321,7 @@ def carry_out(config: RunConfig, data: TrainData, run: Run, world: World, talk: 
     except Exception:
         note_quietly(run, status="failed")
         raise
-    talk.say(f"trained in {duration(progress.elapsed_s)}")
+    talk.info(f"trained in {duration(progress.elapsed_s)}")
     return Result(run.folder, evaluation)
 
 
@@ -353,41 +353,41 @@ def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | No
 
 def facts_of(checked: CheckedData, device: str) -> Facts:
     """Return what recipes may look at."""
-    train_part = checked.splits.parts["train"]
-    counts = np.bincount(checked.source.targets[train_part], minlength=len(checked.source.labels))
+    train_part = checked.splits.indices["train"]
+    counts = np.bincount(checked.dataset.targets[train_part], minlength=len(checked.dataset.labels))
     sizes = checked.scan.sizes[checked.scan.good]
     chosen = pick_device(device)
     return Facts(
         num_train=len(train_part),
-        num_classes=len(checked.source.labels),
+        num_classes=len(checked.dataset.labels),
         side=int(np.median(sizes.min(axis=1))),
         uniform=bool((sizes == sizes[0]).all()),
         channels=3 if checked.scan.colour else 1,
-        flip_reason=checked.source.flip_reason,
+        flip_reason=checked.dataset.flip_reason,
         device=chosen.type,
         bf16=supports_bf16(chosen),
         class_sizes=(int(counts.min()), int(counts.max())),
     )
 
 
-def show(checked: CheckedData, choices: list[Choice], talk: Talk) -> None:
+def print_choices(checked: CheckedData, choices: list[Choice], talk: Console) -> None:
     """Print what was found and what was chosen, a line each."""
-    parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.parts.items())
-    talk.say(f"{checked.source.name}: {len(checked.source.labels)} classes; {parts} ({checked.splits.rule})")
-    if (weights := checked.source.weights) is not None:
-        talk.say(f"  the column weight says what a picture counts in the loss: {weights.min():g} to {weights.max():g}")
+    parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.indices.items())
+    talk.info(f"{checked.dataset.name}: {len(checked.dataset.labels)} classes; {parts} ({checked.splits.rule})")
+    if (weights := checked.dataset.weights) is not None:
+        talk.info(f"  the column weight says what a picture counts in the loss: {weights.min():g} to {weights.max():g}")
     for choice in choices:
         is_model = choice.setting in ("variant", "pretrained")
         if choice.value or not is_model:
-            talk.say(f"  --{'model' if is_model else choice.setting} {shown(choice.value)}: {choice.reason}")
+            talk.info(f"  --{'model' if is_model else choice.setting} {cli_value(choice.value)}: {choice.reason}")
 
 
-def shown(value: Any) -> str:
+def cli_value(value: Any) -> str:
     """Return a value as it is written on the command line."""
     return " ".join(str(each) for each in value) if isinstance(value, tuple) else str(value)
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Return a value as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 

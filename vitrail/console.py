@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
+import rich.console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -14,24 +14,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _QUIET_SECONDS = 10.0
 
 
-class Talk:
-    """The one mouth of a command. `quiet` processes (all but the first under torchrun) say nothing."""
+class Console:
+    """What a command prints: lines, warnings, results and progress bars; nothing at all where it is `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.out = Console(quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
-        self.live = self.out.is_terminal and not quiet
+        self.terminal = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
+        self.live = self.terminal.is_terminal and not quiet
 
-    def say(self, line: str = "") -> None:
+    def info(self, line: str = "") -> None:
         """Print a line."""
-        self.out.print(printable(line))
+        self.terminal.print(printable(line))
 
     def warn(self, line: str) -> None:
         """Print a line that should be noticed."""
-        self.out.print(f"[yellow]warning:[/] {printable(line)}")
+        self.terminal.print(f"[yellow]warning:[/] {printable(line)}")
 
-    def good(self, line: str) -> None:
+    def success(self, line: str) -> None:
         """Print a result."""
-        self.out.print(f"[bold green]{printable(line)}[/]")
+        self.terminal.print(f"[bold green]{printable(line)}[/]")
 
     @contextlib.contextmanager
     def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
@@ -40,7 +40,7 @@ class Talk:
             yield self._lines(what)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.out, transient=True) as progress:
+        with Progress(*columns, console=self.terminal, transient=True) as progress:
             task = progress.add_task(what, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -51,7 +51,7 @@ class Talk:
             nonlocal spoken_at
             if time.monotonic() - spoken_at >= _QUIET_SECONDS:
                 spoken_at = time.monotonic()
-                self.say(f"{what}: {done:,} of {total:,}")
+                self.info(f"{what}: {done:,} of {total:,}")
 
         return advance
 
@@ -64,18 +64,18 @@ def printable(line: str) -> str:
 class TrainingDisplay:
     """The progress of a training: a live bar in a terminal, a line now and then elsewhere."""
 
-    def __init__(self, talk: Talk, *, total_steps: int, steps_per_epoch: float, start: int) -> None:
-        self.talk, self.total_steps, self.steps_per_epoch = talk, total_steps, steps_per_epoch
+    def __init__(self, console: Console, *, total_steps: int, steps_per_epoch: float, start: int) -> None:
+        self.console, self.total_steps, self.steps_per_epoch = console, total_steps, steps_per_epoch
         self.spoken_at = 0.0
         self.progress: Progress | None = None
-        if talk.live:
+        if console.live:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
             )
-            self.progress = Progress(*columns, console=talk.out)
+            self.progress = Progress(*columns, console=console.terminal)
             self.task = self.progress.add_task("starting", total=total_steps, completed=start, figures="")
 
     def __enter__(self) -> TrainingDisplay:
@@ -96,12 +96,12 @@ class TrainingDisplay:
             self.progress.update(self.task, completed=step, description=where, figures=figures)
         elif time.monotonic() - self.spoken_at >= _QUIET_SECONDS:
             self.spoken_at = time.monotonic()
-            self.talk.say(f"{where}  step {step:,} of {self.total_steps:,}  {figures}  {duration(remaining_s)} left")
+            self.console.info(f"{where}  step {step:,} of {self.total_steps:,}  {figures}  {duration(remaining_s)} left")
 
-    def judged(self, epoch: float, top1: float, loss: float, count: int, better: bool) -> None:
+    def evaluated(self, epoch: float, top1: float, loss: float, count: int, is_best: bool) -> None:
         """Show a judgement."""
-        mark = "  best so far" if better else ""
-        self.talk.say(f"epoch {round(epoch, 1):g}: validation accuracy {top1:.2%} of {count:,}, loss {loss:.4f}{mark}")
+        mark = "  best so far" if is_best else ""
+        self.console.info(f"epoch {round(epoch, 1):g}: validation accuracy {top1:.2%} of {count:,}, loss {loss:.4f}{mark}")
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ class World:
             return objective
         return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
 
-    def most(self, *numbers: float) -> tuple[float, ...]:
+    def max(self, *numbers: float) -> tuple[float, ...]:
         """Return the largest of each number over all processes, so that all decide alike."""
         if self.size == 1:
             return numbers
@@ -38,7 +38,7 @@ class World:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return tuple(values.tolist())
 
-    def average_(self, tensors: list[torch.Tensor]) -> None:
+    def mean_(self, tensors: list[torch.Tensor]) -> None:
         """Replace each tensor by its mean over all processes."""
         if self.size == 1 or not tensors:
             return
@@ -48,20 +48,20 @@ class World:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def from_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the main process's value on every process."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
 
-def join() -> World:
+def init() -> World:
     """Join the processes that torchrun started, or be a world of one.
 
     The gloo back end works on every machine; on GPUs NCCL carries the tensors that live there.
@@ -76,7 +76,7 @@ def join() -> World:
     return World(dist.get_rank(), size)
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Leave the processes joined."""
     if dist.is_initialized():
         dist.destroy_process_group()

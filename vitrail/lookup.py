@@ -29,7 +29,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {what} {name!r}{hint} Known: {', '.join(names)}"
 
 
-def some(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
+def shorten(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """Return the first of many names, and how many more there are."""
     rest = len(names) - most
     return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -14,8 +14,8 @@ import pytest
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data.check.check import Checked, check_source
-from vitrail.data.images.decode import is_picture_name
+from vitrail.data.check.check import CheckResult, check_dataset
+from vitrail.data.images.decode import is_image_name
 
 CORRECTED = {"pillow/broken_data_stream.png": "damaged"}  # see test_nasty.py
 
@@ -29,11 +29,11 @@ def photographs(shared_data, tmp_path_factory) -> Path:
     return next(path for path in folder.rglob("train") if path.is_dir()).parent
 
 
-def check(root: Path, **settings) -> Checked:
-    return check_source(DataConfig(source=str(root), **settings))
+def check(root: Path, **settings) -> CheckResult:
+    return check_dataset(DataConfig(source=str(root), **settings))
 
 
-def paths_of(checked: Checked, *kinds: str) -> list[set[str]]:
+def paths_of(checked: CheckResult, *kinds: str) -> list[set[str]]:
     return [set(problem.paths) for problem in checked.problems if problem.kind in kinds]
 
 
@@ -58,7 +58,7 @@ def test_every_nasty_file_gets_its_verdict(shared_data, tmp_path):
         if Path(name).name.startswith("."):
             assert name not in given  # hidden files are passed over without a word
         elif name in skipped:
-            assert wanted == "unreadable" and not is_picture_name(name)
+            assert wanted == "unreadable" and not is_image_name(name)
         else:
             assert verdicts.get(name, "ok") == wanted, name
         turned = row["verdict"] == "ok" and any(f"EXIF orientation {turn}" in row["notes"] for turn in range(2, 9))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vitrail.data.images.decode import PictureError, inspect_picture, is_picture_name, read_picture
+from vitrail.data.images.decode import ImageError, inspect_image, is_image_name, read_image
 
 # The list calls this picture ok, because Pillow's second load() after a failed one reports success. Its stream
 # breaks off 3 of 128 rows before the end, which is what the list's own README calls damaged.
@@ -56,7 +56,7 @@ def test_every_file_gets_its_verdict_and_its_facts(shared_data, rows):
     assert len(rows) == 136
     wrong = []
     for row in rows:
-        info = inspect_picture(shared_data / "nasty" / row["file"])
+        info = inspect_image(shared_data / "nasty" / row["file"])
         wanted = expected(row)
         got = {key: getattr(info, key) for key in wanted}
         if got != wanted or (info.reason == "") != (info.verdict == "ok"):
@@ -68,12 +68,12 @@ def test_good_files_read_the_same_from_bytes_and_give_the_size_told(shared_data,
     for row in rows:
         path = shared_data / "nasty" / row["file"]
         if (verdict := expected(row)["verdict"]) == "ok":
-            picture, info = read_picture(path), inspect_picture(path, decode=False)
+            picture, info = read_image(path), inspect_image(path, decode=False)
             assert (picture.mode, picture.size) == ("RGB", (info.width, info.height)), row["file"]
-            assert read_picture(path.read_bytes(), mode="L").size == picture.size
+            assert read_image(path.read_bytes(), mode="L").size == picture.size
         else:
-            with pytest.raises(PictureError) as caught:
-                read_picture(path)
+            with pytest.raises(ImageError) as caught:
+                read_image(path)
             assert (caught.value.verdict, caught.value.path) == (verdict, str(path))
 
 
@@ -81,22 +81,22 @@ def test_what_is_damaged_can_be_kept_and_the_rest_cannot(shared_data, rows):
     for row in rows:
         path, wanted = shared_data / "nasty" / row["file"], expected(row)
         if wanted["verdict"] == "damaged":
-            assert read_picture(path, damaged="keep").size == (wanted["width"], wanted["height"])
+            assert read_image(path, damaged="keep").size == (wanted["width"], wanted["height"])
         elif wanted["verdict"] != "ok":
-            with pytest.raises(PictureError):
-                read_picture(path, damaged="keep")
+            with pytest.raises(ImageError):
+                read_image(path, damaged="keep")
 
 
 def test_memory_stays_bounded(shared_data, rows):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for row in rows:
-        inspect_picture(shared_data / "nasty" / row["file"])
+        inspect_image(shared_data / "nasty" / row["file"])
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown_mib < 200
 
 
 def test_hidden_files_are_not_pictures_by_name(rows):
-    hidden = {row["file"] for row in rows if not is_picture_name(row["file"])}
+    hidden = {row["file"] for row in rows if not is_image_name(row["file"])}
     assert hidden == {
         "made/._appledouble.jpg",
         "made/.hidden.jpg",
@@ -109,7 +109,7 @@ def test_oriented_series_look_the_same(shared_data, rows):
     """The eight landscapes (and portraits) are one photograph, stored in eight ways."""
     for series in ("Landscape", "Portrait"):
         names = [row["file"] for row in rows if f"/{series}_" in row["file"]]
-        small = [read_picture(shared_data / "nasty" / name, mode="L").resize((18, 12)).tobytes() for name in names]
+        small = [read_image(shared_data / "nasty" / name, mode="L").resize((18, 12)).tobytes() for name in names]
         assert len(small) >= 5
         for each in small[1:]:
             apart = sum(abs(a - b) for a, b in zip(small[0], each, strict=True)) / len(each)

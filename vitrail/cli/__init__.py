@@ -18,7 +18,7 @@ import tyro
 import vitrail
 from vitrail.cli import check, doctor, eval, export, models, predict, probe, report, shard, train
 from vitrail.cli.output import INTERRUPTED, OK, USAGE_ERROR, fail
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.lookup import unknown
 
 COMMANDS: dict[str, ModuleType] = {
@@ -49,10 +49,10 @@ def main() -> None:
 def run(words: list[str]) -> int:
     """Run a command line, given as its words after `vitrail`, and return the exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
-        Talk().out.print(overview())
+        Console().terminal.print(overview())
         return OK if words else USAGE_ERROR
     if words[0] in ("-V", "--version", "version"):
-        Talk().say(f"vitrail {vitrail.__version__}")
+        Console().info(f"vitrail {vitrail.__version__}")
         return OK
     if words[0] not in COMMANDS:
         return fail(f"{unknown('command', words[0], COMMANDS)}. See vitrail --help", USAGE_ERROR)

@@ -13,10 +13,10 @@ from tyro.conf import arg
 from vitrail.cli.options import DataArgument, given_settings, require_folder, section_of
 from vitrail.cli.output import OK, fail, write_json
 from vitrail.config import AugmentConfig, DataConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 
 if TYPE_CHECKING:
-    from vitrail.data.check.check import Checked
+    from vitrail.data.check.check import CheckResult
 
 HELP = "Look for all that spoils a training: broken files, leaks, wrong labels, odd images."
 
@@ -51,24 +51,24 @@ Options = dataclasses.make_dataclass(
 
 def run(options: Any) -> int:
     """Check the data, print a summary, and write the files that are asked for."""
-    from vitrail.data.check.check import check_source
+    from vitrail.data.check.check import check_dataset
     from vitrail.report.check_page import summary
 
     for flag, path in (("--out", options.out), ("--html", options.html), ("--out-sheet", options.out_sheet)):
         require_folder(flag, path)
     refuse_options_without_sheet(options)
-    talk = Talk()
+    talk = Console()
     config = DataConfig(source=options.data_source, **given_settings(options.data))
-    checked = check_source(config, quick=options.quick, bar=talk.bar)
+    checked = check_dataset(config, quick=options.quick, bar=talk.bar)
     for line in summary(checked):
-        talk.say(line)
+        talk.info(line)
     write_findings(options, checked, talk)
     if not checked.ok:
         return fail_with_errors(options, checked, talk)
     if options.show_augmentation:
         write_contact_sheet(options, config, talk)
-    talk.good("no errors" + ("" if checked.problems else ", and nothing to warn of"))
-    talk.say(f"next:    vitrail train {shlex.quote(options.data_source)}")
+    talk.success("no errors" + ("" if checked.problems else ", and nothing to warn of"))
+    talk.info(f"next:    vitrail train {shlex.quote(options.data_source)}")
     return OK
 
 
@@ -86,32 +86,32 @@ def refuse_options_without_sheet(options: Any) -> None:
             raise ValueError(f"{name} {value} is for the contact sheet; add --show-augmentation, or leave it out")
 
 
-def write_findings(options: Any, checked: Checked, talk: Talk) -> None:
+def write_findings(options: Any, checked: CheckResult, talk: Console) -> None:
     """Write all findings as JSON and as a page, as far as they are asked for."""
     from vitrail.report.check_page import write_page
 
     if options.out is not None:
         write_json(options.out, checked.to_dict())
-        talk.say(f"all findings: {options.out}")
+        talk.info(f"all findings: {options.out}")
     if options.html is not None:
         write_page(checked, options.data_source, Path(options.html))
-        talk.say(f"page: {options.html}")
+        talk.info(f"page: {options.html}")
 
 
-def write_contact_sheet(options: Any, config: DataConfig, talk: Talk) -> None:
+def write_contact_sheet(options: Any, config: DataConfig, talk: Console) -> None:
     """Write the sheet of images as training would see them."""
     from vitrail.report.contact_sheet import write_sheet
 
     path = options.out_sheet or "augmentation.png"
     given = given_settings(options.augment, "augment")
     write_sheet(config, Path(path), recipe=options.recipe or "auto", given=given)
-    talk.say(f"what training would see: {path}")
+    talk.info(f"what training would see: {path}")
 
 
-def fail_with_errors(options: Any, checked: Checked, talk: Talk) -> int:
+def fail_with_errors(options: Any, checked: CheckResult, talk: Console) -> int:
     """Print how many errors there are, and where to see them; return the exit code."""
     number = sum(problem.severity == "error" for problem in checked.problems)
-    if options.html is None and checked.source is not None:
+    if options.html is None and checked.dataset is not None:
         data = shlex.quote(options.data_source)
-        talk.say(f"next:    vitrail check {data} --html check.html   (a page with the images in question)")
+        talk.info(f"next:    vitrail check {data} --html check.html   (a page with the images in question)")
     return fail(f"{number:,} errors; mend them first" if number > 1 else "1 error; mend it first")

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from vitrail.cli.options import require_folder
 from vitrail.cli.output import OK, write_json
-from vitrail.console import Talk
+from vitrail.console import Console
 
 if TYPE_CHECKING:
     from vitrail.doctor import Finding
@@ -39,19 +39,19 @@ def run(options: Options) -> int:
 
     require_folder("--out", options.out)
     findings = examine(options.models, fresh=options.fresh)
-    print_findings(findings, Talk())
+    print_findings(findings, Console())
     if options.out is not None:
         write_json(options.out, [dataclasses.asdict(finding) for finding in findings])
     return OK
 
 
-def print_findings(findings: Sequence[Finding], talk: Talk) -> None:
+def print_findings(findings: Sequence[Finding], talk: Console) -> None:
     """Print the findings under their topics, values aligned within a topic."""
     for topic, members in itertools.groupby(findings, key=lambda finding: finding.topic):
         group = list(members)
         width = 2 + max(len(finding.name) for finding in group)
-        talk.out.print(f"[bold]{topic}[/]")
+        talk.terminal.print(f"[bold]{topic}[/]")
         for finding in group:
-            talk.say(f"  {finding.name:<{width}}{finding.value}")
+            talk.info(f"  {finding.name:<{width}}{finding.value}")
             if finding.advice:
                 talk.warn(finding.advice)

@@ -21,7 +21,7 @@ from vitrail.cli.options import (
 )
 from vitrail.cli.output import OK, recall_note, write_json
 from vitrail.config import DataConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 
 HELP = "Evaluate a model on labelled images: accuracy, loss, calibration, confusion."
 
@@ -47,7 +47,7 @@ def run(options: Options) -> int:
     from vitrail.evaluation.evaluate import evaluate
 
     require_folder("--out", options.out)
-    talk = Talk()
+    talk = Console()
     metrics = evaluate(
         options.model,
         options.data,
@@ -62,16 +62,16 @@ def run(options: Options) -> int:
     print_metrics(metrics, talk)
     if options.out is not None:
         write_json(options.out, metrics)
-        talk.say(f"all figures: {options.out}")
+        talk.info(f"all figures: {options.out}")
     return OK
 
 
-def print_metrics(metrics: Mapping[str, Any], talk: Talk) -> None:
+def print_metrics(metrics: Mapping[str, Any], talk: Console) -> None:
     """Print accuracy, loss, calibration, and the classes with the lowest recall."""
     images = f"{metrics['num_images']:,} images ({metrics['split']})"
-    talk.good(f"accuracy {metrics['top1']:.2%} of {images}{recall_note(metrics)}")
+    talk.success(f"accuracy {metrics['top1']:.2%} of {images}{recall_note(metrics)}")
     calibration = f"{metrics['ece']:.2%} (calibrated, as predict: {metrics['calibrated']['ece']:.2%})"
-    talk.say(f"top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  calibration error {calibration}")
+    talk.info(f"top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  calibration error {calibration}")
     recalls = [(row["recall"], label) for label, row in metrics["per_class"].items() if row["recall"] is not None]
     lowest = ", ".join(f"{label} ({recall:.1%})" for recall, label in sorted(recalls)[:3])
-    talk.say(f"lowest recall: {lowest}")
+    talk.info(f"lowest recall: {lowest}")

@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from vitrail.cli.options import ModelArgument
 from vitrail.cli.output import OK
-from vitrail.console import Talk
+from vitrail.console import Console
 
 HELP = "Write a model for transformers or timm, or a foreign model as a model file of Vitrail."
 
@@ -32,9 +32,9 @@ def run(options: Options) -> int:
     from vitrail.export.formats import export
     from vitrail.weights.user_spec import parse_described
 
-    talk = Talk()
+    talk = Console()
     exported = export(options.model, options.to, out=options.out, described=parse_described(options.describe))
     for note in exported.notes:
-        talk.say(note)
-    talk.good(f"written: {exported.path}")
+        talk.info(note)
+    talk.success(f"written: {exported.path}")
     return OK

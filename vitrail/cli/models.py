@@ -10,7 +10,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from vitrail.cli.output import OK
-from vitrail.console import Talk
+from vitrail.console import Console
 
 HELP = "List the architectures with their parameters and cost, or draw one."
 
@@ -28,24 +28,24 @@ class Options:
 def run(options: Options) -> int:
     """List the variants, or draw the one that is named."""
     if options.name is None:
-        print_variants(Talk())
+        print_variants(Console())
     else:
-        print_drawing(options.name, Talk())
+        print_drawing(options.name, Console())
     return OK
 
 
-def print_variants(talk: Talk) -> None:
+def print_variants(talk: Console) -> None:
     """Print a table of the variants with their size and cost, and how names are combined."""
     from vitrail.models.variants import LISTED, SUFFIXES
 
     table = Table(*_COLUMNS, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in LISTED:
         table.add_row(*variant_row(name))
-    talk.out.print(table)
-    talk.say("Any size and patch can be combined (s8, ti14, …).")
-    talk.say(f"Suffixes: {', '.join('-' + suffix for suffix in SUFFIXES)}, -local7 (any odd window),")
-    talk.say("and timm's CNNs as encoder, such as -resnet50, -efficientnet_b0; several combine: s16-resnet50-concat.")
-    talk.say("One as a drawing of its data flow: vitrail models NAME")
+    talk.terminal.print(table)
+    talk.info("Any size and patch can be combined (s8, ti14, …).")
+    talk.info(f"Suffixes: {', '.join('-' + suffix for suffix in SUFFIXES)}, -local7 (any odd window),")
+    talk.info("and timm's CNNs as encoder, such as -resnet50, -efficientnet_b0; several combine: s16-resnet50-concat.")
+    talk.info("One as a drawing of its data flow: vitrail models NAME")
 
 
 def variant_row(name: str) -> tuple[str, ...]:
@@ -60,13 +60,13 @@ def variant_row(name: str) -> tuple[str, ...]:
     return (name, *map(str, sizes), *cost)
 
 
-def print_drawing(name: str, talk: Talk) -> None:
+def print_drawing(name: str, talk: Console) -> None:
     """Print a variant's data flow with shapes, parameters and cost."""
-    from vitrail.models.drawing import draw
+    from vitrail.models.drawing import draw_architecture
     from vitrail.models.kernel_choice import remark_on_window
     from vitrail.models.variants import variant_config
 
     config = variant_config(name)
-    talk.say(f"{name}: {draw(config)}")
+    talk.info(f"{name}: {draw_architecture(config)}")
     if remark := remark_on_window(config):
-        talk.say(remark)
+        talk.info(remark)

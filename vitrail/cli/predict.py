@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from vitrail.cli.options import Device, ImageSize, ModelArgument, PatchSize, Resize
 from vitrail.cli.output import OK, USAGE_ERROR, fail
-from vitrail.console import Talk
+from vitrail.console import Console
 
 if TYPE_CHECKING:
     from vitrail.evaluation.classifier import Classifier, Prediction
@@ -36,34 +36,34 @@ class Options:
 
 def run(options: Options) -> int:
     """Predict, and print or write a row for every image."""
-    from vitrail.evaluation.prediction_tables import check_ending, find_pictures, write_table
+    from vitrail.evaluation.prediction_tables import check_ending, find_images, write_table
 
     if options.out is not None:
         check_ending(Path(options.out))
     if not options.paths:
         return fail("predict needs at least one image, folder or glob after MODEL", USAGE_ERROR)
-    talk = Talk()
+    talk = Console()
     classifier = load_classifier(options, talk)
-    rows = classifier.predict(find_pictures(options.paths), top=5 if options.top is None else options.top)
+    rows = classifier.predict(find_images(options.paths), top=5 if options.top is None else options.top)
     failed = sum(row.error is not None for row in rows)
     if options.out is None:
         for row in rows:
-            talk.say(f"{row.path}  {row_text(row, top=options.top or 1)}")
+            talk.info(f"{row.path}  {row_text(row, top=options.top or 1)}")
     else:
         write_table(Path(options.out), rows)
-        talk.say(f"{len(rows):,} rows in {options.out}" + (f", {failed:,} with an error" if failed else ""))
+        talk.info(f"{len(rows):,} rows in {options.out}" + (f", {failed:,} with an error" if failed else ""))
     return OK if failed < len(rows) else fail(f"none of the {len(rows)} images could be read")
 
 
-def load_classifier(options: Options, talk: Talk) -> Classifier:
+def load_classifier(options: Options, talk: Console) -> Classifier:
     """Load the model at the size that is asked for, and warn of what makes its answers doubtful."""
     from vitrail.device import pick_device
     from vitrail.evaluation.classifier import load
-    from vitrail.evaluation.evaluate import tell_of_weights, warn_of_patches
+    from vitrail.evaluation.evaluate import report_weights, warn_of_patches
 
     classifier = load(options.model).to(pick_device(options.device))
     classifier = classifier.at(image_size=options.image_size, patch_size=options.patch_size, resize=options.resize)
-    tell_of_weights(classifier, talk)
+    report_weights(classifier, talk)
     warn_of_patches(classifier, talk)
     classifier = classifier.tuned(measuring=False)
     return classifier

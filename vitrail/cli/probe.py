@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from vitrail.cli.options import MODEL, Damaged, DataArgument, Device, FiguresFile, ImageSize, require_folder
 from vitrail.cli.output import OK, write_json
 from vitrail.config import DataConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 
 HELP = "Say in seconds what a model's features are worth on your images: k-NN, ridge, logistic regression."
 
@@ -40,7 +40,7 @@ def run(options: Options) -> int:
     from vitrail.evaluation.probe import probe
 
     require_folder("--out", options.out)
-    talk = Talk()
+    talk = Console()
     result = probe(
         options.model,
         options.data,
@@ -54,36 +54,36 @@ def run(options: Options) -> int:
     print_result(result, talk)
     if options.out is not None:
         write_json(options.out, result)
-        talk.say(f"all figures: {options.out}")
+        talk.info(f"all figures: {options.out}")
     print_next(options, talk)
     return OK
 
 
-def print_result(result: Mapping[str, Any], talk: Talk) -> None:
+def print_result(result: Mapping[str, Any], talk: Console) -> None:
     """Print the accuracy of each of the three classifiers, and where the time went."""
     seconds = result["seconds_each"]
     images = f"{result['num_train']:,} images (train), evaluated on {result['num_images']:,} ({result['split']})"
-    talk.say(f"fitted to {images}")
+    talk.info(f"fitted to {images}")
     counts = f"{result['computed']:,} images computed, {result['from_cache']:,} from the cache"
-    talk.say(f"features  {counts}, {result['num_features']} numbers each  {seconds['features']:.2f} s")
+    talk.info(f"features  {counts}, {result['num_features']} numbers each  {seconds['features']:.2f} s")
     for name, title, how in (
         ("knn", "k-NN", f"k = {result['k']}"),
         ("ridge", "ridge", f"λ = {result['lambda']:.3g}, chosen by leave-one-out"),
         ("logistic", "logistic", f"α = {result['alpha']:.3g}, {result['steps']} steps"),
     ):
-        talk.good(f"{title:<9} accuracy {result[name]:.2%}  {seconds[name]:.2f} s  ({how})")
-    talk.say(f"all of it took {result['seconds']:.1f} s, of which checking the data took {seconds['data']:.1f} s")
-    talk.say(f"features cached in {result['cache']} ({result['cache_bytes'] / 1e6:.1f} MB)")
+        talk.success(f"{title:<9} accuracy {result[name]:.2%}  {seconds[name]:.2f} s  ({how})")
+    talk.info(f"all of it took {result['seconds']:.1f} s, of which checking the data took {seconds['data']:.1f} s")
+    talk.info(f"features cached in {result['cache']} ({result['cache_bytes'] / 1e6:.1f} MB)")
     if not result["converged"]:
         talk.warn("the logistic regression has not converged; its accuracy may still change a little")
 
 
-def print_next(options: Options, talk: Talk) -> None:
+def print_next(options: Options, talk: Console) -> None:
     """Print the command that follows: saving the probe as a model, or evaluating the one that was saved."""
     model, data = shlex.quote(options.model), shlex.quote(options.data)
     if options.save is None:
         size = "" if options.image_size is None else f" --image-size {options.image_size}"
-        talk.say(f"next:    vitrail probe {model} {data}{size} --save probe.safetensors")
+        talk.info(f"next:    vitrail probe {model} {data}{size} --save probe.safetensors")
     else:
-        talk.say(f"model:   {options.save}")
-        talk.say(f"next:    vitrail eval {shlex.quote(options.save)} {data}")
+        talk.info(f"model:   {options.save}")
+        talk.info(f"next:    vitrail eval {shlex.quote(options.save)} {data}")

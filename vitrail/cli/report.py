@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from vitrail.cli.output import OK
-from vitrail.console import Talk
+from vitrail.console import Console
 
 HELP = "Rebuild the HTML page of a run."
 
@@ -25,5 +25,5 @@ def run(options: Options) -> int:
     """Rebuild the page of a run, and print its path."""
     from vitrail.report.run_page import build_report
 
-    Talk().say(str(build_report(Path(options.run))))
+    Console().info(str(build_report(Path(options.run))))
     return OK

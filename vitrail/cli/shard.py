@@ -12,10 +12,10 @@ from tyro.conf import Positional, arg
 from vitrail.cli.options import Damaged, DataArgument
 from vitrail.cli.output import OK
 from vitrail.config import DataConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 
 if TYPE_CHECKING:
-    from vitrail.data.datasets.write_shards import Written
+    from vitrail.data.datasets.write_shards import WrittenShards
 
 HELP = "Write images into WebDataset tar shards, as they are, for network disks, object stores and other readers."
 
@@ -39,7 +39,7 @@ def run(options: Options) -> int:
     """Write shards, and print what is in them."""
     from vitrail.data.datasets.write_shards import write_shards
 
-    talk = Talk()
+    talk = Console()
     config = DataConfig(source=options.data, damaged=options.damaged)
     written = write_shards(
         config, Path(options.out), size=options.size, limit_bytes=options.bytes, seed=options.seed, bar=talk.bar
@@ -48,15 +48,15 @@ def run(options: Options) -> int:
     return OK
 
 
-def print_result(written: Written, folder: str, talk: Talk) -> None:
+def print_result(written: WrittenShards, folder: str, talk: Console) -> None:
     """Print the number of images and shards, and every split's shards as one pattern."""
     for problem in written.problems:
         talk.warn(problem.message)
     counts = ", ".join(f"{count:,} {split}" for split, count in written.counts.items())
     left_out = f"; {written.num_left_out:,} broken ones left out" if written.num_left_out else ""
-    talk.good(f"{counts} in {len(written.names):,} shards, {written.num_bytes / 1e6:,.1f} MB{left_out}")
+    talk.success(f"{counts} in {len(written.names):,} shards, {written.num_bytes / 1e6:,.1f} MB{left_out}")
     for split in written.counts:
         names = [name for name in written.names if name.startswith(f"{split}-")]
         last = names[-1].removeprefix(f"{split}-").removesuffix(".tar")
-        talk.say(f"{split + ':':<10}{folder}/{split}-{{{'0' * len(last)}..{last}}}.tar")
-    talk.say(f"next:     vitrail train {shlex.quote(folder)}")
+        talk.info(f"{split + ':':<10}{folder}/{split}-{{{'0' * len(last)}..{last}}}.tar")
+    talk.info(f"next:     vitrail train {shlex.quote(folder)}")

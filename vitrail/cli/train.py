@@ -13,7 +13,7 @@ from tyro.conf import arg
 from vitrail.cli.options import MODEL, DataArgument, given_settings, settings_of
 from vitrail.cli.output import OK, recall_note
 from vitrail.config import RunConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 
 if TYPE_CHECKING:
     from vitrail.api import Result
@@ -47,7 +47,7 @@ def run(options: Any) -> int:
     from vitrail.api import train
     from vitrail.training.signals import Stopped
 
-    talk = Talk(quiet=os.environ.get("RANK", "0") != "0")
+    talk = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
         result = train(
             options.data_source,
@@ -59,25 +59,25 @@ def run(options: Any) -> int:
             **given_settings(options, own=OwnOptions),
         )
     except Stopped as stop:
-        talk.say(f"{stop}; everything is saved. Go on with:\n  {stop.command}")
+        talk.info(f"{stop}; everything is saved. Go on with:\n  {stop.command}")
         return 128 + stop.number
     finally:
-        distributed.leave()
+        distributed.shutdown()
     print_result(result, talk)
     return OK
 
 
-def print_result(result: Result, talk: Talk) -> None:
+def print_result(result: Result, talk: Console) -> None:
     """Print the accuracy on every split, where the files lie, and the next command."""
     for split, metrics in result.evaluation.items():
         name = {"val": "validation", "test": "test"}[split]
         correct = round(metrics["top1"] * metrics["num_images"])
         counts = f"{correct:,} of {metrics['num_images']:,}"
-        talk.good(f"{name} accuracy {metrics['top1']:.2%} ({counts}){recall_note(metrics)}")
+        talk.success(f"{name} accuracy {metrics['top1']:.2%} ({counts}){recall_note(metrics)}")
     run_folder = result.folder
     if result.folds:
-        talk.say(f"folds:   {result.folder / 'folds.json'}")
+        talk.info(f"folds:   {result.folder / 'folds.json'}")
         run_folder = result.folder / "fold-0"
-    talk.say(f"report:  {run_folder / 'report.html'}")
-    talk.say(f"model:   {run_folder / 'model.safetensors'}")
-    talk.say(f"next:    vitrail predict {shlex.quote(str(run_folder))} IMAGE…")
+    talk.info(f"report:  {run_folder / 'report.html'}")
+    talk.info(f"model:   {run_folder / 'model.safetensors'}")
+    talk.info(f"next:    vitrail predict {shlex.quote(str(run_folder))} IMAGE…")

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 
 from vitrail.config import DataConfig, RunConfig
-from vitrail.console import Talk, byte_size
-from vitrail.data.cache.decoded import PictureCache
-from vitrail.data.cache.scans import KeptLooks
-from vitrail.data.check.scan import Scan, scan_source
-from vitrail.data.datasets.base import Source
-from vitrail.data.datasets.keys import picture_keys
-from vitrail.data.datasets.open import open_source
-from vitrail.data.images.preprocess import Preprocess, preprocess_of
+from vitrail.console import Console, byte_size
+from vitrail.data.cache.decoded import DecodedImageCache
+from vitrail.data.cache.scans import ScanCache
+from vitrail.data.check.scan import Scan, scan_dataset
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.datasets.keys import image_keys
+from vitrail.data.datasets.open import open_dataset
+from vitrail.data.images.preprocess import Preprocess, preprocess_from_config
 from vitrail.data.loading.class_weights import loss_weights
-from vitrail.data.loading.reader import Pictures
-from vitrail.data.loading.train_loader import TrainStream
+from vitrail.data.loading.reader import ImageReader
+from vitrail.data.loading.train_loader import TrainLoader
 from vitrail.data.problems import Problem, stop_on_errors
-from vitrail.data.splits.splits import Splits, check_trainable, load_splits, make_splits
+from vitrail.data.splits.splits import Splits, check_trainable, load_splits, split_dataset
 from vitrail.distributed import World
 
 
@@ -31,7 +31,7 @@ from vitrail.distributed import World
 class CheckedData:
     """A source that was looked at whole, and its division."""
 
-    source: Source
+    dataset: Dataset
     scan: Scan
     splits: Splits
     problems: tuple[Problem, ...]
@@ -41,22 +41,22 @@ class CheckedData:
 class TrainData:
     """The pictures as the model will see them."""
 
-    source: Source
+    dataset: Dataset
     splits: Splits
-    pictures: Pictures
+    reader: ImageReader
 
-    def stream(self, config: RunConfig, device: torch.device, world: World) -> TrainStream:
+    def loader(self, config: RunConfig, device: torch.device, world: World) -> TrainLoader:
         """Return the endless training batches of one process."""
-        return TrainStream(
-            self.pictures,
-            self.splits.parts["train"],
+        return TrainLoader(
+            self.reader,
+            self.splits.indices["train"],
             batch_size=config.batch_size,
             seed=config.seed,
             augment=config.augment,
             device=device,
             patch_sizes=config.model.patch_sizes,
             sampling=config.data.sampling,
-            weights=loss_weights(self.source, self.splits.parts["train"], config.optim),
+            weights=loss_weights(self.dataset, self.splits.indices["train"], config.optim),
             rank=world.rank,
             ranks=world.size,
         )
@@ -65,7 +65,7 @@ class TrainData:
         """Return what the model file keeps of the division: enough to make it again and to know it."""
         return {
             "fingerprint": self.splits.fingerprint,
-            "source": self.source.name,
+            "source": self.dataset.name,
             "val_fraction": config.val_fraction,
             "test_fraction": config.test_fraction,
             "split_seed": config.split_seed,
@@ -75,7 +75,7 @@ class TrainData:
         }
 
 
-def check_data(config: DataConfig, talk: Talk, *, channels: int = 0, recorded: Path | None = None) -> CheckedData:
+def load_data(config: DataConfig, talk: Console, *, channels: int = 0, recorded: Path | None = None) -> CheckedData:
     """Open a source, look at every picture, divide it.
 
     Args:
@@ -85,14 +85,14 @@ def check_data(config: DataConfig, talk: Talk, *, channels: int = 0, recorded: P
     Raises:
         ValueError: the data cannot be trained on; the message lists every error.
     """
-    source = open_source(
+    source = open_dataset(
         config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=talk.bar
     )
     stop_on_errors(source.problems)
-    scan = look_at(source, config, talk, channels=channels)
+    scan = scan_or_stop(source, config, talk, channels=channels)
     problems = [*source.problems, *scan.problems]
     splits = (
-        load_splits(source, recorded, scan.good) if recorded else make_splits(source, config, scan.good, scan.groups)
+        load_splits(source, recorded, scan.good) if recorded else split_dataset(source, config, scan.good, scan.groups)
     )
     found = check_trainable(source, splits)
     for problem in found:
@@ -100,8 +100,8 @@ def check_data(config: DataConfig, talk: Talk, *, channels: int = 0, recorded: P
     return CheckedData(source, scan, splits, tuple([*problems, *found]))
 
 
-def look_at(
-    source: Source, config: DataConfig, talk: Talk, *, channels: int = 0, kept: KeptLooks | None = None
+def scan_or_stop(
+    source: Dataset, config: DataConfig, talk: Console, *, channels: int = 0, kept: ScanCache | None = None
 ) -> Scan:
     """Look at every picture of a source, and warn of what was found in listing and in looking.
 
@@ -113,9 +113,9 @@ def look_at(
         ValueError: a file is broken and was to be reported.
     """
     with talk.bar(f"looking at {len(source.paths):,} pictures") as advance:
-        scan = scan_source(
+        scan = scan_dataset(
             source,
-            kept=kept,
+            cache=kept,
             damaged=config.damaged,
             near_duplicates=config.near_duplicates,
             memory_bytes=config.memory_bytes,
@@ -130,17 +130,17 @@ def look_at(
     return scan
 
 
-def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
+def build_train_data(checked: CheckedData, config: RunConfig) -> TrainData:
     """Give the checked pictures the preprocessing of a run."""
-    preprocess = preprocess_of(config)
+    preprocess = preprocess_from_config(config)
     stored = checked.scan.pixels
     side = preprocess.image_size
     if stored is not None and (stored.shape[1] != preprocess.channels or max(stored.shape[2:]) > side):
         # Larger than the model's input: a crop must be shrunk with antialiasing, which only the path from files does.
         stored = None
-    pictures = Pictures(
-        checked.source,
-        checked.source.targets,
+    pictures = ImageReader(
+        checked.dataset,
+        checked.dataset.targets,
         preprocess,
         stored,
         workers=config.data.workers,
@@ -153,25 +153,25 @@ def ready_data(checked: CheckedData, config: RunConfig) -> TrainData:
         fits = len(stored) * preprocess.channels * side**2 * value_bytes <= config.data.memory_bytes
         if not pictures.is_ready and config.augment.crop_scale == 1.0:
             # Without crops, training sees the very pictures that are judged: prepare them once.
-            done = np.stack([pictures.for_judging(index) for index in range(len(stored))]) if fits else None
+            done = np.stack([pictures.read_whole(index) for index in range(len(stored))]) if fits else None
             pictures.stored, pictures.is_ready = done, done is not None
     elif config.data.cache_side:
         pictures.cache = open_decoded_cache(checked, pictures, config.data)
-    return TrainData(checked.source, checked.splits, pictures)
+    return TrainData(checked.dataset, checked.splits, pictures)
 
 
-def open_decoded_cache(checked: CheckedData, pictures: Pictures, config: DataConfig) -> PictureCache:
+def open_decoded_cache(checked: CheckedData, reader: ImageReader, config: DataConfig) -> DecodedImageCache:
     """Return the cache of decoded training images."""
-    source, cut = checked.source, replace(pictures.cut, side=config.cache_side)
+    source, cut = checked.dataset, replace(reader.crop_reader, side=config.cache_side)
 
     def depends_on(indices: np.ndarray) -> list[object]:
-        keys = picture_keys(source, indices, cut.mode, config.workers)
+        keys = image_keys(source, indices, cut.mode, config.workers)
         resized_by = torch.__version__ if cut.fast else ""
         return [cut.mode, cut.interpolation, cut.fast, resized_by, hashlib.blake2b(keys.tobytes()).hexdigest()]
 
-    return PictureCache(
+    return DecodedImageCache(
         source.name,
-        checked.splits.parts["train"],
+        checked.splits.indices["train"],
         checked.scan.sizes,
         side=config.cache_side,
         channels=3 if cut.mode == "RGB" else 1,
@@ -181,7 +181,7 @@ def open_decoded_cache(checked: CheckedData, pictures: Pictures, config: DataCon
     )
 
 
-def check_cache(config: RunConfig) -> None:
+def check_cache_settings(config: RunConfig) -> None:
     """Raise a ValueError when a cache was asked for that no training could use."""
     side, size = config.data.cache_side, config.model.image_size
     if side and config.augment.crop_scale == 1:
@@ -196,18 +196,18 @@ def check_cache(config: RunConfig) -> None:
         )
 
 
-def tell_of_cache(data: TrainData, config: DataConfig, talk: Talk) -> None:
+def report_cache(data: TrainData, config: DataConfig, talk: Console) -> None:
     """Say where training pictures are kept decoded, or why they are not."""
-    cache, total = data.pictures.cache, len(data.splits.parts["train"])
+    cache, total = data.reader.cache, len(data.splits.indices["train"])
     if cache is not None:
         rest = (
-            "" if cache.num_kept == total else f"; the other {total - cache.num_kept:,} do not fit in data.cache_bytes"
+            "" if cache.num_stored == total else f"; the other {total - cache.num_stored:,} do not fit in data.cache_bytes"
         )
-        talk.say(
-            f"{cache.num_kept:,} training pictures are kept decoded in {cache.folder}, {byte_size(cache.num_bytes)}{rest}"
+        talk.info(
+            f"{cache.num_stored:,} training pictures are kept decoded in {cache.folder}, {byte_size(cache.num_bytes)}{rest}"
         )
     elif config.cache_side:
-        talk.say("data.cache_side has nothing to do: the pictures are in memory, decoded")
+        talk.info("data.cache_side has nothing to do: the pictures are in memory, decoded")
 
 
 def is_identity(preprocess: Preprocess, size: tuple[int, int]) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from vitrail.data.images.decode import PictureError, as_decoded, read_picture
+from vitrail.data.images.decode import ImageError, as_decoded, read_image
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.kernel_choice import inference_kernels
 from vitrail.models.variants import is_variant, variant_config
@@ -72,13 +72,13 @@ class Classifier:
         return self.header.preprocess
 
     def predict(
-        self, pictures: Iterable[str | os.PathLike[str] | PIL.Image.Image], *, top: int = 5, workers: int = 0
+        self, images: Iterable[str | os.PathLike[str] | PIL.Image.Image], *, top: int = 5, workers: int = 0
     ) -> list[Prediction]:
         """Return one prediction per picture, in order; see `stream`."""
-        return list(self.stream(pictures, top=top, workers=workers))
+        return list(self.stream(images, top=top, workers=workers))
 
     def stream(
-        self, pictures: Iterable[str | os.PathLike[str] | PIL.Image.Image], *, top: int = 5, workers: int = 0
+        self, images: Iterable[str | os.PathLike[str] | PIL.Image.Image], *, top: int = 5, workers: int = 0
     ) -> Iterator[Prediction]:
         """Yield one prediction per picture, in order; a broken or missing file gets an `error`, not an exception.
 
@@ -93,9 +93,9 @@ class Classifier:
         self.check_classifies()
         if top < 1:
             raise ValueError(f"top is {top}; expected 1 or more")
-        if isinstance(pictures, (str, os.PathLike, PIL.Image.Image)):
-            pictures = [pictures]
-        ready = ordered_map(self._prepare, iter(pictures), workers)
+        if isinstance(images, (str, os.PathLike, PIL.Image.Image)):
+            images = [images]
+        ready = ordered_map(self._prepare, iter(images), workers)
         while rows := list(islice(ready, _BATCH)):
             yield from self._predict_rows(rows, min(top, len(self.labels)))
 
@@ -176,15 +176,15 @@ class Classifier:
         header = dataclasses.replace(self.header, preprocess=preprocess)
         return dataclasses.replace(self, header=header, patch_size=None if patch == own.patch_size else patch)
 
-    def _prepare(self, picture: str | os.PathLike[str] | PIL.Image.Image) -> tuple[str, np.ndarray | str]:
+    def _prepare(self, image: str | os.PathLike[str] | PIL.Image.Image) -> tuple[str, np.ndarray | str]:
         """Return the picture's name, and its pixels or what is wrong with it."""
-        if isinstance(picture, PIL.Image.Image):
+        if isinstance(image, PIL.Image.Image):
             # Through the same decoder as a file, so that rotation and transparency are treated alike.
-            return "", self.preprocess.apply(as_decoded(picture, self.preprocess.mode))
-        path = os.fspath(picture)
+            return "", self.preprocess.apply(as_decoded(image, self.preprocess.mode))
+        path = os.fspath(image)
         try:
-            return path, self.preprocess.apply(read_picture(path, mode=self.preprocess.mode))
-        except PictureError as error:
+            return path, self.preprocess.apply(read_image(path, mode=self.preprocess.mode))
+        except ImageError as error:
             return path, f"{error.verdict}: {error.reason}"
         except OSError as error:
             return path, f"{error.strerror or error}"

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from vitrail.config import DataConfig
-from vitrail.console import Talk
-from vitrail.data.datasets.base import Source
-from vitrail.data.datasets.open import open_source
+from vitrail.console import Console
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.images.preprocess import Preprocess
-from vitrail.data.loading.reader import Pictures
-from vitrail.data.setup import is_identity, look_at
-from vitrail.data.splits.splits import Splits, fingerprint, load_splits, make_splits
+from vitrail.data.loading.reader import ImageReader
+from vitrail.data.setup import is_identity, scan_or_stop
+from vitrail.data.splits.splits import Splits, fingerprint, load_splits, split_dataset
 from vitrail.evaluation.classifier import Classifier, load
-from vitrail.evaluation.metrics import Outputs, judgement
-from vitrail.evaluation.predict_logits import judge
+from vitrail.evaluation.metrics import Outputs, all_metrics
+from vitrail.evaluation.predict_logits import predict_logits
 from vitrail.lookup import unknown
 
 PARTS = ("test", "val", "train", "all")
@@ -31,7 +31,7 @@ def evaluate(
     *,
     split: str | None = None,
     device: torch.device,
-    talk: Talk,
+    talk: Console,
     data: DataConfig | None = None,
     image_size: int | None = None,
     patch_size: int | None = None,
@@ -55,29 +55,29 @@ def evaluate(
     classifier = load(model).to(device).at(image_size=image_size, patch_size=patch_size, resize=resize)
     classifier.check_classifies()
     classifier = classifier.tuned(measuring=True)
-    tell_of_weights(classifier, talk)
+    report_weights(classifier, talk)
     warn_of_patches(classifier, talk)
     data = dataclasses.replace(data or DataConfig(), source=source)
-    opened = open_source(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
+    opened = open_dataset(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
     data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
     # A class without pictures is an error of the listing to a training; here it is told after the judgement.
-    scan = look_at(opened, data, talk, channels=classifier.preprocess.channels)
+    scan = scan_or_stop(opened, data, talk, channels=classifier.preprocess.channels)
     targets = to_model_labels(opened, classifier.labels)
     if split == "all":
         everything = {"all": np.flatnonzero(scan.good)}
         parts = Splits(everything, fingerprint(opened, everything), "all pictures")
     else:
-        parts = parts_of(model, classifier, opened, data, scan.good, scan.groups)
-    part = choose_part(split, parts, source)
-    indices = parts.parts[part]
-    tell_of_training_pictures(part, parts, classifier, opened, int(scan.good.sum()), talk)
-    pictures = Pictures(opened, targets, classifier.preprocess, scan.pixels, workers=data.workers)
+        parts = splits_for(model, classifier, opened, data, scan.good, scan.groups)
+    part = choose_split(split, parts, source)
+    indices = parts.indices[part]
+    warn_of_training_images(part, parts, classifier, opened, int(scan.good.sum()), talk)
+    pictures = ImageReader(opened, targets, classifier.preprocess, scan.pixels, workers=data.workers)
     pictures.is_ready = ready(classifier.preprocess, scan.pixels)
     with talk.bar(f"judging {len(indices):,} pictures") as advance:
-        outputs: Outputs = judge(
+        outputs: Outputs = predict_logits(
             classifier.model, pictures, indices, device=device, patch_size=classifier.patch_size, advance=advance
         )
-    result = judgement(outputs, classifier.labels, classifier.header.temperature)
+    result = all_metrics(outputs, classifier.labels, classifier.header.temperature)
     absent = [label for label, row in result["per_class"].items() if row["count"] == 0]
     if absent:
         talk.warn(f"{len(absent)} classes of the model have no picture here: {', '.join(absent[:10])}")
@@ -91,13 +91,13 @@ def evaluate(
     return {**result, **place, "num_left_out": left_out}
 
 
-def tell_of_weights(classifier: Classifier, talk: Talk) -> None:
+def report_weights(classifier: Classifier, talk: Console) -> None:
     """Say what became of a foreign model's weights, where they were not simply taken."""
     if classifier.report.differs:
-        talk.say("\n".join(classifier.report.lines()))
+        talk.info("\n".join(classifier.report.lines()))
 
 
-def warn_of_patches(classifier: Classifier, talk: Talk) -> None:
+def warn_of_patches(classifier: Classifier, talk: Console) -> None:
     """Say when the weights have never seen patches of this size."""
     if not classifier.is_trained_size:
         own = classifier.model.config
@@ -107,21 +107,21 @@ def warn_of_patches(classifier: Classifier, talk: Talk) -> None:
         )
 
 
-def tell_of_training_pictures(
-    part: str, parts: Splits, classifier: Classifier, source: Source, num_good: int, talk: Talk
+def warn_of_training_images(
+    part: str, parts: Splits, classifier: Classifier, source: Dataset, num_good: int, talk: Console
 ) -> None:
     """Warn where a figure would flatter: pictures that were trained on, or pictures that no part has."""
     if classifier.header.split.get("source") != source.name:
         return
     if part in ("train", "all"):
         talk.warn(f"the model was trained on pictures of part {part!r}: this figure says how well it remembers them")
-    left = num_good - sum(len(indices) for indices in parts.parts.values())
+    left = num_good - sum(len(indices) for indices in parts.indices.values())
     if left > 0 and part != "all":
         talk.warn(f"not judged, since they came after the division that the model was trained with: {left:,} pictures")
 
 
-def parts_of(
-    model: str, classifier: Classifier, source: Source, data: DataConfig, good: np.ndarray, groups: np.ndarray
+def splits_for(
+    model: str, classifier: Classifier, source: Dataset, data: DataConfig, good: np.ndarray, groups: np.ndarray
 ) -> Splits:
     """Return the division that the model was trained with where the source is that data, else the source's own.
 
@@ -129,20 +129,20 @@ def parts_of(
         ValueError: the source is that data, but has changed, so that training pictures could be judged as unseen.
     """
     remedy = "restore the files, or judge all pictures, those of the training included, by --split all"
-    trained = trained_parts(model, classifier, source, data, good, groups, remedy=remedy)
+    trained = training_splits(model, classifier, source, data, good, groups, remedy=remedy)
     if trained is not None:
         return trained
     if source.split is not None:
-        return make_splits(source, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
+        return split_dataset(source, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
     # Other data than the model was trained on: a flat folder is one whole.
     everything = {"all": np.flatnonzero(good)}
     return Splits(everything, fingerprint(source, everything), "all pictures")
 
 
-def trained_parts(
+def training_splits(
     model: str,
     classifier: Classifier,
-    source: Source,
+    source: Dataset,
     data: DataConfig,
     good: np.ndarray,
     groups: np.ndarray,
@@ -169,7 +169,7 @@ def trained_parts(
     rule = split_rule(classifier)
     if rule.get("folds") and source.split is not None and "val" in source.split:
         return None  # folds are never made of such data
-    made = make_splits(source, dataclasses.replace(data, **rule), good, groups)
+    made = split_dataset(source, dataclasses.replace(data, **rule), good, groups)
     if made.fingerprint == trained.get("fingerprint"):
         return made
     if source.split is None and same_name:
@@ -187,22 +187,22 @@ def split_rule(classifier: Classifier) -> dict[str, Any]:
     return {name: trained[name] for name in rule if name in trained}
 
 
-def choose_part(split: str | None, parts: Splits, source: str) -> str:
+def choose_split(split: str | None, parts: Splits, source: str) -> str:
     """Return the part to judge.
 
     Raises:
         ValueError: the part asked for is unknown or not there.
     """
     if split is None:
-        return next(part for part in ("test", "val", "train", "all") if part in parts.parts)
+        return next(part for part in ("test", "val", "train", "all") if part in parts.indices)
     if split not in PARTS:
         raise ValueError(unknown("--split", split, PARTS))
-    if split not in parts.parts:
-        raise ValueError(f"{source}: has no part {split!r}; it has {', '.join(parts.parts)}, or all by --split all")
+    if split not in parts.indices:
+        raise ValueError(f"{source}: has no part {split!r}; it has {', '.join(parts.indices)}, or all by --split all")
     return split
 
 
-def to_model_labels(source: Source, labels: tuple[str, ...]) -> np.ndarray:
+def to_model_labels(source: Dataset, labels: tuple[str, ...]) -> np.ndarray:
     """Return the source's targets as the model numbers its classes.
 
     Raises:

@@ -12,11 +12,11 @@ import PIL
 import torch
 
 import vitrail
-from vitrail.data.cache.rows import KeptRows, kept_folder
-from vitrail.data.datasets.base import Source
-from vitrail.data.loading.reader import Pictures
+from vitrail.data.cache.rows import RowCache, rows_folder
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.loading.reader import ImageReader
 from vitrail.evaluation.classifier import Classifier
-from vitrail.evaluation.predict_logits import BATCH, judge
+from vitrail.evaluation.predict_logits import BATCH, predict_logits
 
 FORMAT = 1  # raise it when a model computes something else from the same weights
 _SLICE = 4 * BATCH  # pictures between two looks at the clock
@@ -40,7 +40,7 @@ class Features:
     problem: str = ""
 
 
-def open_cache(classifier: Classifier, source: Source, device: torch.device) -> KeptRows:
+def open_cache(classifier: Classifier, source: Dataset, device: torch.device) -> RowCache:
     """Return the kept features of a source's pictures.
 
     They depend on the weights without the head, the architecture, the preprocessing, the kind of device and the versions.
@@ -50,16 +50,16 @@ def open_cache(classifier: Classifier, source: Source, device: torch.device) -> 
     libraries = (vitrail.__version__, torch.__version__, PIL.__version__)
     what = (FORMAT, *libraries, device.type, architecture, classifier.patch_size, classifier.preprocess)
     weights = {name: values for name, values in model.state_dict().items() if not name.startswith("head.")}
-    return KeptRows(kept_folder("features", source.name, what, weights), model.decoder.out_dim, np.float32)
+    return RowCache(rows_folder("features", source.name, what, weights), model.decoder.out_dim, np.float32)
 
 
 def features_of(
     classifier: Classifier,
-    pictures: Pictures,
+    pictures: ImageReader,
     indices: np.ndarray,
     *,
     device: torch.device,
-    cache: KeptRows,
+    cache: RowCache,
     keys: np.ndarray,
     fresh: bool = False,
     advance: Callable[[int, int], None] = lambda done, total: None,
@@ -95,7 +95,7 @@ def features_of(
     try:
         for start in range(0, len(missing), _SLICE):
             rows = missing[start : start + _SLICE]
-            out = judge(
+            out = predict_logits(
                 classifier.model,
                 pictures,
                 indices[rows],
@@ -103,7 +103,7 @@ def features_of(
                 patch_size=classifier.patch_size,
                 advance=lambda done, _, start=start: advance(start + done, len(missing)),
             )
-            check_finite(out.logits, out.indices, pictures.source)
+            check_finite(out.logits, out.indices, pictures.dataset)
             # They come back in the order of the source, without those that could not be read.
             rows = rows[np.argsort(indices[rows])]
             rows = rows[np.isin(indices[rows], out.indices)]
@@ -116,7 +116,7 @@ def features_of(
     return Features(values[found], indices[found], from_cache, problem)
 
 
-def check_finite(values: np.ndarray, indices: np.ndarray, source: Source) -> None:
+def check_finite(values: np.ndarray, indices: np.ndarray, source: Dataset) -> None:
     """Raise a ValueError when a feature is not finite."""
     broken = indices[~np.isfinite(values).all(axis=1)]
     if len(broken):

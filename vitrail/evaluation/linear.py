@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitrail.evaluation.calibration import fit_temperature
-from vitrail.evaluation.pca import Spectrum
+from vitrail.evaluation.pca import PrincipalAxes
 
 # Penalties per picture that ridge regression tries, in half decades.
 GRID = tuple(10 ** (step / 2) for step in range(-12, 5))
@@ -38,7 +38,7 @@ class Ridge:
     top1: tuple[float, ...]
 
 
-def fit_ridge(features: Tensor, targets: Tensor, spectrum: Spectrum) -> Ridge:
+def fit_ridge(features: Tensor, targets: Tensor, spectrum: PrincipalAxes) -> Ridge:
     """Fit ridge regression to centred one-hot targets; the exact leave-one-out error chooses the penalty.
 
     The residual of a picture by a fit without it is its residual divided by 1 - h, where h is its leverage 1/N +
@@ -80,7 +80,7 @@ class Logistic:
 
 
 def fit_logistic(
-    features: Tensor, targets: Tensor, spectrum: Spectrum, ridge: Ridge, *, penalty: float | None = None
+    features: Tensor, targets: Tensor, spectrum: PrincipalAxes, ridge: Ridge, *, penalty: float | None = None
 ) -> Logistic:
     """Minimise the mean cross-entropy plus penalty/2 times the squared weights, the bias left free, by L-BFGS.
 
@@ -120,7 +120,7 @@ def fit_logistic(
     return Logistic(penalty, weight, bias[0], int(found.nfev), float(np.abs(found.jac).max()))
 
 
-def coordinates(features: Tensor, spectrum: Spectrum) -> Tensor:
+def coordinates(features: Tensor, spectrum: PrincipalAxes) -> Tensor:
     """Return the features along the axes of the spectrum [N, r], float64 where they fit."""
     shape = (len(features), len(spectrum.energy))
     places = torch.empty(shape, dtype=torch.float64 if 8 * shape[0] * shape[1] <= _DOUBLE_BYTES else torch.float32)

@@ -26,7 +26,7 @@ class Outputs:
     indices: np.ndarray
 
 
-def headline(outputs: Outputs) -> dict[str, float]:
+def headline_metrics(outputs: Outputs) -> dict[str, float]:
     """Return top1, top5, loss and ece, all exact means over the pictures (fractions, not percent)."""
     ranks = target_ranks(outputs)
     losses = -log_softmax(outputs.logits)[np.arange(len(ranks)), outputs.targets]
@@ -49,7 +49,7 @@ def target_ranks(outputs: Outputs) -> np.ndarray:
     return ((outputs.logits > own) | ((outputs.logits == own) & before)).sum(axis=1)
 
 
-def judgement(outputs: Outputs, labels: tuple[str, ...], temperature: float = 1.0) -> dict[str, Any]:
+def all_metrics(outputs: Outputs, labels: tuple[str, ...], temperature: float = 1.0) -> dict[str, Any]:
     """Return everything that `vitrail eval --out` writes about a part, as JSON values.
 
     `loss` and `ece` are of the logits as they are; `calibrated` holds both after division by the temperature, which is
@@ -61,7 +61,7 @@ def judgement(outputs: Outputs, labels: tuple[str, ...], temperature: float = 1.
     scaled = outputs.logits / temperature
     cooled = -log_softmax(scaled)[np.arange(len(predicted)), outputs.targets]
     return {
-        **headline(outputs),
+        **headline_metrics(outputs),
         **by_class(confusion, labels),
         "temperature": temperature,
         "calibrated": {"loss": float(cooled.mean()), "ece": calibration_error(scaled, outputs.targets)},

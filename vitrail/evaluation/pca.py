@@ -14,7 +14,7 @@ _CONSTANT = 1e-6  # a feature whose deviation is a smaller share of its size, or
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class PrincipalAxes:
     """The principal axes of features that are centred and divided by their deviation. All float64.
 
     Attributes:
@@ -58,7 +58,7 @@ class Spectrum:
         return raw, bias - raw @ self.mean
 
 
-def decompose(features: Tensor, targets: Tensor, num_classes: int) -> Spectrum:
+def principal_axes(features: Tensor, targets: Tensor, num_classes: int) -> PrincipalAxes:
     """Return the principal axes of features [N, D], from the smaller of X'X [D, D] and XX' [N, N].
 
     With more rows than features, X'X is summed in one pass over them.
@@ -91,4 +91,4 @@ def decompose(features: Tensor, targets: Tensor, num_classes: int) -> Spectrum:
         energy, axes = torch.linalg.eigh(product)
         kept = energy > _RANK * energy[-1]
         axes = axes[:, kept]
-    return Spectrum(shift + centre, scale, axes, energy[kept], (by_class @ axes).T, counts)
+    return PrincipalAxes(shift + centre, scale, axes, energy[kept], (by_class @ axes).T, counts)

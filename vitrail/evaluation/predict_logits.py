@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vitrail.data.loading.eval_loader import MixedBatch, judging_batches
-from vitrail.data.loading.reader import Pictures
+from vitrail.data.loading.eval_loader import VariableSizeBatch, eval_batches
+from vitrail.data.loading.reader import ImageReader
 from vitrail.distributed import World
 from vitrail.evaluation.metrics import Outputs
 from vitrail.models.vit import ViT
@@ -21,10 +21,10 @@ from vitrail.models.vit import ViT
 BATCH = 256
 
 
-def judge(
+def predict_logits(
     model: nn.Module,
-    pictures: Pictures,
-    part: np.ndarray,
+    reader: ImageReader,
+    indices: np.ndarray,
     *,
     device: torch.device,
     patch_size: int | None = None,
@@ -40,21 +40,21 @@ def judge(
         patch_size: side of the patches, where it is not the model's own (FlexiViT).
         advance: called with the number done and the total, for a progress bar.
     """
-    logits, targets, indices, done = [], [], [], 0
+    logits, targets, seen, done = [], [], [], 0
     with evaluating(model), torch.inference_mode():
-        for batch in judging_batches(
-            pictures, part, batch_size=BATCH, device=device, rank=world.rank, ranks=world.size
+        for batch in eval_batches(
+            reader, indices, batch_size=BATCH, device=device, rank=world.rank, ranks=world.size
         ):
-            if isinstance(batch, MixedBatch):
+            if isinstance(batch, VariableSizeBatch):
                 found = cast(ViT, model).forward_packed(batch.images, patch_size)
             else:
                 found = model(batch.images, patch_size)
             logits.append(found.float().cpu().numpy())
             targets.append(batch.targets.cpu().numpy())
-            indices.append(batch.indices)
+            seen.append(batch.indices)
             done += len(batch.indices) * world.size
-            advance(min(done, len(part)), len(part))
-    mine = (logits, targets, indices)
+            advance(min(done, len(indices)), len(indices))
+    mine = (logits, targets, seen)
     shares = [mine]
     if world.size > 1:
         shares = [mine] * world.size

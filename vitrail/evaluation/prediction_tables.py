@@ -8,11 +8,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from vitrail.data.datasets.folder import list_pictures
+from vitrail.data.datasets.folder import list_images
 from vitrail.evaluation.classifier import Prediction
 from vitrail.files import replacing, write_text
 
-COLUMNS = ("path", "label", "probability", "top_labels", "top_probabilities", "error")
+PREDICTION_COLUMNS = ("path", "label", "probability", "top_labels", "top_probabilities", "error")
 ENDINGS = (".csv", ".jsonl", ".parquet")
 
 
@@ -30,9 +30,9 @@ def write_table(path: Path, rows: Iterable[Prediction]) -> None:
     In CSV, `top_labels` and `top_probabilities` are JSON lists in one cell, so that labels may hold any character.
     """
     check_ending(path)
-    records = [{column: getattr(row, column) for column in COLUMNS} for row in rows]
+    records = [{column: getattr(row, column) for column in PREDICTION_COLUMNS} for row in rows]
     if path.suffix.lower() != ".jsonl":  # JSON escapes what is not UTF-8 by itself
-        records = [{**record, "path": shown(record["path"])} for record in records]
+        records = [{**record, "path": printable_path(record["path"])} for record in records]
     ending = path.suffix.lower()
     if ending == ".parquet":
         write_parquet(path, records)
@@ -40,7 +40,7 @@ def write_table(path: Path, rows: Iterable[Prediction]) -> None:
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     else:
         memory = io.StringIO(newline="")
-        writer: csv.DictWriter[str] = csv.DictWriter(memory, COLUMNS)
+        writer: csv.DictWriter[str] = csv.DictWriter(memory, PREDICTION_COLUMNS)
         writer.writeheader()
         for record in records:
             lists = {key: json.dumps(record[key]) for key in ("top_labels", "top_probabilities")}
@@ -48,7 +48,7 @@ def write_table(path: Path, rows: Iterable[Prediction]) -> None:
         write_text(path, memory.getvalue())
 
 
-def shown(path: str) -> str:
+def printable_path(path: str) -> str:
     """Return a path as valid Unicode: bytes of a file's name that are not UTF-8 become `\\xe9` and the like."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -60,12 +60,12 @@ def write_parquet(path: Path, records: list[dict]) -> None:
 
     text, number = pa.string(), pa.float64()
     kinds = (text, text, number, pa.list_(text), pa.list_(number), text)
-    table = pa.Table.from_pylist(records, schema=pa.schema(list(zip(COLUMNS, kinds, strict=True))))
+    table = pa.Table.from_pylist(records, schema=pa.schema(list(zip(PREDICTION_COLUMNS, kinds, strict=True))))
     with replacing(path) as draft:
         pq.write_table(table, draft)
 
 
-def find_pictures(words: Iterable[str]) -> list[str]:
+def find_images(words: Iterable[str]) -> list[str]:
     """Return the pictures that files, folders and globs mean, in the order given; within one of them sorted.
 
     A file named outright is kept whatever its ending, also when it is missing: its row will say what is wrong.
@@ -77,7 +77,7 @@ def find_pictures(words: Iterable[str]) -> list[str]:
     for word in words:
         path = Path(word)
         if path.is_dir():
-            inside = [str(path / each) for each in list_pictures(path, path)[0]]
+            inside = [str(path / each) for each in list_images(path, path)[0]]
             if not inside:
                 raise ValueError(f"{word}: the folder holds no pictures")
             found += inside

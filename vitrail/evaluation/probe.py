@@ -12,26 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.config import DataConfig
-from vitrail.console import Talk
-from vitrail.data.cache.rows import KeptRows
-from vitrail.data.cache.scans import KeptLooks
+from vitrail.console import Console
+from vitrail.data.cache.rows import RowCache
+from vitrail.data.cache.scans import ScanCache
 from vitrail.data.check.scan import Scan
-from vitrail.data.datasets.base import Source
-from vitrail.data.datasets.keys import picture_keys
-from vitrail.data.datasets.open import open_source
-from vitrail.data.loading.reader import Pictures
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.datasets.keys import image_keys
+from vitrail.data.datasets.open import open_dataset
+from vitrail.data.loading.reader import ImageReader
 from vitrail.data.problems import stop_on_errors
-from vitrail.data.setup import look_at
-from vitrail.data.splits.splits import Splits, check_trainable, make_splits
+from vitrail.data.setup import scan_or_stop
+from vitrail.data.splits.splits import Splits, check_trainable, split_dataset
 from vitrail.evaluation.classifier import Classifier, load
-from vitrail.evaluation.evaluate import ready, split_rule, tell_of_weights, trained_parts
+from vitrail.evaluation.evaluate import ready, report_weights, split_rule, training_splits
 from vitrail.evaluation.features import Features, features_of, open_cache
 from vitrail.evaluation.knn import knn_predict, neighbours
 from vitrail.evaluation.linear import TOLERANCE, fit_logistic, fit_ridge
-from vitrail.evaluation.pca import decompose
+from vitrail.evaluation.pca import principal_axes
 from vitrail.models.variants import is_variant
 from vitrail.weights.model_file import ModelHeader, save_model, versions
-from vitrail.weights.resolve import model_file
+from vitrail.weights.resolve import model_file_of
 
 
 def probe(
@@ -39,7 +39,7 @@ def probe(
     source: str,
     *,
     device: torch.device,
-    talk: Talk,
+    talk: Console,
     data: DataConfig | None = None,
     image_size: int | None = None,
     save: Path | None = None,
@@ -59,23 +59,23 @@ def probe(
     Raises:
         ValueError: the model or the source cannot be read, or the source cannot be divided into pictures to fit and to judge.
     """
-    watch = Watch()
+    watch = Stopwatch()
     classifier = load_frozen(model, talk).to(device).at(image_size=image_size)
     if save is not None:
         check_save(save, model)
     classifier = classifier.tuned(measuring=True)
     watch.lap("model")
     data = dataclasses.replace(data or DataConfig(), source=source)
-    opened, scan, data, keys = look(classifier, data, talk, fresh=fresh)
-    parts, data = divide(model, classifier, opened, scan, data)
-    judged = "test" if "test" in parts.parts else "val"
-    for problem in check_trainable(opened, parts, judged=judged):
+    opened, scan, data, keys = scan_cached(classifier, data, talk, fresh=fresh)
+    parts, data = split_for_probe(model, classifier, opened, scan, data)
+    judged = "test" if "test" in parts.indices else "val"
+    for problem in check_trainable(opened, parts, evaluated=judged):
         talk.warn(problem.message)
     watch.lap("data")
-    pictures = Pictures(opened, opened.targets, classifier.preprocess, scan.pixels, workers=data.workers)
+    pictures = ImageReader(opened, opened.targets, classifier.preprocess, scan.pixels, workers=data.workers)
     pictures.is_ready = ready(classifier.preprocess, scan.pixels)
     cache = open_cache(classifier, opened, device)
-    wanted = np.concatenate([parts.parts["train"], parts.parts[judged]])
+    wanted = np.concatenate([parts.indices["train"], parts.indices[judged]])
     with talk.bar(f"features of {len(wanted):,} pictures") as advance:
         found = features_of(
             classifier,
@@ -87,11 +87,11 @@ def probe(
             fresh=fresh,
             advance=advance,
         )
-    tell_of_features(found, pictures, talk)
+    report_features(found, pictures, talk)
     watch.lap("features")
-    train, rest = (torch.from_numpy(np.isin(found.indices, parts.parts[part])) for part in ("train", judged))
+    train, rest = (torch.from_numpy(np.isin(found.indices, parts.indices[part])) for part in ("train", judged))
     values, targets = torch.from_numpy(found.values), torch.from_numpy(opened.targets[found.indices])
-    figures, weight, bias = fit(values[train], targets[train], values[rest], targets[rest], len(opened.labels), watch)
+    figures, weight, bias = fit_classifiers(values[train], targets[train], values[rest], targets[rest], len(opened.labels), watch)
     if save is not None:
         write_model(save, classifier, opened, parts, data, weight, bias, {"top1": figures["logistic"]})
     return {
@@ -115,7 +115,7 @@ def probe(
     }
 
 
-class Watch:
+class Stopwatch:
     """Seconds since it was made, in laps."""
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Watch:
         return time.perf_counter() - self.started
 
 
-def load_frozen(model: str, talk: Talk) -> Classifier:
+def load_frozen(model: str, talk: Console) -> Classifier:
     """Load a model and take its head off, so that it returns the pooled vector.
 
     A variant's random weights are always the same ones, so that figures can be repeated and features kept.
@@ -141,7 +141,7 @@ def load_frozen(model: str, talk: Talk) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = load(model)
-    tell_of_weights(classifier, talk)
+    report_weights(classifier, talk)
     if not Path(model).exists() and is_variant(model):
         talk.warn(f"{model}: random weights; the figures say what features are worth before any training")
     classifier.model.head = nn.Identity()
@@ -156,13 +156,13 @@ def check_save(save: Path, model: str) -> None:
         raise ValueError(f"--save {save}: there is no folder {save.parent}")
     if save.is_dir():
         raise ValueError(f"--save {save}: is a folder; expected the name of a file")
-    if Path(model).exists() and save.exists() and save.samefile(model_file(model)):
+    if Path(model).exists() and save.exists() and save.samefile(model_file_of(model)):
         raise ValueError(f"--save {save}: is the file of the probed model itself; choose another name")
 
 
-def look(
-    classifier: Classifier, data: DataConfig, talk: Talk, *, fresh: bool
-) -> tuple[Source, Scan, DataConfig, np.ndarray]:
+def scan_cached(
+    classifier: Classifier, data: DataConfig, talk: Console, *, fresh: bool
+) -> tuple[Dataset, Scan, DataConfig, np.ndarray]:
     """Open a source and look at every picture.
 
     Args:
@@ -174,37 +174,37 @@ def look(
     Raises:
         ValueError: a class has no pictures, or a file is broken and was to be reported.
     """
-    opened = open_source(data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
+    opened = open_dataset(data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
     stop_on_errors(opened.problems)
     if classifier.header.split.get("source") == opened.name:
         data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
     mode = classifier.preprocess.mode
-    keys = picture_keys(opened, np.arange(len(opened.paths)), mode, data.workers)
-    kept = KeptLooks(opened.name, keys, mode, limit_pixels=data.limit_pixels)
+    keys = image_keys(opened, np.arange(len(opened.paths)), mode, data.workers)
+    kept = ScanCache(opened.name, keys, mode, limit_pixels=data.limit_pixels)
     if fresh:
         kept.rows.clear()
-    scan = look_at(opened, data, talk, channels=classifier.preprocess.channels, kept=kept)
+    scan = scan_or_stop(opened, data, talk, channels=classifier.preprocess.channels, kept=kept)
     return opened, scan, data, kept.keys
 
 
-def divide(
-    model: str, classifier: Classifier, source: Source, scan: Scan, data: DataConfig
+def split_for_probe(
+    model: str, classifier: Classifier, source: Dataset, scan: Scan, data: DataConfig
 ) -> tuple[Splits, DataConfig]:
     """Return the division, and the settings that make it again.
 
     It is that of the model's training where the source is that data; else the source's own parts; else a stratified split.
     """
     remedy = "restore the files, or probe with the run as it was then"
-    trained = trained_parts(model, classifier, source, data, scan.good, scan.groups, remedy=remedy)
+    trained = training_splits(model, classifier, source, data, scan.good, scan.groups, remedy=remedy)
     if trained is not None:
         return trained, dataclasses.replace(data, **split_rule(classifier))
     if source.split is not None and set(source.split) & {"val", "test"}:
         # The pictures that would be kept back for choices are not needed: nothing here chooses by them.
         data = dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0)
-    return make_splits(source, data, scan.good, scan.groups), data
+    return split_dataset(source, data, scan.good, scan.groups), data
 
 
-def tell_of_features(found: Features, pictures: Pictures, talk: Talk) -> None:
+def report_features(found: Features, pictures: ImageReader, talk: Console) -> None:
     """Warn of files that failed and of a cache that could not be written."""
     if pictures.dropped:
         talk.warn(f"{len(pictures.dropped)} files failed and are not counted: {', '.join(list(pictures.dropped)[:5])}")
@@ -212,8 +212,8 @@ def tell_of_features(found: Features, pictures: Pictures, talk: Talk) -> None:
         talk.warn(f"the features could not be kept, and will be computed again next time: {found.problem}")
 
 
-def fit(
-    known: Tensor, truth: Tensor, asked: Tensor, answers: Tensor, num_classes: int, watch: Watch
+def fit_classifiers(
+    known: Tensor, truth: Tensor, asked: Tensor, answers: Tensor, num_classes: int, watch: Stopwatch
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Fit the three classifiers to known features and their classes, and judge them on others.
 
@@ -221,32 +221,32 @@ def fit(
         The figures, and weight and bias of the logistic regression on raw features, float32.
     """
     k = neighbours(truth)
-    figures = {"knn": top1(knn_predict(known, truth, asked, k=k, num_classes=num_classes), answers)}
+    figures = {"knn": share_correct(knn_predict(known, truth, asked, k=k, num_classes=num_classes), answers)}
     watch.lap("knn")
-    spectrum = decompose(known, truth, num_classes)
+    spectrum = principal_axes(known, truth, num_classes)
     ridge = fit_ridge(known, truth, spectrum)
     weight, bias = spectrum.fold(ridge.weight, ridge.bias)
-    figures["ridge"] = top1(linear(asked, weight, bias), answers)
+    figures["ridge"] = share_correct(linear_classes(asked, weight, bias), answers)
     watch.lap("ridge")
     logistic = fit_logistic(known, truth, spectrum, ridge)
     weight, bias = spectrum.fold(logistic.weight, logistic.bias)
-    figures["logistic"] = top1(linear(asked, weight, bias), answers)
+    figures["logistic"] = share_correct(linear_classes(asked, weight, bias), answers)
     watch.lap("logistic")
     chosen = {"k": k, "lambda": ridge.penalty, "alpha": logistic.penalty, "steps": logistic.steps}
     return {**figures, **chosen, "converged": logistic.gradient <= TOLERANCE}, weight.float(), bias.float()
 
 
-def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_classes(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the classes that a linear head chooses, in fp32 as the model with that head computes it."""
     return nn.functional.linear(features, weight.float(), bias.float()).argmax(dim=1)
 
 
-def top1(predicted: Tensor, targets: Tensor) -> float:
+def share_correct(predicted: Tensor, targets: Tensor) -> float:
     """Return the share of right answers."""
     return float((predicted == targets).double().mean())
 
 
-def describe_cache(cache: KeptRows) -> dict[str, Any]:
+def describe_cache(cache: RowCache) -> dict[str, Any]:
     """Return where the features are kept and how much they take."""
     return {"cache": str(cache.folder), "cache_bytes": cache.num_bytes}
 
@@ -254,7 +254,7 @@ def describe_cache(cache: KeptRows) -> dict[str, Any]:
 def write_model(
     path: Path,
     classifier: Classifier,
-    source: Source,
+    source: Dataset,
     parts: Splits,
     data: DataConfig,
     weight: Tensor,

@@ -19,7 +19,7 @@ from vitrail.weights.resolve import open_weights
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportFormat:
     """A format.
 
     Attributes:
@@ -54,10 +54,10 @@ def write_timm(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path)
     return write(header, weights, folder)
 
 
-TARGETS = {
-    "hf": Target("-hf", write_hf),
-    "timm": Target("-timm", write_timm),
-    "vitrail": Target(".safetensors", write_vitrail, is_folder=False),
+FORMATS = {
+    "hf": ExportFormat("-hf", write_hf),
+    "timm": ExportFormat("-timm", write_timm),
+    "vitrail": ExportFormat(".safetensors", write_vitrail, is_folder=False),
 }
 
 
@@ -79,7 +79,7 @@ def export(
     Raises:
         ValueError: the model cannot be read, the format cannot express it, or there is something at `out` already.
     """
-    target = pick(TARGETS, to, "--to")
+    target = pick(FORMATS, to, "--to")
     name = os.fspath(word)
     path = Path(out) if out is not None else default_place(name, target.suffix)
     if (path.is_dir() and any(path.iterdir())) or path.is_file():

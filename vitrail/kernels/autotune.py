@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vitrail.files import cache_folder, write_text
-from vitrail.kernels.registry import GLOBAL_KERNELS, KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, runs
+from vitrail.kernels.registry import GLOBAL_KERNELS, KERNELS, LOCAL_KERNELS, Case, Kernels, can_run, candidates
 from vitrail.machine import processor_name
 
 # The rule's kernel stays unless another is faster by more than noise: choices should not flip from run to run.
@@ -28,7 +28,7 @@ _REVISION = (
 _TOKENS = 4096  # of one measurement on a CPU, in all its samples and heads
 
 
-def choose(
+def choose_kernels(
     cases: Iterable[Case],
     *,
     cache: Path | None,
@@ -62,8 +62,8 @@ def choose(
     for case in cases:
         wish = wished[case.kind]
         if wish != "auto":
-            if not runs(wish, case):
-                able = [name for name in KERNELS[case.kind] if runs(name, case)]
+            if not can_run(wish, case):
+                able = [name for name in KERNELS[case.kind] if can_run(name, case)]
                 raise ValueError(
                     f"kernels.{case.kind}_attention is {wish!r}, which cannot compute {case.key}; expected one of: "
                     f"{', '.join(['auto', *able])}"
@@ -85,7 +85,7 @@ def _checked(known: Any, cases: Iterable[Case]) -> dict[str, str]:
     remedy = "restore the file, or start a new run"
     if not isinstance(known, Mapping):
         raise ValueError(f"kernels in run.json is {known!r}; expected a kernel's name for each case; {remedy}")
-    able = {case.key: [name for name in KERNELS[case.kind] if runs(name, case)] for case in cases}
+    able = {case.key: [name for name in KERNELS[case.kind] if can_run(name, case)] for case in cases}
     for key, name in known.items():
         names = able.get(key, [*dict.fromkeys([*GLOBAL_KERNELS, *LOCAL_KERNELS])])
         if name not in names:

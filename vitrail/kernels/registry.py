@@ -106,7 +106,7 @@ class Case(NamedTuple):
         return f"{where}, window {self.window} on {self.grid[0]}x{self.grid[1]}"
 
 
-def runs(name: str, case: Case) -> bool:
+def can_run(name: str, case: Case) -> bool:
     """Whether a kernel can compute a case at all."""
     if name == "tiles":
         return case.device == "cpu"
@@ -123,14 +123,14 @@ def candidates(case: Case) -> list[str]:
     dense = [
         name for name in ("fused", "matmul") if case.tokens <= _DENSE_TOKENS or (name == "fused" and not case.grid)
     ]
-    first = rule(case)
+    first = default_kernel(case)
     names = dense
     if case.grid is not None and not (first == "fused" and case.tokens > _DENSE_TOKENS):
         names = [*dense, "tiles" if case.device == "cpu" else "plain"]
-    return [first, *(name for name in names if name != first and runs(name, case))]
+    return [first, *(name for name in names if name != first and can_run(name, case))]
 
 
-def rule(case: Case) -> str:
+def default_kernel(case: Case) -> str:
     """Return the kernel that is taken without measuring."""
     dense = "fused"
     if case.device == "cpu" and case.dtype == "bfloat16" and case.tokens <= _DENSE_TOKENS:
@@ -171,7 +171,7 @@ class Kernels:
             name = "fused"
         if not name:
             case = _case(q, dropout)
-            name = self.chosen.get(case.key) or rule(case)
+            name = self.chosen.get(case.key) or default_kernel(case)
         return GLOBAL_KERNELS[name](q, k, v, dropout=dropout)
 
     def attend_local(
@@ -194,7 +194,7 @@ class Kernels:
         if torch.compiler.is_exporting():
             name = "plain"  # of operations that every runtime knows
         if not name:
-            name = self.chosen.get(case.key) or rule(case)
+            name = self.chosen.get(case.key) or default_kernel(case)
         return LOCAL_KERNELS[name](q, k, v, grid, window, case.num_prefix, dropout=dropout)
 
 

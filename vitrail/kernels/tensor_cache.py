@@ -15,7 +15,7 @@ def has_no_storage() -> bool:
     return type(torch.empty(0, device="cpu")) is not Tensor
 
 
-class Kept:
+class TensorCache:
     """Tensors by key, those used last, up to so many bytes in all; what is larger is made in every call."""
 
     def __init__(self, limit_bytes: int) -> None:

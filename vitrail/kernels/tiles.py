@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitrail.kernels.dense import empty_heads
 from vitrail.kernels.forward_mode import refuse_forward_mode
-from vitrail.kernels.tensor_cache import Kept
+from vitrail.kernels.tensor_cache import TensorCache
 from vitrail.kernels.tiling import Tiling, tile_bias, tiling_of
 
 # Scores of the tiles that a thread computes together. With less, starting operations costs most; with more, buffers leave
@@ -327,7 +327,7 @@ def _kinds_along(side: int, tile: int, reach: int) -> _Kinds:
 
 
 # A grid's takes 0.1 to some MB, 38 MB with window 31 on 224×224.
-_BIASES = Kept(limit_bytes=64 * 2**20)
+_BIASES = TensorCache(limit_bytes=64 * 2**20)
 
 
 def _bias(

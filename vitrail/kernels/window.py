@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitrail.kernels.tensor_cache import Kept
+from vitrail.kernels.tensor_cache import TensorCache
 
 
 def reach_of(grid: tuple[int, int], window: int) -> tuple[int, int]:
@@ -45,7 +45,7 @@ def window_mask(grid: tuple[int, int], window: int, num_prefix: int) -> Bool[Ten
 
 
 # All grids that dense attention is the rule for, and not one of the masks that only a kernel asked for by name needs.
-_BIASES = Kept(limit_bytes=64 * 2**20)
+_BIASES = TensorCache(limit_bytes=64 * 2**20)
 
 
 @torch.compiler.assume_constant_result  # else every call of the compiled model would build the mask again

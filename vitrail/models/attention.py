@@ -19,7 +19,7 @@ from vitrail.models.config import ViTConfig
 from vitrail.models.positions import rotate
 
 
-class Layout(NamedTuple):
+class TokenLayout(NamedTuple):
     """What attention must know of its tokens besides their vectors.
 
     Attributes:
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     num_prefix: int = 0
     kernels: Kernels = Kernels()
 
-    def take(self, samples: Int[Tensor, " S"]) -> Layout:
+    def take(self, samples: Int[Tensor, " S"]) -> TokenLayout:
         """Return the layout of some samples of a batch."""
         if self.rope is None or self.rope.ndim == 2:
             return self
@@ -69,7 +69,7 @@ class SelfAttention(nn.Module, ABC):
         self.proj = nn.Linear(num_heads * head_dim, embed_dim)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "B N D"], layout: Layout = Layout()) -> Float[Tensor, "B N D"]:  # noqa: B008
+    def forward(self, x: Float[Tensor, "B N D"], layout: TokenLayout = TokenLayout()) -> Float[Tensor, "B N D"]:  # noqa: B008
         q, k, v = rearrange(self.qkv(x), "B N (three K d) -> three B K N d", three=3, K=self.num_heads).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if layout.rope is not None:
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module, ABC):
 
     @abstractmethod
     def attend(
-        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: Layout
+        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: TokenLayout
     ) -> Float[Tensor, "B K N d"]:
         """Return the weighted values of each head."""
 
@@ -88,7 +88,7 @@ class GlobalAttention(SelfAttention):
     """Every token attends to every token (Dosovitskiy et al. 2021, eq. 5-8)."""
 
     def attend(
-        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: Layout
+        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: TokenLayout
     ) -> Float[Tensor, "B K N d"]:
         dropout = self.attention_dropout if self.training else 0.0
         if len(layout.grids) <= 1:
@@ -138,7 +138,7 @@ class LocalAttention(SelfAttention):
         self.window = window
 
     def attend(
-        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: Layout
+        self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: TokenLayout
     ) -> Float[Tensor, "B K N d"]:
         dropout = self.attention_dropout if self.training else 0.0
         grids = layout.grids or (self._square(q.shape[2]),)

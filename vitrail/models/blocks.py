@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.lookup import pick
-from vitrail.models.attention import Layout, build_attention
+from vitrail.models.attention import TokenLayout, build_attention
 from vitrail.models.config import ViTConfig
 
 
@@ -93,7 +93,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(
-        self, x: Float[Tensor, "B N D"], branch: Callable[[Tensor, Layout], Tensor], layout: Layout
+        self, x: Float[Tensor, "B N D"], branch: Callable[[Tensor, TokenLayout], Tensor], layout: TokenLayout
     ) -> Float[Tensor, "B N D"]:
         if not self.training or self.rate == 0.0:
             return x + branch(x, layout)
@@ -122,15 +122,15 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, config.layer_scale) if config.layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "B N D"], layout: Layout = Layout()) -> Float[Tensor, "B N D"]:  # noqa: B008
+    def forward(self, x: Float[Tensor, "B N D"], layout: TokenLayout = TokenLayout()) -> Float[Tensor, "B N D"]:  # noqa: B008
         x = self.drop_path(x, self.attend, layout)
         return self.drop_path(x, self.think, layout)
 
-    def attend(self, x: Float[Tensor, "B N D"], layout: Layout) -> Float[Tensor, "B N D"]:
+    def attend(self, x: Float[Tensor, "B N D"], layout: TokenLayout) -> Float[Tensor, "B N D"]:
         """Return the attention branch."""
         return self.ls1(self.attn(self.norm1(x), layout))
 
-    def think(self, x: Float[Tensor, "B N D"], layout: Layout) -> Float[Tensor, "B N D"]:
+    def think(self, x: Float[Tensor, "B N D"], layout: TokenLayout) -> Float[Tensor, "B N D"]:
         """Return the MLP branch."""
         return self.ls2(self.mlp(self.norm2(x)))
 
@@ -142,11 +142,11 @@ class PatchDropout(nn.Module):
         super().__init__()
         self.rate, self.num_prefix = rate, num_prefix
 
-    def forward(self, x: Float[Tensor, "B N D"], layout: Layout) -> tuple[Float[Tensor, "B M D"], Layout]:
+    def forward(self, x: Float[Tensor, "B N D"], layout: TokenLayout) -> tuple[Float[Tensor, "B M D"], TokenLayout]:
         if not self.training or self.rate == 0.0:
             return x, layout
         count = x.shape[1] - self.num_prefix
-        keep = num_kept(count, self.rate)
+        keep = num_kept_patches(count, self.rate)
         kept = torch.rand(x.shape[0], count, device=x.device).topk(keep, dim=1).indices.sort(dim=1).values
         prefix = torch.arange(self.num_prefix, device=x.device).expand(x.shape[0], -1)
         kept = torch.cat([prefix, kept + self.num_prefix], dim=1)
@@ -155,6 +155,6 @@ class PatchDropout(nn.Module):
         return x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])), layout
 
 
-def num_kept(patches: int, rate: float) -> int:
+def num_kept_patches(patches: int, rate: float) -> int:
     """Return how many patches `PatchDropout` leaves."""
     return max(1, round(patches * (1.0 - rate)))

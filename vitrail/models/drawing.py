@@ -9,7 +9,7 @@ from vitrail.models.cost import block_macs, encoder_macs, num_macs
 from vitrail.models.vit import ViT
 
 
-def draw(config: ViTConfig) -> str:
+def draw_architecture(config: ViTConfig) -> str:
     """Return the data flow from picture to logits: shapes as the model computes them, parameters and multiply-adds.
 
     Raises:

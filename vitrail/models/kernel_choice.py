@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vitrail.kernels.autotune import cache_file, choose
+from vitrail.kernels.autotune import cache_file, choose_kernels
 from vitrail.kernels.registry import Case, Kernels
 from vitrail.kernels.window import covers
-from vitrail.models.blocks import num_kept
+from vitrail.models.blocks import num_kept_patches
 from vitrail.models.config import ViTConfig
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # precision of a run → number format of its attention
@@ -36,7 +36,7 @@ def training_kernels(
     Raises:
         ValueError: a kernel that is asked for by name cannot compute this model here.
     """
-    return choose(
+    return choose_kernels(
         training_cases(model, precision, device),
         cache=cache_file(),
         known=known,
@@ -54,7 +54,7 @@ def inference_kernels(model: ViTConfig, image_size: int, patch_size: int, device
         measuring: measure what is not known of this machine yet; if not, only what is known counts.
     """
     cases = attention_cases(model, (image_size, patch_size), device, "float32", training=False)
-    return choose(cases, cache=cache_file(), measuring=measuring)
+    return choose_kernels(cases, cache=cache_file(), measuring=measuring)
 
 
 def training_cases(model: ViTConfig, precision: str, device: str) -> list[Case]:
@@ -79,7 +79,7 @@ def attention_cases(
     side = -(-sides[0] // sides[1])
     grid, patches = (side, side), side * side
     if training:
-        patches = num_kept(patches, model.patch_dropout)
+        patches = num_kept_patches(patches, model.patch_dropout)
     tokens, width = model.num_prefix + patches, model.head_width
     for name in sorted(set(model.attentions)):
         case = Case(device, dtype, training, training and model.attention_dropout > 0, tokens, width)

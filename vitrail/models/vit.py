@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitrail.kernels.registry import Kernels
 from vitrail.lookup import pick
-from vitrail.models.attention import Layout
+from vitrail.models.attention import TokenLayout
 from vitrail.models.blocks import Block, PatchDropout
 from vitrail.models.config import ViTConfig
 from vitrail.models.decoders import DECODERS
@@ -125,7 +125,7 @@ class ViT(nn.Module):
         if not rows:
             return self(next(self.parameters()).new_empty(0, self.config.in_channels, *2 * (self.config.image_size,)))
         counts = [len(maps) for maps in encoded]
-        layout = Layout(
+        layout = TokenLayout(
             rope=torch.cat(ropes) if ropes else None,
             grids=tuple(grid for grid, count in zip(grids, counts, strict=True) for _ in range(count)),
             num_prefix=self.config.num_prefix,
@@ -175,7 +175,7 @@ class ViT(nn.Module):
                 "need model.encoder 'patch' without model.patch_norm"
             )
 
-    def embed(self, encoded: Float[Tensor, "B D h w"]) -> tuple[Float[Tensor, "B N D"], Layout]:
+    def embed(self, encoded: Float[Tensor, "B D h w"]) -> tuple[Float[Tensor, "B N D"], TokenLayout]:
         """Put prefix tokens before the patch vectors and add positions; returns also what attention must know."""
         tokens = encoded.flatten(2).transpose(1, 2)
         grid = (encoded.shape[2], encoded.shape[3])
@@ -186,7 +186,7 @@ class ViT(nn.Module):
         positions = self.positions(grid)
         tokens = self.pos_drop(tokens if positions is None else tokens + positions)
         rope = self.rope if self.rope is None or grid == self.config.grid else self._rope(grid).to(self.rope)
-        return self.patch_drop(tokens, Layout(rope, (grid,), self.config.num_prefix, self.kernels))
+        return self.patch_drop(tokens, TokenLayout(rope, (grid,), self.config.num_prefix, self.kernels))
 
     def pool(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
         """Decoder: the encoder's and the Transformer's outputs → one vector per picture."""

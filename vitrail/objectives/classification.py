@@ -32,8 +32,8 @@ class Classification(nn.Module):
             each = self.weighted(logits, targets, batch.weights)
             if mix is not None:
                 # Cross-entropy is linear in the target, smoothing included: this is that of the soft label.
-                each = torch.lerp(self.weighted(logits, mix.partners, mix.weights), each, mix.shares)
-                targets = torch.where(mix.shares < 0.5, mix.partners, targets)
+                each = torch.lerp(self.weighted(logits, mix.labels_b, mix.weights_b), each, mix.lam)
+                targets = torch.where(mix.lam < 0.5, mix.labels_b, targets)
             loss = each.mean()
         return {"loss": loss, "correct": (logits.argmax(dim=1) == targets).sum()}
 

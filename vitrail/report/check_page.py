@@ -11,9 +11,9 @@ from typing import Any
 import jinja2
 import PIL.Image
 
-from vitrail.data.check.check import Checked
-from vitrail.data.datasets.base import Source
-from vitrail.data.images.decode import PictureError
+from vitrail.data.check.check import CheckResult
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.images.decode import ImageError
 from vitrail.data.problems import Kind, Problem
 from vitrail.files import write_bytes
 from vitrail.report.run_page import clip
@@ -45,12 +45,12 @@ def by_kind(problems: tuple[Problem, ...]) -> Iterator[tuple[Kind, list[Problem]
             yield kind, found
 
 
-def summary(checked: Checked) -> list[str]:
+def summary(checked: CheckResult) -> list[str]:
     """Return the lines for the terminal."""
     facts = checked.facts
     lines = []
-    if checked.source is not None:
-        lines.append(f"{checked.source.name}: {facts['num_images']:,} pictures, {len(facts['classes'])} classes")
+    if checked.dataset is not None:
+        lines.append(f"{checked.dataset.name}: {facts['num_images']:,} pictures, {len(facts['classes'])} classes")
         if "splits" in facts:
             parts = ", ".join(f"{number:,} {part}" for part, number in facts["splits"].items())
             lines.append(f"  parts    {parts} ({facts['rule']})")
@@ -65,7 +65,7 @@ def summary(checked: Checked) -> list[str]:
         for which in ("modes", "formats"):
             if facts[which]:
                 lines.append(f"  {which:<8} {', '.join(f'{name} {number:,}' for name, number in facts[which].items())}")
-        lines.append(f"  looked   {looked(facts)}")
+        lines.append(f"  looked   {scan_summary(facts)}")
     for kind, found in by_kind(checked.problems):
         severity = "error" if any(problem.severity == "error" for problem in found) else "warning"
         title, remedy = TITLES[kind]
@@ -77,7 +77,7 @@ def summary(checked: Checked) -> list[str]:
     return lines
 
 
-def looked(facts: dict[str, Any]) -> str:
+def scan_summary(facts: dict[str, Any]) -> str:
     """Say what was looked at, and what was not."""
     if facts["form"] == "quick":
         return "at headers and bytes only (--quick): cut files and near duplicates are not found"
@@ -88,42 +88,42 @@ def looked(facts: dict[str, Any]) -> str:
     return f"at every pixel, {facts['num_images'] / max(facts.get('seconds', 0), 0.01):,.0f} pictures/s"
 
 
-def write_page(checked: Checked, name: str, path: Path) -> None:
+def write_page(checked: CheckResult, name: str, path: Path) -> None:
     """Write the page, atomically."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["clip"] = clip
     most = max([1, *checked.facts["classes"].values()])
     classes = [(label, number, 100 * number / most) for label, number in checked.facts["classes"].items()]
-    place = {} if checked.source is None else {each: index for index, each in enumerate(checked.source.paths)}
+    place = {} if checked.dataset is None else {each: index for index, each in enumerate(checked.dataset.paths)}
     page = environment.get_template("check.html.j2").render(
         data=name,
         ok=checked.ok,
         facts=checked.facts,
-        looked=looked(checked.facts) if checked.source is not None else "",
+        looked=scan_summary(checked.facts) if checked.dataset is not None else "",
         classes=classes[:ROWS_LIMIT],
         kinds=[_kind(checked, kind, found, place) for kind, found in by_kind(checked.problems)],
     )
     write_bytes(path, page.encode("utf-8", "backslashreplace"))  # file names may be no valid Unicode
 
 
-def _kind(checked: Checked, kind: Kind, found: list[Problem], place: dict[str, int]) -> dict[str, Any]:
+def _kind(checked: CheckResult, kind: Kind, found: list[Problem], place: dict[str, int]) -> dict[str, Any]:
     title, remedy = TITLES[kind]
     rows = []
     for problem in found[:FINDINGS_LIMIT]:
-        pictures = [(path, preview(checked.source, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
+        pictures = [(path, inline_jpeg(checked.dataset, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
         more = len(problem.paths) - len(pictures)
         rows.append({"severity": problem.severity, "message": problem.message, "pictures": pictures, "more": more})
     return {"kind": kind, "title": title, "remedy": remedy, "rows": rows, "count": len(found)}
 
 
-def preview(source: Source | None, index: int | None) -> str | None:
+def inline_jpeg(source: Dataset | None, index: int | None) -> str | None:
     """Return a picture as a small inline JPEG; empty for one that cannot be decoded, None for what is no picture."""
     if source is None or index is None:
         return None
     try:
         picture = source.read(index, "RGB")
-    except (PictureError, OSError):
+    except (ImageError, OSError):
         return ""
     picture.thumbnail((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
     buffer = io.BytesIO()

@@ -18,11 +18,11 @@ import torch
 
 from vitrail.config import AugmentConfig, DataConfig, RunConfig
 from vitrail.config_schema import leaves, override
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.data.augment.policies import decide
-from vitrail.data.augment.random_changes import crop_boxes, draw
-from vitrail.data.loading.train_loader import TrainStream
-from vitrail.data.setup import CheckedData, TrainData, check_data, ready_data
+from vitrail.data.augment.random_changes import crop_boxes, draw_changes
+from vitrail.data.loading.train_loader import TrainLoader
+from vitrail.data.setup import CheckedData, TrainData, build_train_data, load_data
 from vitrail.files import write_bytes
 from vitrail.recipes import build_config, recipe_file, refuse_idle
 from vitrail.report.run_page import clip
@@ -64,7 +64,7 @@ def write_sheet(data: DataConfig, path: Path, *, recipe: str = "auto", given: Ma
 
     earlier = recipe_file(recipe)
     channels = 0 if earlier is None else earlier.model.in_channels
-    checked = check_data(data, Talk(quiet=True), channels=channels)
+    checked = load_data(data, Console(quiet=True), channels=channels)
     if earlier is not None:
         config = override(earlier, given)
         refuse_idle(config, given)
@@ -72,14 +72,14 @@ def write_sheet(data: DataConfig, path: Path, *, recipe: str = "auto", given: Ma
         config, _ = build_config(recipe, facts_of(checked, "auto"), given)
     config = dataclasses.replace(config, data=dataclasses.replace(data, decode=config.data.decode))
     buffer = io.BytesIO()
-    sheet(checked, ready_data(checked, config), config, recipe).save(buffer, "PNG")
+    sheet(checked, build_train_data(checked, config), config, recipe).save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
 
 
 def sheet(checked: CheckedData, data: TrainData, config: RunConfig, recipe: str) -> PIL.Image.Image:
     """Return the sheet as a picture."""
-    places = chosen(data)
-    originals = [original(data, int(data.splits.parts["train"][place])) for place in places]
+    places = chosen_positions(data)
+    originals = [original(data, int(data.splits.indices["train"][place])) for place in places]
     columns = [originals, *(views(checked, data, config, places, epoch) for epoch in range(EPOCHS))]
     titles = ["unchanged", *(f"epoch {number + 1}" for number in range(EPOCHS))]
     nothing = dict(leaves(AugmentConfig()))
@@ -89,12 +89,12 @@ def sheet(checked: CheckedData, data: TrainData, config: RunConfig, recipe: str)
         if value != nothing[name]
     ]
     about = f"recipe {recipe}, seed {config.seed}. --augment: {', '.join(settings) or 'nothing is changed'}"
-    return compose(f"What training sees of {checked.source.name}", about, titles, columns)
+    return compose(f"What training sees of {checked.dataset.name}", about, titles, columns)
 
 
-def chosen(data: TrainData) -> list[int]:
+def chosen_positions(data: TrainData) -> list[int]:
     """Return places in the training part: a picture of each class, as many classes as rows, or several of few classes."""
-    targets = data.source.targets[data.splits.parts["train"]]
+    targets = data.dataset.targets[data.splits.indices["train"]]
     turns = np.zeros(len(targets), dtype=np.int64)
     for label in np.unique(targets):
         turns[targets == label] = np.arange((targets == label).sum())
@@ -108,8 +108,8 @@ def chosen(data: TrainData) -> list[int]:
 
 def original(data: TrainData, index: int) -> View:
     """Return a picture as it is judged."""
-    pixels = data.pictures.for_judging(index)
-    label, name = data.source.labels[data.source.targets[index]], Path(data.source.paths[index]).name
+    pixels = data.reader.read_whole(index)
+    label, name = data.dataset.labels[data.dataset.targets[index]], Path(data.dataset.paths[index]).name
     pixels = pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
     return View(pixels, (clip(label, 20), clip(name, 20)))
 
@@ -119,9 +119,9 @@ def views(checked: CheckedData, data: TrainData, config: RunConfig, places: list
 
     A batch of two has the very pairs of every larger even batch: all of a picture follows from its turn in the epochs.
     """
-    part = data.splits.parts["train"]
-    stream = TrainStream(
-        data.pictures,
+    part = data.splits.indices["train"]
+    stream = TrainLoader(
+        data.reader,
         part,
         batch_size=2,
         seed=config.seed,
@@ -131,21 +131,21 @@ def views(checked: CheckedData, data: TrainData, config: RunConfig, places: list
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.preprocess.mean, config.preprocess.std))
     found = []
     for place in places:
-        turn = epoch * len(part) + int(np.flatnonzero(stream.order.epoch(epoch)[1] == place)[0])
+        turn = epoch * len(part) + int(np.flatnonzero(stream.sampler.epoch(epoch)[1] == place)[0])
         [batch] = stream.batches(turn // 2, turn // 2 + 1)
         if len(batch.indices) < 2:
-            raise ValueError(f"a file can no longer be read: {next(iter(data.pictures.dropped.items()))}")
+            raise ValueError(f"a file can no longer be read: {next(iter(data.reader.dropped.items()))}")
         image = (batch.images[turn % 2] * std + mean).clamp(0, 1)
-        draws = draw(config.seed, np.asarray([epoch]), np.asarray([place]))
-        lines = told(config.augment, draws, checked.scan.sizes[part[place]], image.shape)
-        if batch.mix is not None and batch.mix.shares[turn % 2] < 1:
-            share, other = float(batch.mix.shares[turn % 2]), data.source.labels[int(batch.mix.partners[turn % 2])]
+        draws = draw_changes(config.seed, np.asarray([epoch]), np.asarray([place]))
+        lines = describe_changes(config.augment, draws, checked.scan.sizes[part[place]], image.shape)
+        if batch.mix is not None and batch.mix.lam[turn % 2] < 1:
+            share, other = float(batch.mix.lam[turn % 2]), data.dataset.labels[int(batch.mix.labels_b[turn % 2])]
             lines.insert(0, f"with {1 - share:.0%} of {clip(other, 12)}")
         found.append(View((image * 255).round().to(torch.uint8).numpy(), tuple(lines)))
     return found
 
 
-def told(config: AugmentConfig, draws: dict[str, np.ndarray], size: np.ndarray, shape: torch.Size) -> list[str]:
+def describe_changes(config: AugmentConfig, draws: dict[str, np.ndarray], size: np.ndarray, shape: torch.Size) -> list[str]:
     """Say in words what one picture's random numbers do to it, mixing aside.
 
     Args:

@@ -79,7 +79,7 @@ def render(run: RunFiles) -> str:
     """Returns the page as text."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "clip": clip, "source_hash": source_hash}
+    environment.filters |= {"percent": percent_text, "clip": clip, "source_hash": source_hash}
     facts = run.facts | {key: _dict(run.facts.get(key)) for key in ("counts", "versions", "machine", "best")}
     split = next((name for name in SPLITS if _score(run.evaluation.get(name))), None)
     result = _dict(run.evaluation.get(split or "val"))
@@ -129,7 +129,7 @@ def number(value: object) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def percent(value: object) -> str:
+def percent_text(value: object) -> str:
     """Writes a fraction as percent; only a whole is called 100 % and only nothing 0 %."""
     share = number(value)
     if share is None:
@@ -232,16 +232,16 @@ def _cards(run: RunFiles, result: Json) -> list[tuple[str, str, str]]:
     speeds = [value for _, value in run.series.get("time/images_per_s", [])]
     waits = [value for _, value in run.series.get("time/data_wait", [])]
     speed = float(np.median(speeds)) if speeds else None
-    waiting = f"; {percent(float(np.mean(waits)))} of the time spent waiting for them" if waits else ""
+    waiting = f"; {percent_text(float(np.mean(waits)))} of the time spent waiting for them" if waits else ""
     parameters = number(run.facts.get("num_parameters"))
     cards = [
-        ("Top-1", number(result.get("top1")), percent, "first answer right"),
-        ("Top-5", number(result.get("top5")) if classes > 5 else None, percent, "truth among the first five"),
+        ("Top-1", number(result.get("top1")), percent_text, "first answer right"),
+        ("Top-5", number(result.get("top5")) if classes > 5 else None, percent_text, "truth among the first five"),
         ("Loss", number(result.get("loss")), "{:.3f}".format, guess),
         (
             "Calibration error",
             number((result.get("calibrated") or result).get("ece")),
-            percent,
+            percent_text,
             "how far its stated probability is off",
         ),
         ("Training time", number(run.facts.get("train_seconds")), _duration, "on the machine named below"),

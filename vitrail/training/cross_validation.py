@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from vitrail.api import Result, begin, go_on
+from vitrail.api import Result, resume_run, start
 from vitrail.config import RunConfig, load_config
 from vitrail.config_schema import override
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.distributed import World
 from vitrail.evaluation.metrics import by_class
 from vitrail.files import write_text
@@ -21,7 +21,7 @@ from vitrail.recipes import recipe_file
 from vitrail.training.run_folder import FIRST_FOLD, check_new
 
 # What is averaged over the folds, and how people call it.
-FIGURES = {
+AVERAGED_METRICS = {
     "top1": "accuracy",
     "top5": "top-5",
     "loss": "loss",
@@ -31,7 +31,7 @@ FIGURES = {
 
 
 def train_folds(
-    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, talk: Talk, *, resume: bool
+    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, talk: Console, *, resume: bool
 ) -> Result:
     """Train a run `fold-0`, `fold-1`, … for each fold, and write `folds.json` when the last one is done.
 
@@ -52,39 +52,39 @@ def train_folds(
                 f"{folder / f'fold-{number}'}"
             )
     else:
-        if not left_before_a_start(folder):
+        if not is_killed_start(folder):
             check_new(folder)
         settings = {name.removeprefix("data."): value for name, value in given.items() if name.startswith("data.")}
         count = override((recipe_file(recipe or "auto") or RunConfig()).data, settings).folds
     evaluations = []
     for number in range(count):
         place, own = folder / f"fold-{number}", {**given, "data.fold": number}
-        talk.say(f"fold {number} of {count} (from 0): {place}")
-        if world.from_main((place / "run.json").exists()):
-            result = go_on(place, source, recipe if number == 0 else None, own, world, talk)
+        talk.info(f"fold {number} of {count} (from 0): {place}")
+        if world.broadcast((place / "run.json").exists()):
+            result = resume_run(place, source, recipe if number == 0 else None, own, world, talk)
         elif number == 0:
-            result = begin(place, source, recipe or "auto", own, world, talk)
+            result = start(place, source, recipe or "auto", own, world, talk)
         else:
             same = {"data.fold": number}
-            result = begin(place, source, str(first / "config.json"), same, world, talk, told=True)
+            result = start(place, source, str(first / "config.json"), same, world, talk, told=True)
         evaluations.append(result.evaluation)
-    found = {"source": source, **together(evaluations)}
+    found = {"source": source, **summarise_folds(evaluations)}
     for part, figures in found["parts"].items():
-        talk.say(f"{part} part, mean ± standard deviation over {count} folds:")
-        for name, word in FIGURES.items():
-            talk.say(f"  {word:<28}{percent(name, figures['mean'][name], figures['deviation'][name])}")
+        talk.info(f"{part} part, mean ± standard deviation over {count} folds:")
+        for name, word in AVERAGED_METRICS.items():
+            talk.info(f"  {word:<28}{percent(name, figures['mean'][name], figures['deviation'][name])}")
     if world.is_main:
         write_text(folder / "folds.json", json.dumps(found, indent=2) + "\n")
-    world.wait()
+    world.barrier()
     return Result(folder, {"val": found["pooled"]}, found)
 
 
-def left_before_a_start(folder: Path) -> bool:
+def is_killed_start(folder: Path) -> bool:
     """Whether a folder holds no more than what a start leaves that was killed before the first fold was a run."""
     return folder.is_dir() and [each.name for each in folder.iterdir()] == [FIRST_FOLD]
 
 
-def together(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_folds(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what `folds.json` holds.
 
     `parts` has, for val (and test, which every fold's model judges whole), each fold's figures, their mean and their
@@ -93,8 +93,8 @@ def together(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     parts = {}
     for part in ("val", "test"):
         if all(part in each for each in evaluations):
-            rows = [{name: each[part][name] for name in (*FIGURES, "num_images")} for each in evaluations]
-            columns = {name: [row[name] for row in rows] for name in FIGURES}
+            rows = [{name: each[part][name] for name in (*AVERAGED_METRICS, "num_images")} for each in evaluations]
+            columns = {name: [row[name] for row in rows] for name in AVERAGED_METRICS}
             parts[part] = {
                 "mean": {name: fmean(values) for name, values in columns.items()},
                 "deviation": {name: stdev(values) for name, values in columns.items()},

@@ -11,15 +11,15 @@ import numpy as np
 import PIL.Image
 
 from vitrail.config import RunConfig
-from vitrail.console import Talk
-from vitrail.data.datasets.base import Source
-from vitrail.data.images.decode import PictureError
+from vitrail.console import Console
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.images.decode import ImageError
 from vitrail.data.setup import TrainData
 from vitrail.device import pick_device
 from vitrail.distributed import World
 from vitrail.evaluation.calibration import fit_temperature, log_softmax
-from vitrail.evaluation.metrics import Outputs, judgement
-from vitrail.evaluation.predict_logits import judge
+from vitrail.evaluation.metrics import Outputs, all_metrics
+from vitrail.evaluation.predict_logits import predict_logits
 from vitrail.files import write_text
 from vitrail.report.run_page import build_report
 from vitrail.training.loop import model_header, report_dropped
@@ -31,7 +31,7 @@ MISTAKES = 24
 _THUMBNAIL = 112  # px
 
 
-def finish(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk) -> dict[str, Any]:
+def evaluate_best_weights(config: RunConfig, data: TrainData, run: Run, world: World, talk: Console) -> dict[str, Any]:
     """Judge the best weights once more, on the validation part and, the first and only time, on the test part.
 
     Can be repeated: a run that was killed in here is finished by `--resume`.
@@ -39,23 +39,23 @@ def finish(config: RunConfig, data: TrainData, run: Run, world: World, talk: Tal
     Returns:
         The judgement of each part, as `evaluation.json` holds it.
     """
-    world.wait()
+    world.barrier()
     device = pick_device(config.device)
     model, header = load_model(run.model)
     model.to(device).kernels = run_kernels(config, device, run, world)
     outputs = {}
     for part in ("val", "test"):
-        if part in data.splits.parts:
+        if part in data.splits.indices:
             with talk.bar(f"judging the {part} part") as advance:
-                outputs[part] = judge(
-                    model, data.pictures, data.splits.parts[part], device=device, world=world, advance=advance
+                outputs[part] = predict_logits(
+                    model, data.reader, data.splits.indices[part], device=device, world=world, advance=advance
                 )
     temperature = fit_temperature(outputs["val"].logits, outputs["val"].targets)
     results: dict[str, Any] = {}
     for part, out in outputs.items():
-        results[part] = judgement(out, data.source.labels, temperature)
+        results[part] = all_metrics(out, data.dataset.labels, temperature)
         results[part] |= {"split": part, "fingerprint": data.splits.fingerprint}
-        results[part]["mistakes"] = mistakes(out, data.source, temperature)
+        results[part]["mistakes"] = mistakes(out, data.dataset, temperature)
     if run.is_main:
         metrics = dict(header.metrics) | {
             f"test_{k}": results["test"][k] for k in ("top1", "loss") if "test" in results
@@ -65,11 +65,11 @@ def finish(config: RunConfig, data: TrainData, run: Run, world: World, talk: Tal
         report_dropped(data, run, talk)
         run.note(status="finished")
         build_report(run.folder)
-    world.wait()
+    world.barrier()
     return results
 
 
-def mistakes(outputs: Outputs, source: Source, temperature: float) -> list[dict[str, Any]]:
+def mistakes(outputs: Outputs, source: Dataset, temperature: float) -> list[dict[str, Any]]:
     """Describe the wrong predictions that the model was surest of, with their pictures."""
     probabilities = np.exp(log_softmax(outputs.logits / temperature))
     predicted = outputs.logits.argmax(axis=1)
@@ -88,11 +88,11 @@ def mistakes(outputs: Outputs, source: Source, temperature: float) -> list[dict[
     ]
 
 
-def thumbnail(source: Source, index: int) -> str | None:
+def thumbnail(source: Dataset, index: int) -> str | None:
     """Return a small PNG of a picture as a data address, or None when it can no longer be read."""
     try:
         picture = source.read(index, "RGB")
-    except (PictureError, OSError):
+    except (ImageError, OSError):
         return None
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL), PIL.Image.Resampling.LANCZOS)
     memory = io.BytesIO()

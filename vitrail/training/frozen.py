@@ -48,7 +48,7 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in model.modules() if isinstance(module, kind) and module.training]
 
 
-def slow_statistics(model: nn.Module, parts: int) -> None:
+def scale_bn_momentum(model: nn.Module, parts: int) -> None:
     """Let running statistics move per step as far as they would without accumulation, where a step has several parts.
 
     Each part normalises with its own mean and deviation, so a part should not be tiny: that is what accumulation of a

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.config import RunConfig
-from vitrail.console import Talk, TrainingDisplay
-from vitrail.data.images.preprocess import preprocess_of
+from vitrail.console import Console, TrainingDisplay
+from vitrail.data.images.preprocess import preprocess_from_config
 from vitrail.data.loading.train_loader import Batch
 from vitrail.data.setup import TrainData
 from vitrail.device import autocast, pick_device
 from vitrail.distributed import World
 from vitrail.durations import to_steps
-from vitrail.evaluation.metrics import headline
-from vitrail.evaluation.predict_logits import judge
+from vitrail.evaluation.metrics import headline_metrics
+from vitrail.evaluation.predict_logits import predict_logits
 from vitrail.models.lora import merged
 from vitrail.objectives.classification import Classification
 from vitrail.optim.optimizers import clip_gradient, set_lr, update_average
@@ -29,7 +29,7 @@ from vitrail.training.frozen import running_statistics
 from vitrail.training.meter import Meter
 from vitrail.training.run_folder import Run
 from vitrail.training.signals import Stopped, StopRequest
-from vitrail.training.start import first_learning, learning, let_learn, run_kernels, start_state
+from vitrail.training.start import head_warmup_parameters, run_kernels, set_trainable, start_state, trainable_parameters
 from vitrail.training.state import Progress, State, load_state, save_state
 from vitrail.weights.adapt import Start
 from vitrail.weights.model_file import ModelHeader, save_model, versions
@@ -37,7 +37,7 @@ from vitrail.weights.model_file import ModelHeader, save_model, versions
 _SHOW_SECONDS = 0.5
 
 
-def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk, start_from: Start) -> Progress:
+def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, talk: Console, start_from: Start) -> Progress:
     """Train until the last step; goes on from the run's saved state where there is one.
 
     Afterwards `model.safetensors` in the run's folder holds the weights that did best on the validation part, and
@@ -55,9 +55,9 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
         OSError: a file could not be written; the state saved before is whole.
     """
     device = pick_device(config.device)
-    rhythm = rhythm_of(config, len(data.splits.parts["train"]))
+    rhythm = build_cadence(config, len(data.splits.indices["train"]))
     schedule = Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
-    resumed = world.from_main(run.has_state)
+    resumed = world.broadcast(run.has_state)
     state = start_state(config, device, fresh=not resumed, start=start_from)
     state.model.kernels = run_kernels(config, device, run, world)
     if state.average is not None:
@@ -75,9 +75,9 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
         graphs = (1 + config.warms_head) * len(config.model.patch_sizes)
         torch._dynamo.config.recompile_limit = limit + graphs  # pyright: ignore[reportAttributeAccessIssue]
         objective.compile()
-    all_learning, wrapped = learning(state.model), objective
-    first = first_learning(state.model, config, start_from) if rhythm.head else {}
-    stream = data.stream(config, device, world)
+    all_learning, wrapped = trainable_parameters(state.model), objective
+    first = head_warmup_parameters(state.model, config, start_from) if rhythm.head else {}
+    stream = data.loader(config, device, world)
     start = state.progress.step
     batches = stream.batches(start, rhythm.total)
     meter = Meter(state.progress.window)
@@ -88,7 +88,7 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
     with display, StopRequest() as stop:
         for step in range(start + 1, rhythm.total + 1):
             if step in (start + 1, rhythm.head + 1):
-                let_learn(state.model, all_learning, first if step <= rhythm.head else all_learning)
+                set_trainable(state.model, all_learning, first if step <= rhythm.head else all_learning)
                 wrapped = objective  # ends an earlier wrapping, which counts on other gradients
                 wrapped = world.wrap(objective)
             batch = meter.next(batches)
@@ -97,19 +97,19 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
             # All randomness of a step comes from its number: resuming needs no generator state.
             torch.manual_seed(step_seed(config.seed, step, world.rank))
             losses = update(wrapped, state, batch, config, device)
-            world.average_(statistics)
+            world.mean_(statistics)
             if state.average is not None:
                 update_average(state.average, state.model, config.optim.ema_decay, step)
             meter.add(losses, len(batch.targets))
             state.progress.step = step
 
-            log, judged = rhythm.due(step, rhythm.log), rhythm.due(step, rhythm.judge)
+            log, judged = rhythm.is_due(step, rhythm.log), rhythm.is_due(step, rhythm.evaluate)
             now = time.monotonic()
             late = now - saved_at > 60 * config.log.save_minutes > 0
-            stopping, late = (int(number) for number in world.most(stop.number, late))
+            stopping, late = (int(number) for number in world.max(stop.number, late))
             save = judged or stopping or late
             if log or judged or save or now - shown_at > _SHOW_SECONDS:
-                pending = meter.settle()
+                pending = meter.flush()
                 check_finite(
                     step + 1 - len(pending[0]), *pending, state.model, stream, autocast(config.precision, device)
                 )
@@ -123,7 +123,7 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
                     run.log(step=step, epoch=rhythm.epoch(step), **line, **{"time/elapsed_s": state.progress.elapsed_s})
                     meter.restart()
             if judged:
-                judge_and_keep(config, data, run, world, state, rhythm, display)
+                evaluate_and_save_best(config, data, run, world, state, rhythm, display)
                 meter.restart_clock()
             if save:
                 state.progress.window = meter.window
@@ -131,20 +131,20 @@ def train(config: RunConfig, data: TrainData, run: Run, world: World, talk: Talk
                     save_state(run.last, state)
                 saved_at = time.monotonic()
             if stopping:
-                world.wait()  # no process may end, and so end the others, before the state is saved
+                world.barrier()  # no process may end, and so end the others, before the state is saved
                 raise Stopped(stopping, step)
     return state.progress
 
 
-def report_dropped(data: TrainData, run: Run, talk: Talk) -> None:
+def report_dropped(data: TrainData, run: Run, talk: Console) -> None:
     """Say at once which files failed after the first look, to be left out from then on, and that the cache's disk is full."""
-    cache = data.pictures.cache
-    if cache is not None and cache.full and cache.full not in data.pictures.told:
-        data.pictures.told.add(cache.full)
+    cache = data.reader.cache
+    if cache is not None and cache.full and cache.full not in data.reader.reported:
+        data.reader.reported.add(cache.full)
         talk.warn(
             f"no more pictures are kept decoded ({cache.full}); training goes on and decodes the others each time"
         )
-    dropped, told = data.pictures.dropped, data.pictures.told
+    dropped, told = data.reader.dropped, data.reader.reported
     new = [path for path in dropped if path not in told]
     if not new:
         return
@@ -162,7 +162,7 @@ def update(
     parts = min(config.optim.accumulate, count)
     loss = correct = torch.zeros((), device=device)
     for number in range(parts):
-        part = batch.part(number * count // parts, (number + 1) * count // parts)
+        part = batch.take(number * count // parts, (number + 1) * count // parts)
         share = len(part.targets) / count
         # Gradients cross processes once a step, with the last part.
         shared = isinstance(wrapped, nn.parallel.DistributedDataParallel) and number + 1 < parts
@@ -180,20 +180,20 @@ def update(
     return {"loss": loss, "correct": correct, "grad_norm": grad_norm}
 
 
-def judge_and_keep(
-    config: RunConfig, data: TrainData, run: Run, world: World, state: State, rhythm: Rhythm, display: TrainingDisplay
+def evaluate_and_save_best(
+    config: RunConfig, data: TrainData, run: Run, world: World, state: State, rhythm: Cadence, display: TrainingDisplay
 ) -> None:
     """Judge the weights on the validation part, log it, and keep them where they are the best so far."""
-    part = data.splits.parts["val"]
-    model = merged(state.judged)
-    outputs = judge(model, data.pictures, part, device=pick_device(config.device), world=world)
-    check_outputs(state.progress.step, outputs, model, data.pictures)
-    figures = headline(outputs)
+    part = data.splits.indices["val"]
+    model = merged(state.evaluated_model)
+    outputs = predict_logits(model, data.reader, part, device=pick_device(config.device), world=world)
+    check_outputs(state.progress.step, outputs, model, data.reader)
+    figures = headline_metrics(outputs)
     step, epoch, best = state.progress.step, rhythm.epoch(state.progress.step), state.progress.best
     line = {f"eval/{name}": value for name, value in figures.items()}
     run.log(step=step, epoch=epoch, **line, **{"eval/num_images": len(outputs.targets)})
     better = not best or (figures["top1"], -figures["loss"]) > (best["top1"], -best["loss"])
-    display.judged(epoch, figures["top1"], figures["loss"], len(outputs.targets), better)
+    display.evaluated(epoch, figures["top1"], figures["loss"], len(outputs.targets), better)
     if better:
         state.progress.best = {**figures, "step": step, "epoch": epoch}
         if run.is_main:
@@ -206,8 +206,8 @@ def model_header(
     """Return what the run's model file says of its weights."""
     return ModelHeader(
         architecture=config.model,
-        labels=data.source.labels,
-        preprocess=preprocess_of(config),
+        labels=data.dataset.labels,
+        preprocess=preprocess_from_config(config),
         temperature=temperature,
         split=data.split_header(config.data),
         metrics=metrics,
@@ -216,16 +216,16 @@ def model_header(
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class Cadence:
     """When things happen, in steps (not rounded but for `head`, the last step in which the head learns alone)."""
 
     total: int
     per_epoch: float
     log: float
-    judge: float
+    evaluate: float
     head: int
 
-    def due(self, step: int, every: float) -> bool:
+    def is_due(self, step: int, every: float) -> bool:
         """Whether this step passed a multiple of `every` steps, or is the last."""
         return step == self.total or math.floor(step / every + 1e-9) > math.floor((step - 1) / every + 1e-9)
 
@@ -234,7 +234,7 @@ class Rhythm:
         return round(step / self.per_epoch, 3)
 
 
-def rhythm_of(config: RunConfig, num_train: int) -> Rhythm:
+def build_cadence(config: RunConfig, num_train: int) -> Cadence:
     """Turn a configuration's durations into steps.
 
     Raises:
@@ -251,7 +251,7 @@ def rhythm_of(config: RunConfig, num_train: int) -> Rhythm:
             f"optim.head_warmup {config.optim.head_warmup!r} is {head} steps, but the run has only {total}; shorten it, for "
             "instance --optim.head_warmup '10 %', or let the head learn alone to the end by --optim.freeze"
         )
-    return Rhythm(total, per_epoch, max(1.0, log), max(1.0, judged), max(head, int(config.warms_head)))
+    return Cadence(total, per_epoch, max(1.0, log), max(1.0, judged), max(head, int(config.warms_head)))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

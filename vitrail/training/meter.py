@@ -34,7 +34,7 @@ class Meter:
         values = [figures["loss"], figures["correct"], figures["loss"].new_tensor(count), figures["grad_norm"]]
         self.pending.append(torch.stack([value.detach().float() for value in values]))
 
-    def settle(self) -> tuple[list[float], list[float]]:
+    def flush(self) -> tuple[list[float], list[float]]:
         """Bring pending figures to the host; returns the losses and gradient norms that were pending."""
         if not self.pending:
             return [], []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.config import RunConfig, load_config, save_config
-from vitrail.data.datasets.open import run_name, same_source
+from vitrail.data.datasets.open import run_name, same_dataset
 from vitrail.files import write_text
 from vitrail.machine import processor_name
 
@@ -139,7 +139,7 @@ def newest_folder(source: str, root: Path = Path("runs")) -> Path:
         ValueError: there is none.
     """
     runs = [each.parent for pattern in ("*/run.json", f"*/{FIRST_FOLD}/run.json") for each in root.glob(pattern)]
-    found = [each for each in runs if same_source(load_config(each / "config.json").data.source, source)]
+    found = [each for each in runs if same_dataset(load_config(each / "config.json").data.source, source)]
     if not found:
         raise ValueError(f"no run of {source} in {root}/ to resume; name it with --out RUN")
     newest = max(found, key=lambda each: (each / "run.json").stat().st_mtime)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vitrail.config import RunConfig
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.distributed import World
 from vitrail.kernels.registry import Kernels
 from vitrail.models.kernel_choice import training_kernels
@@ -20,16 +20,16 @@ from vitrail.models.lora import add_adapters, is_adapter
 from vitrail.models.variants import is_variant
 from vitrail.models.vit import ViT
 from vitrail.optim.optimizers import build_optimizer
-from vitrail.training.frozen import batch_norms, freeze, slow_statistics, within
+from vitrail.training.frozen import batch_norms, freeze, scale_bn_momentum, within
 from vitrail.training.run_folder import Run
 from vitrail.training.state import Progress, State
 from vitrail.weights.adapt import Start, adapt
-from vitrail.weights.imported_model import Imported, LoadReport
+from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.model_file import ModelHeader, build_model
 from vitrail.weights.resolve import open_weights
 
 
-def meaning(model: str) -> dict[str, str]:
+def parse_model_spec(model: str) -> dict[str, str]:
     """Return the setting that a MODEL word means: a variant, or trained weights."""
     name = os.fspath(model)
     if Path(name).exists():
@@ -37,7 +37,7 @@ def meaning(model: str) -> dict[str, str]:
     return {"variant": name} if is_variant(name) else {"pretrained": name}
 
 
-def open_source_weights(base: RunConfig | None, given: Mapping[str, Any]) -> Imported | None:
+def open_start_weights(base: RunConfig | None, given: Mapping[str, Any]) -> ImportedModel | None:
     """Read the weights that a run is to start from, or return None when it starts at random.
 
     Raises:
@@ -51,13 +51,13 @@ def open_source_weights(base: RunConfig | None, given: Mapping[str, Any]) -> Imp
     return open_weights(word) if word else None
 
 
-def pinned(word: str, origin: str) -> str:
+def pin_revision(word: str, origin: str) -> str:
     """Return a word for trained weights with the revision that it meant on its hub, where it has one."""
     name, at, _ = origin.partition("@")
     return origin if at and name == word.partition("@")[0] else word
 
 
-def channels_of(base: RunConfig | None, given: Mapping[str, Any], source: ModelHeader | None) -> int:
+def required_channels(base: RunConfig | None, given: Mapping[str, Any], source: ModelHeader | None) -> int:
     """Return the channels that the model is known to want; 0: the pictures decide."""
     if source is not None and "pretrained" in given:
         known = 3 if source.architecture.in_channels == 3 else 0  # grey weights can learn colour
@@ -66,7 +66,7 @@ def channels_of(base: RunConfig | None, given: Mapping[str, Any], source: ModelH
     return int(given.get("model.in_channels", known))
 
 
-def check_start(config: RunConfig, start: Start, talk: Talk) -> dict[str, int]:
+def report_start(config: RunConfig, start: Start, talk: Console) -> dict[str, int]:
     """Say what became of the weights that a run starts from and how many learn, and raise what is wrong with them.
 
     Returns:
@@ -76,21 +76,21 @@ def check_start(config: RunConfig, start: Start, talk: Talk) -> dict[str, int]:
         ValueError: the encoder's weights cannot be had, or what is to be frozen or to learn first is not in the model.
     """
     for line in start.report.lines() if config.pretrained else ():
-        talk.say(line)
+        talk.info(line)
     if not (config.encoder_weights or config.optim.freeze or config.lora.rank or config.warms_head):
         return {}
     model = start_model(config, fresh=True, start=start)
-    found = sum(parameter.numel() for parameter in learning(model).values())
+    found = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     total = sum(parameter.numel() for parameter in model.parameters())
     if config.warms_head:
-        first_learning(model, config, start)
+        head_warmup_parameters(model, config, start)
     if found == total:
         return {}
-    talk.say(f"{found:,} of {total:,} weights learn ({found / total:.1%})")
+    talk.info(f"{found:,} of {total:,} weights learn ({found / total:.1%})")
     return {"num_learning": found}
 
 
-def ready_start(config: RunConfig, labels: Sequence[str], opened: Imported | None = None) -> Start:
+def load_start(config: RunConfig, labels: Sequence[str], opened: ImportedModel | None = None) -> Start:
     """Return the weights that a run starts from, made to fit its model and labels; nothing when they start at random.
 
     Args:
@@ -106,13 +106,13 @@ def ready_start(config: RunConfig, labels: Sequence[str], opened: Imported | Non
     return adapt(opened, config.model, labels, ViT(config.model).state_dict())
 
 
-def noted_start(info: Mapping[str, Any]) -> Start:
+def start_from_record(info: Mapping[str, Any]) -> Start:
     """Return what `run.json` says of a run's start; its weights are in the saved state."""
     start = info.get("start") or {}
     return Start(report=LoadReport(start.get("origin", "")), random=tuple(start.get("random", ())))
 
 
-def note_of(start: Start) -> dict[str, Any]:
+def start_record(start: Start) -> dict[str, Any]:
     """Return what `run.json` keeps of a start."""
     report = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(start.report).items()}
     return {**report, "random": list(start.random)} if start.weights else {}
@@ -147,16 +147,16 @@ def start_model(config: RunConfig, *, fresh: bool, start: Start = Start()) -> Vi
         for norm in batch_norms(model):
             norm.eval()
     freeze(model, config.optim.freeze)
-    slow_statistics(model, config.optim.accumulate)
+    scale_bn_momentum(model, config.optim.accumulate)
     return model
 
 
-def learning(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that learn, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def first_learning(model: nn.Module, config: RunConfig, start: Start) -> dict[str, nn.Parameter]:
+def head_warmup_parameters(model: nn.Module, config: RunConfig, start: Start) -> dict[str, nn.Parameter]:
     """Return what learns during `optim.head_warmup`: of what learns at all, the head and what started at random.
 
     Raises:
@@ -165,7 +165,7 @@ def first_learning(model: nn.Module, config: RunConfig, start: Start) -> dict[st
     own_encoder = bool(config.encoder_weights)
     found = {
         name: parameter
-        for name, parameter in learning(model).items()
+        for name, parameter in trainable_parameters(model).items()
         if within(name, "head") or name in start.random or (own_encoder and not within(name, "patch_embed.backbone"))
     }
     if not found:
@@ -176,7 +176,7 @@ def first_learning(model: nn.Module, config: RunConfig, start: Start) -> dict[st
     return found
 
 
-def let_learn(model: nn.Module, all_learning: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
+def set_trainable(model: nn.Module, all_learning: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
     """Let only some of the parameters that learn in a run do so now; batch norms that do not keep their statistics.
 
     What comes before the first of them in the model is then computed without keeping anything for a backward pass.
@@ -202,7 +202,7 @@ def run_kernels(config: RunConfig, device: torch.device, run: Run, world: World)
         kernels = choose_kernels(config, device, known=known)
         if dict(kernels.chosen) != known:
             run.note(kernels=dict(kernels.chosen))
-    return world.from_main(kernels)
+    return world.broadcast(kernels)
 
 
 def choose_kernels(config: RunConfig, device: torch.device, *, known: Any = None, measuring: bool = True) -> Kernels:

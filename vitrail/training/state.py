@@ -45,7 +45,7 @@ class State:
     progress: Progress
 
     @property
-    def judged(self) -> ViT:
+    def evaluated_model(self) -> ViT:
         """The weights that are judged and kept: the average where there is one."""
         return self.model if self.average is None else self.average
 

@@ -14,7 +14,7 @@ from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table, sincos2d
 from vitrail.weights.finalise import plain_labels
-from vitrail.weights.imported_model import Imported, LoadReport
+from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.labels import match_labels
 
 # What weights were made for and cannot be changed under them, even where shapes would allow it.
@@ -67,7 +67,7 @@ def refuse_misfit(source: ViTConfig, target: ViTConfig, origin: str) -> None:
         )
 
 
-def adapt(imported: Imported, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]) -> Start:
+def adapt(imported: ImportedModel, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]) -> Start:
     """Return the start of a model of another picture size, patch size, number of channels or labels.
 
     Args:
@@ -122,7 +122,7 @@ def adapt(imported: Imported, config: ViTConfig, labels: Sequence[str], fresh: M
 
 
 def new_head(
-    imported: Imported, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]
+    imported: ImportedModel, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], str, bool]:
     """Return the classifier, what became of the old one, and whether any row of it is new.
 

@@ -14,12 +14,12 @@ from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table
-from vitrail.weights.imported_model import Imported, LoadReport
+from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.model_file import ModelHeader, build_model
 
 
 @dataclass(frozen=True)
-class Found:
+class RawModel:
     """What a file held, under our names, before it is fitted.
 
     Attributes:
@@ -36,7 +36,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def fit(found: Found, config: ViTConfig, preprocess: Preprocess, labels: tuple[str, ...]) -> Imported:
+def finalise(found: RawModel, config: ViTConfig, preprocess: Preprocess, labels: tuple[str, ...]) -> ImportedModel:
     """Return the model that a file holds.
 
     Raises:
@@ -62,7 +62,7 @@ def fit(found: Found, config: ViTConfig, preprocess: Preprocess, labels: tuple[s
     report = LoadReport(found.word, len(weights), tuple(resized), unexpected=found.left_out, notes=found.notes)
     # Cloned: a file's tensors may be parts of one another, which no model file can hold, or lie unaligned.
     whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-    return Imported(header, whole, report)
+    return ImportedModel(header, whole, report)
 
 
 def table_grid(table: Tensor, num_prefix: int, what: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vitrail.lookup import some
+from vitrail.lookup import shorten
 from vitrail.weights.model_file import ModelHeader
 
 
@@ -43,8 +43,8 @@ class LoadReport:
         parts = {
             "resized": "; ".join(self.resized),
             "head": self.head,
-            "missing (start at random)": some(self.missing),
-            "unexpected (left out)": some(self.unexpected),
+            "missing (start at random)": shorten(self.missing),
+            "unexpected (left out)": shorten(self.unexpected),
         }
         lines = [f"{self.origin}: {self.loaded} weights loaded"]
         lines += [f"  {name}: {text}" for name, text in parts.items() if text]
@@ -52,7 +52,7 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedModel:
     """A model with all that its file or folder says of it.
 
     Attributes:

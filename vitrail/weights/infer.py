@@ -12,7 +12,7 @@ from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.weights.finalise import depth_of, mlp_ratio, plain_labels, table_grid
 from vitrail.weights.naming import pixels_of
-from vitrail.weights.user_spec import Told
+from vitrail.weights.user_spec import UserSpec
 
 HEADS_OF_64 = "heads of 64"  # and 16 of 80 in ViT-H: what every published size has (Dosovitskiy et al. 2021, table 1)
 
@@ -38,7 +38,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def architecture(
-    where: str, weights: Mapping[str, Tensor], conventions: Conventions, said: Told
+    where: str, weights: Mapping[str, Tensor], conventions: Conventions, said: UserSpec
 ) -> tuple[ViTConfig, Preprocess, tuple[str, ...], list[str]]:
     """Return architecture, preprocessing and labels of weights under our names, and a note on everything assumed.
 
@@ -138,7 +138,7 @@ def _decoder(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[st
     return {}
 
 
-def _assume(fields: dict[str, Any], conventions: Conventions, said: Told, notes: list[str]) -> list[str]:
+def _assume(fields: dict[str, Any], conventions: Conventions, said: UserSpec, notes: list[str]) -> list[str]:
     """Fill in what a layout's own code does, with a note each; returns the keys that nobody knows."""
     lacking = []
     if "num_heads" not in fields and "num_heads" not in said.model:
@@ -167,7 +167,7 @@ def _heads(inner: int) -> int:
     return 16 if inner == 1280 else inner // 64 if inner % 64 == 0 else 0
 
 
-def _refuse_contradictions(where: str, fields: Mapping[str, Any], said: Told) -> None:
+def _refuse_contradictions(where: str, fields: Mapping[str, Any], said: UserSpec) -> None:
     resizable = ("image_size", "patch_size", "layer_scale", "mlp_ratio")
     wrong = [
         f"{key} {value!r} (its weights have {fields[key]!r})"
@@ -195,7 +195,7 @@ def to_preprocess(config: ViTConfig, fields: Mapping[str, Any]) -> Preprocess:
     return Preprocess(image_size=config.image_size, channels=config.in_channels, **{**fields, **spread})
 
 
-def _preprocess_note(conventions: Conventions, said: Told) -> list[str]:
+def _preprocess_note(conventions: Conventions, said: UserSpec) -> list[str]:
     """Return a line on the preprocessing that was assumed."""
     squashed = "squash" in (said.preprocess.get("resize"), conventions.preprocess.get("resize"))
     resize = {"resize", "interpolation"} | ({"crop_fraction"} if not squashed else set())

@@ -18,14 +18,14 @@ from torch import Tensor
 from vitrail.models.config import ViTConfig
 
 
-class Form(NamedTuple):
+class TensorLayout(NamedTuple):
     """How the values of a weight are laid out elsewhere: a pair of inverse functions of a tensor and the architecture."""
 
     to_ours: Callable[[Tensor, ViTConfig], Tensor]
     to_theirs: Callable[[Tensor, ViTConfig], Tensor]
 
 
-SAME = Form(lambda x, config: x, lambda x, config: x)
+SAME = TensorLayout(lambda x, config: x, lambda x, config: x)
 
 
 class Rule(NamedTuple):
@@ -40,7 +40,7 @@ class Rule(NamedTuple):
 
     theirs: str
     ours: str
-    form: Form = SAME
+    layout: TensorLayout = SAME
 
 
 def to_ours(
@@ -71,7 +71,7 @@ def to_ours(
             )
         came_from[ours] = name
         base, _, part = ours.partition("/")
-        values = rule.form.to_ours(tensor, config)
+        values = rule.layout.to_ours(tensor, config)
         if part:
             parts.setdefault(base, {})[int(part)] = values
         else:
@@ -97,7 +97,7 @@ def to_theirs(
                 break
             rule, theirs = match
             if theirs:
-                found[theirs] = rule.form.to_theirs(piece, config).contiguous()
+                found[theirs] = rule.layout.to_theirs(piece, config).contiguous()
     return found, unknown
 
 

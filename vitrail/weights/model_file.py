@@ -15,7 +15,7 @@ from torch import Tensor
 import vitrail
 from vitrail.config_schema import from_dict, to_dict
 from vitrail.data.images.preprocess import Preprocess
-from vitrail.lookup import some
+from vitrail.lookup import shorten
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.tensor_files import load_tensors, save_tensors
@@ -134,7 +134,7 @@ def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str, unknown
     if missing or unexpected or shapes:
         lines = [f"{where}: its weights do not fit its architecture"]
         parts = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("shape", shapes, "; "))
-        lines += [f"  {what}: {some(names, between=between)}" for what, names, between in parts if names]
+        lines += [f"  {what}: {shorten(names, between=between)}" for what, names, between in parts if names]
         raise ValueError("\n".join(lines))
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     assert not any(values.is_meta for values in (*model.parameters(), *model.buffers()))

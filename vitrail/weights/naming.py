@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vitrail.models.config import ViTConfig
-from vitrail.weights.key_mapping import Form, Rule, translated
+from vitrail.weights.key_mapping import Rule, TensorLayout, translated
 
 
 def pixels_of(length: int) -> tuple[int, int]:
@@ -42,10 +42,10 @@ def _to_kernel(x: Tensor, config: ViTConfig) -> Tensor:
     return rearrange(x, "D (p q C) -> D C p q", p=side, q=side, C=channels)
 
 
-PIXELS = Form(_channels_first, _channels_last)  # einops order of a patch's pixels to a convolution's
-KERNEL = Form(_to_kernel, lambda x, config: rearrange(x, "D C p q -> D (p q C)"))
-ONE_ROW = Form(lambda x, config: x[None], lambda x, config: x[0])  # tokens and tables without a batch dimension
-HALVES = Form(lambda x, config: x.roll(len(x) // 2, 0), lambda x, config: x.roll(len(x) // 2, 0))
+PIXELS = TensorLayout(_channels_first, _channels_last)  # einops order of a patch's pixels to a convolution's
+KERNEL = TensorLayout(_to_kernel, lambda x, config: rearrange(x, "D C p q -> D (p q C)"))
+ONE_ROW = TensorLayout(lambda x, config: x[None], lambda x, config: x[0])  # tokens and tables without a batch dimension
+HALVES = TensorLayout(lambda x, config: x.roll(len(x) // 2, 0), lambda x, config: x.roll(len(x) // 2, 0))
 
 # timm's VisionTransformer; DeiT, MAE, DINO and I-JEPA grew from it and kept its names. Ours are the same.
 TIMM = (

@@ -8,33 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.weights.file_kinds import is_bare, is_timm_folder, is_transformers_folder
-from vitrail.weights.imported_model import Imported, LoadReport
+from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.model_file import read_model
 
 
-def _hf(rest: str, described: Mapping[str, Any]) -> Imported:
+def _hf(rest: str, described: Mapping[str, Any]) -> ImportedModel:
     from vitrail.weights.formats.hf import open_hf
 
     return open_hf(rest, described)
 
 
-def _timm(rest: str, described: Mapping[str, Any]) -> Imported:
+def _timm(rest: str, described: Mapping[str, Any]) -> ImportedModel:
     from vitrail.weights.formats.timm import open_timm
 
     return open_timm(rest, described)
 
 
-def _torchvision(rest: str, described: Mapping[str, Any]) -> Imported:
+def _torchvision(rest: str, described: Mapping[str, Any]) -> ImportedModel:
     from vitrail.weights.formats.torchvision import open_torchvision
 
     return open_torchvision(rest, described)
 
 
 # Hub or library → the function that reads what stands behind its colon.
-HUBS: dict[str, Callable[[str, Mapping[str, Any]], Imported]] = {"hf": _hf, "timm": _timm, "torchvision": _torchvision}
+HUBS: dict[str, Callable[[str, Mapping[str, Any]], ImportedModel]] = {"hf": _hf, "timm": _timm, "torchvision": _torchvision}
 
 
-def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | None = None) -> Imported:
+def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | None = None) -> ImportedModel:
     """Read the model that a word means.
 
     Args:
@@ -57,17 +57,17 @@ def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | No
     if Path(name).is_dir() and is_timm_folder(Path(name)):
         return _timm(name, described or {})
     if is_bare(Path(name)):
-        from vitrail.weights.formats.state_dict import open_bare
+        from vitrail.weights.formats.state_dict import open_state_dict
 
-        return open_bare(name, described)
-    path = model_file(name)
+        return open_state_dict(name, described)
+    path = model_file_of(name)
     if described:
         raise ValueError(f"{name}: a model file says all of itself; {', '.join(described)} cannot be given with it")
     weights, header = read_model(path)
-    return Imported(header, weights, LoadReport(name, loaded=len(weights)))
+    return ImportedModel(header, weights, LoadReport(name, loaded=len(weights)))
 
 
-def model_file(name: str) -> Path:
+def model_file_of(name: str) -> Path:
     """Return the model file that a run folder's or a model file's name means.
 
     Raises:

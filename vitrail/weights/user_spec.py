@@ -33,7 +33,7 @@ PREPROCESS_KEYS = {name: kind for name, kind in field_types(Preprocess).items() 
 
 
 @dataclass(frozen=True)
-class Told:
+class UserSpec:
     """What was said of a file.
 
     Attributes:
@@ -47,7 +47,7 @@ class Told:
     labels: tuple[str, ...] = ()
 
 
-def sort_described(described: Mapping[str, Any] | None) -> Told:
+def sort_described(described: Mapping[str, Any] | None) -> UserSpec:
     """Return a description by what it is of.
 
     Raises:
@@ -62,7 +62,7 @@ def sort_described(described: Mapping[str, Any] | None) -> Told:
         raise ValueError(unknown("--describe key", strange[0], [*MODEL_KEYS, *PREPROCESS_KEYS, "labels"]))
     kinds = {**MODEL_KEYS, **PREPROCESS_KEYS}
     typed = {key: to_type(kinds[key], value, f"--describe {key}") for key, value in given.items()}
-    return Told(
+    return UserSpec(
         {key: value for key, value in typed.items() if key in MODEL_KEYS},
         {key: value for key, value in typed.items() if key in PREPROCESS_KEYS},
         labels,

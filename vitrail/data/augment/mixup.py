@@ -20,7 +20,7 @@ ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # Zhong et al. 2020, secti
 
 
 @dataclass(frozen=True)
-class Mix:
+class MixTargets:
     """What mixed pictures show besides their own label.
 
     Attributes:
@@ -29,14 +29,14 @@ class Mix:
         weights: what the other picture counts in the loss [B]; None where all count alike.
     """
 
-    partners: Tensor
-    shares: Tensor
-    weights: Tensor | None = None
+    labels_b: Tensor
+    lam: Tensor
+    weights_b: Tensor | None = None
 
-    def part(self, start: int, stop: int) -> Mix:
+    def take(self, start: int, stop: int) -> MixTargets:
         """Return that of some of the batch."""
-        weights = None if self.weights is None else self.weights[start:stop]
-        return Mix(self.partners[start:stop], self.shares[start:stop], weights)
+        weights = None if self.weights_b is None else self.weights_b[start:stop]
+        return MixTargets(self.labels_b[start:stop], self.lam[start:stop], weights)
 
 
 def erase_(
@@ -81,7 +81,7 @@ def mix_pairs_(
     config: AugmentConfig,
     draws: dict[str, np.ndarray],
     weights: Float[Tensor, " B"] | None = None,
-) -> tuple[Float[Tensor, "B C H W"], Mix | None]:
+) -> tuple[Float[Tensor, "B C H W"], MixTargets | None]:
     """Mix neighbours in place: blended (Zhang et al. 2018) or one put into a box of the other (Yun et al. 2019).
 
     Args:
@@ -93,7 +93,7 @@ def mix_pairs_(
     if not config.mixes:
         return images, None
     size = (images.shape[2], images.shape[3])
-    partner, first = pairs(places)
+    partner, first = partners_of(places)
     drawn = {name: values[first] for name, values in draws.items()}
     mixed = (partner != np.arange(len(places))) & (drawn["mix"] < config.mix_chance)
     cut = drawn["mix_way"] < 0.5 if config.mixup and config.cutmix else np.full(len(places), config.cutmix > 0)
@@ -111,10 +111,10 @@ def mix_pairs_(
         images[[int(one), int(partner[one])], :, top:bottom, left:right] = both.flip(0)
     mixed_here = torch.from_numpy(mixed).to(images.device)
     theirs_weigh = None if weights is None else torch.where(mixed_here, weights[others], weights)
-    return images, Mix(torch.where(mixed_here, targets[others], targets), shares, theirs_weigh)
+    return images, MixTargets(torch.where(mixed_here, targets[others], targets), shares, theirs_weigh)
 
 
-def pairs(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def partners_of(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return for each picture where its partner and its pair's first one lie [B]; itself, when its partner is missing."""
     where = {int(place): number for number, place in enumerate(places)}
     partner = np.asarray([where.get(int(place) ^ 1, number) for number, place in enumerate(places)], dtype=np.int64)

@@ -58,24 +58,24 @@ _DRAWS = (
 )
 
 
-def draw(seed: int, occasions: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
+def draw_changes(seed: int, occasions: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Return uniform numbers in [0, 1) for each picture of a batch, by name: [B] float64.
 
     A counter-based generator (splitmix64's finaliser, Steele et al. 2014, figure 17): no state to save or to share.
     """
     columns = np.arange(1, len(_DRAWS) + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        state = mix(np.uint64(seed) + _GOLDEN)
-        state = mix(state ^ mix(occasions.astype(np.uint64) * _GOLDEN + np.uint64(1)))
-        state = mix(state ^ mix(indices.astype(np.uint64) * _GOLDEN + np.uint64(2)))
-        bits = mix(state[:, None] + columns * _GOLDEN)
+        state = scramble(np.uint64(seed) + _GOLDEN)
+        state = scramble(state ^ scramble(occasions.astype(np.uint64) * _GOLDEN + np.uint64(1)))
+        state = scramble(state ^ scramble(indices.astype(np.uint64) * _GOLDEN + np.uint64(2)))
+        bits = scramble(state[:, None] + columns * _GOLDEN)
     return dict(zip(_DRAWS, ((bits >> np.uint64(11)) * 2.0**-53).T, strict=True))
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def mix(z: np.ndarray | np.uint64) -> np.ndarray:
+def scramble(z: np.ndarray | np.uint64) -> np.ndarray:
     """Scramble 64-bit counters."""
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

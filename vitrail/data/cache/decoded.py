@@ -22,7 +22,7 @@ import numpy as np
 import PIL
 import simplejpeg
 
-from vitrail.data.cache.rows import kept_folder
+from vitrail.data.cache.rows import rows_folder
 from vitrail.files import filled_folder
 
 FORMAT = 1  # raise it when the same picture would be kept otherwise
@@ -30,7 +30,7 @@ _SPARE_BYTES = 2**28  # left on the disk: a checkpoint may have to go there
 _HEAD = 8  # bytes before each picture: whether it is there, and its checksum
 
 
-class PictureCache:
+class DecodedImageCache:
     """The kept pictures of a source; safe for threads and for processes of one machine.
 
     Attributes:
@@ -66,16 +66,16 @@ class PictureCache:
             OSError: the cache folder cannot be written.
         """
         self.channels, self.sizes, self.full, self._decode = channels, sizes, "", decode
-        self.kept_sizes = kept_sizes(sizes, side)
-        ends = np.cumsum(_HEAD + self.kept_sizes[indices].prod(axis=1) * channels)
-        self.num_kept = int(np.searchsorted(ends, limit_bytes, side="right"))
-        self.num_bytes = int(ends[self.num_kept - 1]) if self.num_kept else 0
-        kept = indices[: self.num_kept]
+        self.stored_sizes = stored_sizes_of(sizes, side)
+        ends = np.cumsum(_HEAD + self.stored_sizes[indices].prod(axis=1) * channels)
+        self.num_stored = int(np.searchsorted(ends, limit_bytes, side="right"))
+        self.num_bytes = int(ends[self.num_stored - 1]) if self.num_stored else 0
+        kept = indices[: self.num_stored]
         self.starts = np.full(len(sizes), -1, dtype=np.int64)
-        self.starts[kept] = np.concatenate([[0], ends[: self.num_kept - 1]]) if self.num_kept else 0
-        layout = hashlib.blake2b(self.kept_sizes[kept].tobytes()).hexdigest()
+        self.starts[kept] = np.concatenate([[0], ends[: self.num_stored - 1]]) if self.num_stored else 0
+        layout = hashlib.blake2b(self.stored_sizes[kept].tobytes()).hexdigest()
         what = (FORMAT, side, channels, PIL.__version__, simplejpeg.__version__, layout, *depends_on(kept))
-        self.folder = filled_folder(kept_folder("pictures", source, what), self._make)
+        self.folder = filled_folder(rows_folder("pictures", source, what), self._make)
         self._file = os.open(self.folder / "pixels", os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         # A file of no bytes cannot be mapped.
@@ -96,7 +96,7 @@ class PictureCache:
         start = int(self.starts[index])
         if start < 0:
             return self._decode(index)[0]
-        high, wide = self.kept_sizes[index].tolist()
+        high, wide = self.stored_sizes[index].tolist()
         shape = (high, wide, 3) if self.channels == 3 else (high, wide)
         pixels = self._map[start + _HEAD : start + _HEAD + math.prod(shape)]
         if self._checked[index] or self._holds(start, pixels):
@@ -129,7 +129,7 @@ class PictureCache:
             self.full = f"{self.folder}: {error.strerror}"
 
 
-def kept_sizes(sizes: np.ndarray, side: int) -> np.ndarray:
+def stored_sizes_of(sizes: np.ndarray, side: int) -> np.ndarray:
     """Return the heights and widths [N, 2] in which pictures are kept: the short side is `side`, or its own where shorter."""
     scale = np.minimum(1.0, side / np.maximum(sizes.min(axis=1, keepdims=True), 1))
     return np.maximum(1, np.round(sizes * scale)).astype(np.int64)

@@ -16,7 +16,7 @@ from vitrail.files import cache_folder, replacing
 _FORM = 4  # of these files and of what is kept in them: another number makes all be made anew
 
 
-def read_index(kind: str, identity: bytes) -> tuple[dict[str, np.ndarray], Any] | None:
+def read_listing(kind: str, identity: bytes) -> tuple[dict[str, np.ndarray], Any] | None:
     """Return what is kept of a file, None where nothing is, or where it is broken."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -35,7 +35,7 @@ def read_index(kind: str, identity: bytes) -> tuple[dict[str, np.ndarray], Any] 
         return None
 
 
-def write_index(kind: str, identity: bytes, arrays: dict[str, np.ndarray], texts: Any) -> None:
+def write_listing(kind: str, identity: bytes, arrays: dict[str, np.ndarray], texts: Any) -> None:
     """Keep a listing; where the cache folder cannot be written, nothing is kept, and the next command makes it again.
 
     Args:

@@ -19,7 +19,7 @@ KEY = np.dtype("V16")
 _PIECES = 32  # more files than this are joined into one
 
 
-class KeptRows:
+class RowCache:
     """Rows of numbers under 16-byte keys, in a folder of files that are never changed once they are written.
 
     Each file is written whole and under a name of its own, so that several processes can add at once. A file that is
@@ -105,7 +105,7 @@ def _checksum(keys: np.ndarray, values: np.ndarray) -> int:
     return zlib.crc32(values.tobytes(), zlib.crc32(keys.tobytes()))
 
 
-def kept_folder(
+def rows_folder(
     kind: str, source: str, what: Iterable[object], weights: Mapping[str, torch.Tensor] | None = None
 ) -> Path:
     """Return the folder for rows about a source's pictures: its name tells the source, and a hash all that the rows depend on.

@@ -7,14 +7,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import PIL
 
-from vitrail.data.cache.rows import KeptRows, kept_folder
+from vitrail.data.cache.rows import RowCache, rows_folder
 
 THUMBNAIL = 32  # side of the grey copies, pixels
 
 FORMAT = 1  # raise it when a look finds something else in the same file
 
 
-class Known(NamedTuple):
+class CachedScans(NamedTuple):
     """What is known of some pictures: which [N], height and width [N, 2], grey copies [N, 32, 32], hashes of pixels [N]."""
 
     found: np.ndarray
@@ -23,20 +23,20 @@ class Known(NamedTuple):
     digests: np.ndarray
 
 
-class KeptLooks:
+class ScanCache:
     """The looks at a source's whole pictures; a file with a fault is never kept, and so named each time."""
 
     def __init__(self, source: str, keys: np.ndarray, mode: Literal["RGB", "L"], *, limit_pixels: int) -> None:
-        folder = kept_folder("looks", source, (FORMAT, PIL.__version__, mode, limit_pixels))
-        self.rows = KeptRows(folder, THUMBNAIL**2 + 16, np.uint8)
+        folder = rows_folder("looks", source, (FORMAT, PIL.__version__, mode, limit_pixels))
+        self.rows = RowCache(folder, THUMBNAIL**2 + 16, np.uint8)
         self.keys = keys
 
-    def read(self) -> Known:
+    def read(self) -> CachedScans:
         """Return what is known of the source's pictures."""
         rows, found = self.rows.read(self.keys)
         tail = np.ascontiguousarray(rows[:, THUMBNAIL**2 :])
         sizes, digests = tail[:, :8].copy().view(np.int32), tail[:, 8:].copy().view(np.uint64)[:, 0]
-        return Known(found, sizes, rows[:, : THUMBNAIL**2].reshape(-1, THUMBNAIL, THUMBNAIL), digests)
+        return CachedScans(found, sizes, rows[:, : THUMBNAIL**2].reshape(-1, THUMBNAIL, THUMBNAIL), digests)
 
     def add(self, indices: np.ndarray, sizes: np.ndarray, thumbnails: np.ndarray, digests: np.ndarray) -> None:
         """Keep looks at the pictures `indices`; a cache that cannot be written is done without."""

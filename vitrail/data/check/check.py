@@ -14,24 +14,24 @@ import numpy as np
 from vitrail.config import DataConfig
 from vitrail.data.check.class_names import label_problems, level_problem
 from vitrail.data.check.crop_duplicates import LIMIT
-from vitrail.data.check.duplicates import duplicate_pairs, groups
-from vitrail.data.check.image_formats import Forms, form_problems
-from vitrail.data.check.scan import Scan, scan_source
-from vitrail.data.datasets.base import ArrayPictures, FilePictures, Source, broken
+from vitrail.data.check.duplicates import duplicate_pairs, group_numbers
+from vitrail.data.check.image_formats import FormatStats, format_problems
+from vitrail.data.check.scan import Scan, scan_dataset
+from vitrail.data.datasets.base import ArrayDataset, Dataset, FileDataset, broken_image
 from vitrail.data.datasets.folder import open_folder
-from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.datasets.webdataset.shards import is_shards
-from vitrail.data.images.decode import PictureError, inspect_picture
+from vitrail.data.images.decode import ImageError, inspect_image
 from vitrail.data.problems import Problem
 from vitrail.data.progress import Advance, Bar, no_bar
-from vitrail.data.splits.splits import check_trainable, class_problems, make_splits
+from vitrail.data.splits.splits import check_trainable, class_problems, split_dataset
 from vitrail.threads import ordered_map
 
 _BROKEN = ("unreadable", "damaged", "refused")
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """The result of a check.
 
     Attributes:
@@ -40,7 +40,7 @@ class Checked:
         problems: errors first.
     """
 
-    source: Source | None
+    dataset: Dataset | None
     facts: dict[str, Any]
     problems: tuple[Problem, ...]
 
@@ -54,7 +54,7 @@ class Checked:
         return {"ok": self.ok, **self.facts, "problems": [problem.to_dict() for problem in self.problems]}
 
 
-def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) -> Checked:
+def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) -> CheckResult:
     """Look for everything that is known to spoil a training or its judgement.
 
     Args:
@@ -68,27 +68,27 @@ def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) 
     in_folders = root.is_dir() and not is_shards(config.source)
     level = level_problem(root) if in_folders else None
     if level is not None and level.severity == "error":
-        return Checked(None, {"num_images": 0, "classes": {}, "form": form}, (level,))
+        return CheckResult(None, {"num_images": 0, "classes": {}, "form": form}, (level,))
     try:
-        source = listed(config, root, bar)
+        source = list_dataset(config, root, bar)
     except ValueError as error:
         if not in_folders:
             raise
         problem = Problem("error", "missing-class", (), str(error))
-        return Checked(None, {"num_images": 0, "classes": {}, "form": form}, (problem,))
-    forms = Forms(len(source.paths), config.limit_pixels)
+        return CheckResult(None, {"num_images": 0, "classes": {}, "form": form}, (problem,))
+    forms = FormatStats(len(source.paths), config.limit_pixels)
     with bar(f"looking at {len(source.paths):,} pictures") as advance:
         scan = quick_scan(source, config, forms, advance) if quick else full_scan(source, config, forms, advance)
     problems = [*([level] if level else []), *source.problems, *label_problems(source.labels)]
     problems += [problem for problem in scan.problems if problem.kind in _BROKEN]
     problems += duplicate_problems(source, scan)
-    problems += form_problems(source, forms, scan.sizes)
-    facts = facts_of(source, scan, forms) | {"form": form, "near_duplicates": not quick and config.near_duplicates}
+    problems += format_problems(source, forms, scan.sizes)
+    facts = check_facts(source, scan, forms) | {"form": form, "near_duplicates": not quick and config.near_duplicates}
     facts["crops_compared"] = facts["near_duplicates"] and len(source.paths) <= LIMIT
     try:
-        splits = make_splits(source, config, scan.good, scan.groups)
+        splits = split_dataset(source, config, scan.good, scan.groups)
         facts |= {"fingerprint": splits.fingerprint, "rule": splits.rule}
-        facts["splits"] = {part: len(indices) for part, indices in splits.parts.items()}
+        facts["splits"] = {part: len(indices) for part, indices in splits.indices.items()}
         named = {Path(path).name for each in source.problems if each.kind == "missing-class" for path in each.paths}
         problems += [
             each for each in class_problems(source, splits) if each.kind != "missing-class" or set(each.paths) - named
@@ -97,20 +97,20 @@ def check_source(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) 
     except ValueError as error:  # what training would stop at
         problems.append(Problem("error", "missing-class", (), str(error)))
     facts["seconds"] = round(time.perf_counter() - started, 2)
-    return Checked(source, facts, tuple(sorted(problems, key=lambda problem: problem.severity)))
+    return CheckResult(source, facts, tuple(sorted(problems, key=lambda problem: problem.severity)))
 
 
-def listed(config: DataConfig, root: Path, bar: Bar) -> Source:
+def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
     """List the pictures; classes that only some parts have are listed too, where training would refuse them."""
     if root.is_dir() and not is_shards(config.source):
         damaged = "keep" if config.damaged == "keep" else "refuse"
         return open_folder(root, limit_pixels=config.limit_pixels, damaged=damaged, all_classes=True)
-    return open_source(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar)
+    return open_dataset(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar)
 
 
-def full_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance) -> Scan:
+def full_scan(source: Dataset, config: DataConfig, forms: FormatStats, advance: Advance) -> Scan:
     """Decode every picture."""
-    return scan_source(
+    return scan_dataset(
         source,
         damaged=config.damaged,
         near_duplicates=config.near_duplicates,
@@ -121,23 +121,23 @@ def full_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance
     )
 
 
-def quick_scan(source: Source, config: DataConfig, forms: Forms, advance: Advance) -> Scan:
+def quick_scan(source: Dataset, config: DataConfig, forms: FormatStats, advance: Advance) -> Scan:
     """Read every header, and compare files byte by byte; pictures that are arrays are compared by their pixels."""
 
-    def look(index: int) -> tuple[Any, int, PictureError | OSError | None]:
+    def look(index: int) -> tuple[Any, int, ImageError | OSError | None]:
         try:
-            if isinstance(source, ArrayPictures):
+            if isinstance(source, ArrayDataset):
                 content, info = source.read(index, "RGB").tobytes(), None
             else:
                 place = source.location(index)
-                stored = place if isinstance(source, FilePictures) else source.encoded(index)
-                info = replace(inspect_picture(stored, limit_pixels=config.limit_pixels, decode=False), path=place)
+                stored = place if isinstance(source, FileDataset) else source.encoded(index)
+                info = replace(inspect_image(stored, limit_pixels=config.limit_pixels, decode=False), path=place)
                 with open(place, "rb") if isinstance(stored, str) else io.BytesIO(stored) as file:
                     content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
-        except (PictureError, OSError) as error:
+        except (ImageError, OSError) as error:
             return None, 0, error
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-        return info, digest, PictureError(info) if info is not None and info.verdict != "ok" else None
+        return info, digest, ImageError(info) if info is not None and info.verdict != "ok" else None
 
     count = len(source.paths)
     good, digests = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.uint64)
@@ -149,17 +149,17 @@ def quick_scan(source: Source, config: DataConfig, forms: Forms, advance: Advanc
             forms.note(index, info)
             sizes[index] = info.height, info.width
         if error is not None:
-            problems.append(broken(source, index, error, config.damaged))
+            problems.append(broken_image(source, index, error, config.damaged))
             continue
         good[index], digests[index] = True, digest
     advance(count, count)
     usable = np.flatnonzero(good)
     exact = usable[duplicate_pairs(np.zeros((len(usable), 0, 0), np.uint8), digests[usable], near=False)[0]]
     near = np.empty((0, 2), dtype=np.int64)
-    return Scan(good, sizes, True, None, groups(count, exact, near), tuple(problems), exact, near)
+    return Scan(good, sizes, True, None, group_numbers(count, exact, near), tuple(problems), exact, near)
 
 
-def facts_of(source: Source, scan: Scan, forms: Forms) -> dict[str, Any]:
+def check_facts(source: Dataset, scan: Scan, forms: FormatStats) -> dict[str, Any]:
     """Return counts and sizes as JSON values."""
     found = np.bincount(source.targets, minlength=len(source.labels))
     facts: dict[str, Any] = {
@@ -178,7 +178,7 @@ def facts_of(source: Source, scan: Scan, forms: Forms) -> dict[str, Any]:
     return facts
 
 
-def duplicate_problems(source: Source, scan: Scan) -> list[Problem]:
+def duplicate_problems(source: Dataset, scan: Scan) -> list[Problem]:
     """Describe each group of equal or nearly equal pictures.
 
     The same picture in two parts or under two labels is an error: a figure, or a label, is certainly wrong. For nearly
@@ -210,7 +210,7 @@ def duplicate_problems(source: Source, scan: Scan) -> list[Problem]:
 def grouped(pairs: np.ndarray) -> list[list[int]]:
     """Return the pictures that pairs [P, 2] link, group by group, ascending."""
     members, places = np.unique(pairs, return_inverse=True)
-    number = groups(len(members), places.reshape(-1, 2))
+    number = group_numbers(len(members), places.reshape(-1, 2))
     found: dict[int, list[int]] = {}
     for each, group in zip(members.tolist(), number.tolist(), strict=True):
         found.setdefault(group, []).append(each)

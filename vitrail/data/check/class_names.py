@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitrail.data.datasets.base import PART_NAMES
+from vitrail.data.datasets.base import SPLIT_NAMES
 from vitrail.data.datasets.folder import subfolders
-from vitrail.data.images.decode import is_picture_name
+from vitrail.data.images.decode import is_image_name
 from vitrail.data.problems import Problem
 
 # Letters of Cyrillic and Greek that look like a Latin one, and the Latin ones in the same order.
@@ -64,19 +64,19 @@ def level_problem(root: Path) -> Problem | None:
     """Recognise a folder that is one level too high or too low, or whose levels are swapped; None when it looks right."""
     folders = subfolders(root)
     if not folders:
-        pictures = any(is_picture_name(each.name) for each in root.iterdir())
+        pictures = any(is_image_name(each.name) for each in root.iterdir())
         if not pictures:
             return None
         return _level(
             f"{root} is itself a folder of pictures, one level too low: give the folder above it, {_above(root)}"
         )
-    if any(each.lower() in PART_NAMES and subfolders(root / each) for each in folders):
+    if any(each.lower() in SPLIT_NAMES and subfolders(root / each) for each in folders):
         return None
     inner = {each: subfolders(root / each) for each in folders}
-    parts = {name for each in inner.values() for name in each if name.lower() in PART_NAMES}
+    parts = {name for each in inner.values() for name in each if name.lower() in SPLIT_NAMES}
     if len(folders) == 1 and inner[folders[0]]:
         return _level(f"{root} holds nothing but {folders[0]}/, one level too high: give {root / folders[0]}")
-    if parts and all(each and {name.lower() for name in each} <= set(PART_NAMES) for each in inner.values()):
+    if parts and all(each and {name.lower() for name in each} <= set(SPLIT_NAMES) for each in inner.values()):
         text = (
             f"the parts {', '.join(sorted(parts))} lie inside the classes; turn the levels round: {root}/train/<class>/"
         )

@@ -15,8 +15,8 @@ import numpy as np
 import PIL.Image
 
 from vitrail.data.cache.scans import THUMBNAIL
-from vitrail.data.datasets.base import Source
-from vitrail.data.images.decode import PictureError
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.images.decode import ImageError
 
 # Of each axis, what a window keeps. A crop between two of them is within 4 % of one, near enough for `align`.
 INTERVALS = np.asarray([(0.0, 1.0), (0.08, 1.0), (0.0, 0.92), (0.04, 0.96), (0.08, 0.92)], dtype=np.float32)
@@ -36,7 +36,7 @@ _WORTH, _SAME = 0.88, 0.95
 
 
 def cropped_pairs(
-    source: Source, chosen: np.ndarray, sizes: np.ndarray, thumbnails: np.ndarray, workers: int
+    source: Dataset, chosen: np.ndarray, sizes: np.ndarray, thumbnails: np.ndarray, workers: int
 ) -> np.ndarray:
     """Find pairs of pictures of which one is a slight crop of the other, or a rough copy.
 
@@ -76,11 +76,11 @@ def _agreeing(
     return pairs[keep], better[keep]
 
 
-def _fine_copy(source: Source, index: int) -> np.ndarray:
+def _fine_copy(source: Dataset, index: int) -> np.ndarray:
     """Return a grey copy for the closer look; black where the picture cannot be read any more."""
     try:
         picture = source.read(index, "L")
-    except (PictureError, OSError):
+    except (ImageError, OSError):
         return np.zeros((_FINE, _FINE), dtype=np.uint8)
     return np.asarray(picture.resize((_FINE, _FINE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0))
 

@@ -96,7 +96,7 @@ def group_pairs(numbers: np.ndarray | None) -> np.ndarray:
     return pairs[numbers[pairs[:, 0]] == numbers[pairs[:, 1]]]
 
 
-def groups(count: int, *pairs: np.ndarray) -> np.ndarray:
+def group_numbers(count: int, *pairs: np.ndarray) -> np.ndarray:
     """Return a group number [count] such that linked pictures share one (connected components)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components

@@ -6,14 +6,14 @@ import os
 
 import numpy as np
 
-from vitrail.data.datasets.base import Source
-from vitrail.data.images.decode import ENDINGS_OF, PictureInfo
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.images.decode import ENDINGS_OF, ImageInfo
 from vitrail.data.problems import Kind, Problem
 
 _SHORT_SIDE, _ASPECT = 8, 8  # a side below the first, or one that is longer than the other by more than the second
 
 
-class Forms:
+class FormatStats:
     """What the files of a source turned out to be; all arrays are [N].
 
     Attributes:
@@ -29,7 +29,7 @@ class Forms:
         self.frames, self.alpha = np.ones(count, dtype=np.int32), np.zeros(count, dtype=bool)
         self.ok = np.zeros(count, dtype=bool)
 
-    def note(self, index: int, info: PictureInfo) -> None:
+    def note(self, index: int, info: ImageInfo) -> None:
         """Keep what a file is."""
         self.mode[index], self.format[index] = _code(self.modes, info.mode), _code(self.formats, info.format)
         self.orientation[index], self.bits[index] = info.orientation, info.bits
@@ -48,7 +48,7 @@ def _code(names: list[str], name: str) -> int:
     return names.index(name)
 
 
-def form_problems(source: Source, forms: Forms, sizes: np.ndarray) -> list[Problem]:
+def format_problems(source: Dataset, forms: FormatStats, sizes: np.ndarray) -> list[Problem]:
     """Describe pictures that are stored in an unusual way; what Vitrail makes of them is told too."""
     ok, modes = forms.ok, np.asarray(forms.modes)[forms.mode]
     short, long = sizes.min(axis=1), sizes.max(axis=1)
@@ -67,13 +67,13 @@ def form_problems(source: Source, forms: Forms, sizes: np.ndarray) -> list[Probl
     return [_finding(source, kind, np.flatnonzero(which), text) for kind, which, text in findings if which.any()]
 
 
-def _finding(source: Source, kind: Kind, indices: np.ndarray, text: str) -> Problem:
+def _finding(source: Dataset, kind: Kind, indices: np.ndarray, text: str) -> Problem:
     paths = tuple(source.paths[int(index)] for index in indices)
     number = "1 picture is" if len(paths) == 1 else f"{len(paths):,} pictures are"
     return Problem("warning", kind, paths, f"{number} {text}, for instance {paths[0]}")
 
 
-def _misnamed(source: Source, forms: Forms) -> np.ndarray:
+def _misnamed(source: Dataset, forms: FormatStats) -> np.ndarray:
     """Return for each file [N] whether its ending belongs to another format; no ending is no wrong one."""
     wrong = np.zeros(len(source.paths), dtype=bool)
     for index in np.flatnonzero(forms.ok):

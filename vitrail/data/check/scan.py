@@ -15,15 +15,15 @@ import PIL.Image
 
 from vitrail.data.cache.scans import THUMBNAIL
 from vitrail.data.check.crop_duplicates import cropped_pairs
-from vitrail.data.check.duplicates import duplicate_pairs, group_pairs, groups
-from vitrail.data.datasets.base import ArrayPictures, FilePictures, Source, broken
-from vitrail.data.images.decode import PictureError, PictureInfo, read_described
+from vitrail.data.check.duplicates import duplicate_pairs, group_numbers, group_pairs
+from vitrail.data.datasets.base import ArrayDataset, Dataset, FileDataset, broken_image
+from vitrail.data.images.decode import ImageError, ImageInfo, read_described
 from vitrail.data.problems import Kind, Problem
 from vitrail.threads import ordered_map
 
 if TYPE_CHECKING:
-    from vitrail.data.cache.scans import KeptLooks
-    from vitrail.data.check.image_formats import Forms
+    from vitrail.data.cache.scans import ScanCache
+    from vitrail.data.check.image_formats import FormatStats
 
 # Pictures up to this side count as small: their decoded pixels are kept while they are all of one size.
 _SMALL_SIDE = 256
@@ -58,25 +58,25 @@ class Scan:
     near: np.ndarray
 
 
-class _Look(NamedTuple):
+class _ScannedImage(NamedTuple):
     size: tuple[int, int]
     pixels: np.ndarray
     thumbnail: np.ndarray
     digest: int
-    error: PictureError | OSError | None
-    info: PictureInfo | None = None
+    error: ImageError | OSError | None
+    info: ImageInfo | None = None
 
 
-def scan_source(
-    source: Source,
+def scan_dataset(
+    source: Dataset,
     *,
     damaged: str,
     near_duplicates: bool,
     memory_bytes: int,
     workers: int,
     channels: int = 0,
-    kept: KeptLooks | None = None,
-    forms: Forms | None = None,
+    cache: ScanCache | None = None,
+    forms: FormatStats | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scan:
     """Decode every picture once, or only those of which nothing is kept from an earlier look.
@@ -95,15 +95,15 @@ def scan_source(
     digests = np.zeros(count, dtype=np.uint64)
     pixels: np.ndarray | None = None
     keep, errors, rest = True, [], np.arange(count)
-    if kept is not None:
-        good, sizes, thumbnails, digests = kept.read()
+    if cache is not None:
+        good, sizes, thumbnails, digests = cache.read()
         keep, rest = not good.any(), np.flatnonzero(~good)
     # A damaged file that is kept is named all the same.
     strict = source.strict()
     if forms is None:
-        looks = ordered_map(lambda i: look_at(source, strict, int(i), mode), rest, workers)
+        looks = ordered_map(lambda i: scan_image(source, strict, int(i), mode), rest, workers)
     else:
-        looks = ordered_map(lambda i: describe(source, int(i), mode, forms.limit_pixels, damaged), rest, workers)
+        looks = ordered_map(lambda i: scan_file(source, int(i), mode, forms.limit_pixels, damaged), rest, workers)
     for number, (index, look) in enumerate(zip(rest.tolist(), looks, strict=True)):
         if number % 256 == 0:
             advance(count - len(rest) + number, count)
@@ -122,21 +122,21 @@ def scan_source(
         else:
             keep, pixels = False, None
     advance(count, count)
-    if kept is not None:
+    if cache is not None:
         whole = np.setdiff1d(rest[good[rest]], [index for index, _ in errors])
-        kept.add(whole, sizes[whole], thumbnails[whole], digests[whole])
+        cache.add(whole, sizes[whole], thumbnails[whole], digests[whole])
     usable = np.flatnonzero(good)
     exact, near = duplicate_pairs(thumbnails[usable], digests[usable], near=near_duplicates)
     exact, near = usable[exact], usable[near]
     if forms is not None and near_duplicates:
         crops = cropped_pairs(source, np.setdiff1d(usable, exact[:, 1]), sizes, thumbnails, workers)
         near = np.unique(np.concatenate([near, crops]), axis=0)
-    problems = [broken(source, index, error, damaged) for index, error in errors] + duplicates(source, exact, near)
-    linked = groups(count, exact, near, group_pairs(source.groups))
+    problems = [broken_image(source, index, error, damaged) for index, error in errors] + duplicate_warnings(source, exact, near)
+    linked = group_numbers(count, exact, near, group_pairs(source.groups))
     return Scan(good, sizes, mode == "RGB", pixels, linked, tuple(problems), exact, near)
 
 
-def look_at(source: Source, strict: Source, index: int, mode: Literal["RGB", "L"]) -> _Look:
+def scan_image(source: Dataset, strict: Dataset, index: int, mode: Literal["RGB", "L"]) -> _ScannedImage:
     """Decode one picture and make what the scan needs of it.
 
     Args:
@@ -144,33 +144,33 @@ def look_at(source: Source, strict: Source, index: int, mode: Literal["RGB", "L"
     """
     try:
         picture, error = strict.read(index, mode), None
-    except (PictureError, OSError) as found:
+    except (ImageError, OSError) as found:
         error = found
         try:
             picture = source.read(index, mode)
-        except (PictureError, OSError):
-            return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
-    return summed_up(picture, error)
+        except (ImageError, OSError):
+            return _ScannedImage((0, 0), _NOTHING, _NOTHING, 0, error)
+    return summarise(picture, error)
 
 
-def describe(source: Source, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str) -> _Look:
+def scan_file(source: Dataset, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str) -> _ScannedImage:
     """Look at one picture and tell what its file is; a picture that is an array has none."""
     place = source.location(index)
-    if isinstance(source, ArrayPictures):
-        return look_at(source, source, index, mode)
+    if isinstance(source, ArrayDataset):
+        return scan_image(source, source, index, mode)
     try:
-        stored = place if isinstance(source, FilePictures) else source.encoded(index)
+        stored = place if isinstance(source, FileDataset) else source.encoded(index)
         picture, info = read_described(stored, limit_pixels=limit_pixels)
     except OSError as error:
-        return _Look((0, 0), _NOTHING, _NOTHING, 0, error)
+        return _ScannedImage((0, 0), _NOTHING, _NOTHING, 0, error)
     info = replace(info, path=place)
-    error = None if info.verdict == "ok" else PictureError(info)
+    error = None if info.verdict == "ok" else ImageError(info)
     if picture is None or (error is not None and damaged != "keep"):
-        return _Look((0, 0), _NOTHING, _NOTHING, 0, error, info)
-    return summed_up(picture if picture.mode == mode else picture.convert(mode), error)._replace(info=info)
+        return _ScannedImage((0, 0), _NOTHING, _NOTHING, 0, error, info)
+    return summarise(picture if picture.mode == mode else picture.convert(mode), error)._replace(info=info)
 
 
-def summed_up(picture: PIL.Image.Image, error: PictureError | OSError | None) -> _Look:
+def summarise(picture: PIL.Image.Image, error: ImageError | OSError | None) -> _ScannedImage:
     """Make of a picture what the scan keeps of it."""
     width, height = picture.size
     pixels = np.asarray(picture)
@@ -185,22 +185,22 @@ def summed_up(picture: PIL.Image.Image, error: PictureError | OSError | None) ->
         pixels = pixels[None]
     else:
         pixels = pixels.transpose(2, 0, 1)
-    return _Look((height, width), pixels, np.asarray(grey), digest, error)
+    return _ScannedImage((height, width), pixels, np.asarray(grey), digest, error)
 
 
-def has_colour(source: Source) -> bool:
+def has_colour(source: Dataset) -> bool:
     """Whether any of a sample of pictures, spread over the source, has colour."""
     for index in np.linspace(0, len(source.paths) - 1, _SAMPLE).astype(int):
         try:
             red, green, blue = source.read(int(index), "RGB").split()
-        except (PictureError, OSError):
+        except (ImageError, OSError):
             continue
         if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
             return True
     return False
 
 
-def duplicates(source: Source, exact: np.ndarray, near: np.ndarray) -> list[Problem]:
+def duplicate_warnings(source: Dataset, exact: np.ndarray, near: np.ndarray) -> list[Problem]:
     """Describe duplicates: across parts they leak, across labels they contradict, else they are only counted."""
     problems: list[Problem] = []
     kinds: tuple[tuple[np.ndarray, Kind, str], ...] = (

@@ -15,14 +15,14 @@ from typing import Literal, Protocol, Self, runtime_checkable
 import numpy as np
 import PIL.Image
 
-from vitrail.data.images.decode import PictureError, read_picture
+from vitrail.data.images.decode import ImageError, read_image
 from vitrail.data.problems import Problem
 
-FOLDERS = "the folders"  # what divides a source that has train/ val/ test/
+SPLIT_BY_FOLDERS = "the folders"  # what divides a source that has train/ val/ test/
 
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 # In any case of letters: Train/ and Test/ must not silently be read as two classes.
-PART_NAMES = {
+SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
@@ -30,7 +30,7 @@ PART_NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class ImageDataset:
     """What every source knows of its pictures before it reads one; `Source` says what each field means."""
 
     name: str
@@ -40,14 +40,14 @@ class Listed:
     split: np.ndarray | None = None
     groups: np.ndarray | None = None
     weights: np.ndarray | None = None
-    divided_by: str = FOLDERS
+    split_origin: str = SPLIT_BY_FOLDERS
     problems: tuple[Problem, ...] = ()
     flip_reason: str = ""
     limit_pixels: int = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilePictures(Listed):
+class FileDataset(ImageDataset):
     """Pictures in files of their own: class folders, tables, and data sets that are unpacked to files.
 
     Attributes:
@@ -58,7 +58,7 @@ class FilePictures(Listed):
     damaged: Literal["refuse", "keep"]
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
-        return read_picture(
+        return read_image(
             self.root / self.paths[index], mode=mode, limit_pixels=self.limit_pixels, damaged=self.damaged
         )
 
@@ -71,12 +71,12 @@ class FilePictures(Listed):
     def identity(self, index: int) -> bytes | None:
         return file_identity(os.path.abspath(self.root / self.paths[index]))
 
-    def strict(self) -> FilePictures:
+    def strict(self) -> FileDataset:
         return replace(self, damaged="refuse")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArrayPictures(Listed):
+class ArrayDataset(ImageDataset):
     """Pictures that are arrays already, uint8 [N, H, W] grey or [N, H, W, 3] colour, one array after the other."""
 
     arrays: tuple[np.ndarray, ...]
@@ -104,12 +104,12 @@ class ArrayPictures(Listed):
         pixels = self.pixels(index)
         return f"{pixels.shape}".encode() + pixels.tobytes()
 
-    def strict(self) -> ArrayPictures:
+    def strict(self) -> ArrayDataset:
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedPictures(Listed, abc.ABC):
+class EncodedDataset(ImageDataset, abc.ABC):
     """Pictures that are stored one after the other in files of many."""
 
     damaged: Literal["refuse", "keep"]
@@ -123,7 +123,7 @@ class EncodedPictures(Listed, abc.ABC):
         """Return where one picture is, for people."""
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
-        return read_picture(
+        return read_image(
             self.encoded(index),
             mode=mode,
             limit_pixels=self.limit_pixels,
@@ -136,7 +136,7 @@ class EncodedPictures(Listed, abc.ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedPictures(EncodedPictures):
+class ParquetDataset(EncodedDataset):
     """Encoded pictures one after the other in a file that is mapped into memory, not read into it.
 
     Attributes:
@@ -144,11 +144,11 @@ class PackedPictures(EncodedPictures):
         starts: [N + 1] where each picture begins, and the end of the last.
     """
 
-    packed: np.ndarray
+    content: np.ndarray
     starts: np.ndarray
 
     def encoded(self, index: int) -> bytes:
-        return self.packed[self.starts[index] : self.starts[index + 1]].tobytes()
+        return self.content[self.starts[index] : self.starts[index + 1]].tobytes()
 
     def location(self, index: int) -> str:
         return f"{self.name}: {self.paths[index]}"
@@ -158,7 +158,7 @@ class PackedPictures(EncodedPictures):
 
 
 @dataclass(frozen=True)
-class Shard:
+class TarShard:
     """A tar of pictures on this machine.
 
     Attributes:
@@ -177,7 +177,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardPictures(EncodedPictures):
+class TarDataset(EncodedDataset):
     """Pictures in tars, each read from its place.
 
     A tar is opened for each picture: held open, or mapped, a thousand of them would use up a process's files, and a
@@ -189,7 +189,7 @@ class ShardPictures(EncodedPictures):
         starts, sizes: [N] first byte and length of each picture in its shard.
     """
 
-    shards: tuple[Shard, ...]
+    shards: tuple[TarShard, ...]
     firsts: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
@@ -245,10 +245,10 @@ def flip_reason(labels: Sequence[str]) -> str:
     return ""
 
 
-def broken(source: Source, index: int, error: PictureError | OSError, damaged: str) -> Problem:
+def broken_image(source: Dataset, index: int, error: ImageError | OSError, damaged: str) -> Problem:
     """Describe a broken file: an error unless the user chose to go on without it."""
     severity = "error" if damaged == "stop" else "warning"
-    verdict = error.info.verdict if isinstance(error, PictureError) else "unreadable"
+    verdict = error.info.verdict if isinstance(error, ImageError) else "unreadable"
     assert verdict != "ok"
     remedy = "Mend or remove it, or go on without such files by --data.damaged drop"
     fate = {"stop": remedy, "drop": "It is left out", "keep": "What can be decoded is kept; else it is left out"}
@@ -257,7 +257,7 @@ def broken(source: Source, index: int, error: PictureError | OSError, damaged: s
 
 
 @runtime_checkable
-class Source(Protocol):
+class Dataset(Protocol):
     """Labelled pictures, listed but not yet read.
 
     Attributes:
@@ -269,7 +269,7 @@ class Source(Protocol):
         groups: [N] number of the group that the source puts each picture in, -1 for none; or None. Pictures of one group
             (one patient, one video) are never divided.
         weights: [N] what the source says that each picture counts in the training's loss, above 0; or None.
-        divided_by: what the parts are, for people, such as "the folders".
+        split_origin: what the parts are, for people, such as "the folders".
         problems: what was found wrong while listing.
         flip_reason: why pictures of this source must not be mirrored, or an empty string.
         limit_pixels: a picture of more pixels is refused.
@@ -290,7 +290,7 @@ class Source(Protocol):
     @property
     def weights(self) -> np.ndarray | None: ...
     @property
-    def divided_by(self) -> str: ...
+    def split_origin(self) -> str: ...
     @property
     def problems(self) -> tuple[Problem, ...]: ...
     @property
@@ -314,6 +314,6 @@ class Source(Protocol):
         """Return what changes when the picture does, without decoding it; None where its file is gone."""
         ...
 
-    def strict(self) -> Source:
+    def strict(self) -> Dataset:
         """Return the same source, but one that gives no damaged picture."""
         ...

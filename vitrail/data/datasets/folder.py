@@ -9,16 +9,16 @@ from typing import Literal
 
 import numpy as np
 
-from vitrail.data.datasets.base import PART_NAMES, FilePictures, flip_reason
-from vitrail.data.datasets.string_array import Paths
-from vitrail.data.images.decode import inspect_picture, is_picture_name
+from vitrail.data.datasets.base import SPLIT_NAMES, FileDataset, flip_reason
+from vitrail.data.datasets.string_array import StringArray
+from vitrail.data.images.decode import inspect_image, is_image_name
 from vitrail.data.problems import Problem
 from vitrail.lookup import unknown
 
 
 def open_folder(
     root: Path, *, limit_pixels: int, damaged: Literal["refuse", "keep"], all_classes: bool = False
-) -> FilePictures:
+) -> FileDataset:
     """List class folders, as in ImageNet: `root/<class>/…` or `root/{train,val,test}/<class>/…`.
 
     The first folder level is the class; pictures may lie deeper. Class order is the sorted names, as in torchvision's
@@ -52,13 +52,13 @@ def open_folder(
         raise ValueError(
             f"{root}: no class folders found; expected {root}/<class>/picture.jpg, or {root}/train/<class>/picture.jpg"
         )
-    paths, counts = Paths(), []
+    paths, counts = StringArray(), []
     for part, folder in roots:
         if parts is not None:
             check_classes(folder, subfolders(folder), labels)
             problems += loose_files(folder, root)
         for target, label in enumerate(labels):
-            found, skipped = list_pictures(folder / label, root) if (folder / label).is_dir() else ([], [])
+            found, skipped = list_images(folder / label, root) if (folder / label).is_dir() else ([], [])
             if skipped:
                 problems.append(
                     Problem(
@@ -72,7 +72,7 @@ def open_folder(
     if not paths:
         raise ValueError(f"{root}: the class folders {', '.join(labels[:5])} hold no pictures")
     names, targets, numbers = zip(*counts, strict=True)
-    return FilePictures(
+    return FileDataset(
         name=root.resolve().name,
         root=root,
         labels=tuple(labels),
@@ -100,7 +100,7 @@ def split_folders(root: Path, folders: list[str]) -> dict[str, str] | None:
     Raises:
         ValueError: two folders name the same part, for instance val/ and valid/.
     """
-    named = {each: PART_NAMES[each.lower()] for each in folders if each.lower() in PART_NAMES}
+    named = {each: SPLIT_NAMES[each.lower()] for each in folders if each.lower() in SPLIT_NAMES}
     parts = {each: part for each, part in named.items() if subfolders(root / each)}
     if "train" not in parts and (not parts or len(parts) < len(folders)):
         return None
@@ -110,7 +110,7 @@ def split_folders(root: Path, folders: list[str]) -> dict[str, str] | None:
     return dict(sorted(parts.items(), key=lambda item: order.index(item[1])))
 
 
-def list_pictures(folder: Path, root: Path) -> tuple[list[str], list[str]]:
+def list_images(folder: Path, root: Path) -> tuple[list[str], list[str]]:
     """Return the pictures below `folder` and the files skipped, as paths relative to `root`, sorted.
 
     A file whose name does not end like a picture's is looked into: a JPEG without an ending is a picture.
@@ -122,15 +122,15 @@ def list_pictures(folder: Path, root: Path) -> tuple[list[str], list[str]]:
         if name.startswith(".") or name in ("Thumbs.db", "desktop.ini"):
             continue
         inside = place[start:].replace(os.sep, "/")
-        wanted = is_picture_name(name) or has_picture_header(Path(place))
+        wanted = is_image_name(name) or has_image_header(Path(place))
         (found if wanted else skipped).append(inside if prefix == "." else f"{prefix}/{inside}")
     return sorted(found), sorted(skipped)
 
 
-def has_picture_header(path: Path) -> bool:
+def has_image_header(path: Path) -> bool:
     """Whether a file begins like a picture; a pipe, a link to nowhere or a locked file does not."""
     try:
-        return path.is_file() and inspect_picture(path, decode=False).verdict == "ok"
+        return path.is_file() and inspect_image(path, decode=False).verdict == "ok"
     except OSError:
         return False
 
@@ -168,7 +168,7 @@ def missing_class(part: str, label: str, folder: str) -> Problem:
 def loose_files(folder: Path, root: Path) -> list[Problem]:
     """Report pictures that lie beside the class folders and so have no label."""
     with os.scandir(folder) as entries:
-        loose = sorted(each.name for each in entries if each.is_file() and is_picture_name(each.name))
+        loose = sorted(each.name for each in entries if each.is_file() and is_image_name(each.name))
     if not loose:
         return []
     names = tuple((folder / each).relative_to(root).as_posix() for each in loose)

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from vitrail.data.datasets.base import FilePictures, PackedPictures
+from vitrail.data.datasets.base import FileDataset, ParquetDataset
 from vitrail.data.datasets.folder import open_folder
-from vitrail.data.datasets.parquet import open_packed
+from vitrail.data.datasets.parquet import open_parquet
 from vitrail.data.problems import first_line
 from vitrail.files import cache_folder, filled_folder
 
 
-def open_hf(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FilePictures | PackedPictures:
+def open_hf(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FileDataset | ParquetDataset:
     """List the pictures of a local folder (class folders, or Parquet files with pictures in them) or of a named data set.
 
     Raises:
@@ -24,13 +24,13 @@ def open_hf(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"])
     if place.is_dir():
         called = f"hf:{place.resolve().name}"
         if files := sorted(place.rglob("*.parquet")):
-            return open_packed(files, called, limit_pixels=limit_pixels, damaged=damaged)
+            return open_parquet(files, called, limit_pixels=limit_pixels, damaged=damaged)
         return replace(open_folder(place, limit_pixels=limit_pixels, damaged=damaged), name=called)
     if not name or name.startswith((".", "/", "~")):
         raise ValueError(
             f"hf:{name}: no such folder; expected a data set's name, or a folder of class folders or .parquet"
         )
-    return open_packed(download(name), f"hf:{name}", limit_pixels=limit_pixels, damaged=damaged)
+    return open_parquet(download(name), f"hf:{name}", limit_pixels=limit_pixels, damaged=damaged)
 
 
 def download(name: str) -> list[Path]:

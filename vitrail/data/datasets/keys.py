@@ -9,12 +9,12 @@ from typing import Literal
 import numpy as np
 
 from vitrail.data.cache.rows import KEY
-from vitrail.data.datasets.base import Source
-from vitrail.data.images.decode import PictureError
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.images.decode import ImageError
 from vitrail.threads import ordered_map
 
 
-def picture_keys(source: Source, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
+def image_keys(source: Dataset, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
     """Return what each picture is known by [N] V16: its path and its identity in the source, else its pixels."""
 
     def key(index: int) -> bytes:
@@ -25,10 +25,10 @@ def picture_keys(source: Source, indices: np.ndarray, mode: Literal["RGB", "L"],
     return np.frombuffer(b"".join(ordered_map(key, map(int, indices), workers)), dtype=KEY)
 
 
-def _content(source: Source, index: int, mode: Literal["RGB", "L"]) -> bytes:
+def _content(source: Dataset, index: int, mode: Literal["RGB", "L"]) -> bytes:
     """Return what a picture without an identity is known by: its pixels, or nothing known when it is broken."""
     try:
         pixels = np.asarray(source.read(index, mode))
-    except (PictureError, OSError):
+    except (ImageError, OSError):
         return os.urandom(KEY.itemsize)
     return f"{pixels.shape}".encode() + pixels.tobytes()

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from vitrail.data.datasets.base import ArrayPictures, Source
+from vitrail.data.datasets.base import ArrayDataset, Dataset
 from vitrail.data.datasets.folder import open_folder
 from vitrail.data.datasets.hf_sets import open_hf
 from vitrail.data.datasets.table import TABLE_ENDINGS, open_table
@@ -18,12 +18,12 @@ from vitrail.data.progress import Bar, no_bar
 from vitrail.lookup import unknown
 
 # What stands before the colon of a data set that has a name instead of a place.
-SCHEMES: dict[str, Callable[..., Source]] = {"torchvision:": open_torchvision, "hf:": open_hf}
+SCHEMES: dict[str, Callable[..., Dataset]] = {"torchvision:": open_torchvision, "hf:": open_hf}
 
 
-def open_source(
+def open_dataset(
     source: str, *, limit_pixels: int = 100_000_000, keep_damaged: bool = False, bar: Bar = no_bar
-) -> Source:
+) -> Dataset:
     """List the pictures of a source.
 
     Args:
@@ -53,10 +53,10 @@ def open_source(
         )
     if table:
         raise ValueError(f"{source}: no such file; expected a table with the columns path and label")
-    raise ValueError(f"{source}: no such folder. {hint(source)}".rstrip())
+    raise ValueError(f"{source}: no such folder. {dataset_hint(source)}".rstrip())
 
 
-def hint(source: str) -> str:
+def dataset_hint(source: str) -> str:
     """Say what a word that names no data may have meant; nothing for what is clearly a path."""
     scheme, colon, _ = source.partition(":")
     if any(mark in scheme for mark in "/\\."):
@@ -75,7 +75,7 @@ def run_name(source: str) -> str:
     return place.stem if place.suffix.lower() in TABLE_ENDINGS else place.name
 
 
-def same_source(one: str, other: str) -> bool:
+def same_dataset(one: str, other: str) -> bool:
     """Whether two words name the same data."""
     if one.startswith("torchvision:"):
         return one.lower() == other.lower()
@@ -96,12 +96,12 @@ def same_place(one: str, other: str) -> bool:
     return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def digits() -> ArrayPictures:
+def digits() -> ArrayDataset:
     """The 1,797 handwritten digits inside scikit-learn: 8×8 pixels, 17 grey levels (Alpaydin & Kaynak 1998)."""
     from sklearn.datasets import load_digits
 
     values, targets = load_digits(return_X_y=True)  # 0 to 16
-    return ArrayPictures(
+    return ArrayDataset(
         name="digits",
         labels=tuple("0123456789"),
         paths=[f"digits/{index:04d}" for index in range(len(targets))],

@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vitrail.data.datasets.base import PART_NAMES, PackedPictures, flip_reason
-from vitrail.data.datasets.string_array import Paths
+from vitrail.data.datasets.base import SPLIT_NAMES, ParquetDataset, flip_reason
+from vitrail.data.datasets.string_array import StringArray
 from vitrail.data.problems import Problem
 from vitrail.files import cache_folder, replacing
 
 _BATCH = 256
-DIVIDED_BY = "its own parts"
+SPLIT_ORIGIN = "its own parts"
 
 
-def picture_column(schema: Any) -> str | None:
+def image_column(schema: Any) -> str | None:
     """Return the column of encoded pictures: bytes, or `{bytes, path}` as the hub stores them; None where there is none."""
     import pyarrow
 
@@ -39,7 +39,7 @@ def picture_column(schema: Any) -> str | None:
     return None
 
 
-def has_pictures(place: Path) -> bool:
+def has_images(place: Path) -> bool:
     """Whether a Parquet file holds pictures, not paths; a broken one does not."""
     import pyarrow
     import pyarrow.parquet
@@ -48,12 +48,12 @@ def has_pictures(place: Path) -> bool:
         schema = pyarrow.parquet.read_schema(place)
     except (pyarrow.ArrowException, OSError):
         return False
-    return "path" not in schema.names and picture_column(schema) is not None
+    return "path" not in schema.names and image_column(schema) is not None
 
 
-def open_packed(
+def open_parquet(
     files: list[Path], name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]
-) -> PackedPictures:
+) -> ParquetDataset:
     """List the pictures of Parquet files; each file is of the part that its name begins with, or its folder has.
 
     Raises:
@@ -63,21 +63,21 @@ def open_packed(
 
     schemas = [pyarrow.parquet.read_schema(file) for file in files]
     columns = [
-        (picture_column(schema), label_column(file, schema)) for file, schema in zip(files, schemas, strict=True)
+        (image_column(schema), label_column(file, schema)) for file, schema in zip(files, schemas, strict=True)
     ]
     for file, (picture, _) in zip(files, columns, strict=True):
         if picture is None:
             raise ValueError(
                 f"{file}: has no column of pictures (bytes); its columns are {', '.join(schemas[0].names)}"
             )
-    parts = [part_of(file) for file in files]
+    parts = [split_of_file(file) for file in files]
     known = {part for part in parts if part is not None}
     if known and None in parts:
         odd = files[parts.index(None)]
         raise ValueError(
             f"{odd}: its name begins with no part (train-, validation-, test-), as that of others does; rename it"
         )
-    values, paths, counts = [], Paths(), []
+    values, paths, counts = [], StringArray(), []
     for file, (_, label) in zip(files, columns, strict=True):
         column = pyarrow.parquet.read_table(file, columns=[label]).column(label).to_pylist()
         for row, value in enumerate(column, 1):
@@ -86,21 +86,21 @@ def open_packed(
         values += column
         counts.append(len(column))
         paths.extend(f"{file.stem}/{row:06d}" for row in range(len(column)))
-    labels, targets = classes_of(values, class_names(schemas[0], columns[0][1]))
+    labels, targets = classes_of_column(values, class_names(schemas[0], columns[0][1]))
     used = {name for pair in columns for name in pair}
     idle = tuple(dict.fromkeys(name for schema in schemas for name in schema.names if name not in used))
     problems = [Problem("warning", "name", idle, f"{name}: columns {', '.join(idle[:10])}: not read")] if idle else []
-    packed, starts = pack(files, [str(picture) for picture, _ in columns])
-    return PackedPictures(
+    packed, starts = map_images(files, [str(picture) for picture, _ in columns])
+    return ParquetDataset(
         name=name,
         labels=labels,
         paths=paths,
         targets=targets,
         split=np.repeat(np.asarray(parts), counts) if known else None,
-        divided_by=DIVIDED_BY,
+        split_origin=SPLIT_ORIGIN,
         problems=tuple(problems),
         flip_reason=flip_reason(labels),
-        packed=packed,
+        content=packed,
         starts=starts,
         limit_pixels=limit_pixels,
         damaged=damaged,
@@ -127,7 +127,7 @@ def class_names(schema: Any, column: str) -> list[str]:
         return []
 
 
-def classes_of(values: list[Any], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def classes_of_column(values: list[Any], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
     """Return labels in class order and each picture's class: by the file's own numbers, else by the sorted texts."""
     if names and all(isinstance(value, int) and 0 <= value < len(names) for value in values):
         return tuple(names), np.asarray(values, dtype=np.int64)
@@ -135,13 +135,13 @@ def classes_of(values: list[Any], names: list[str]) -> tuple[tuple[str, ...], np
     return tuple(labels.tolist()), targets.astype(np.int64)
 
 
-def part_of(file: Path) -> str | None:
+def split_of_file(file: Path) -> str | None:
     """Return the part that a file's name (`train-00000-of-00002.parquet`) or its folder (`train/0000.parquet`) tells."""
     start = file.stem.split("-")[0].lower()
-    return PART_NAMES.get(start) or PART_NAMES.get(file.parent.name.lower())
+    return SPLIT_NAMES.get(start) or SPLIT_NAMES.get(file.parent.name.lower())
 
 
-def pack(files: list[Path], columns: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def map_images(files: list[Path], columns: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the encoded pictures of all files, mapped into memory, and where each begins; written on the first call."""
     import pyarrow.parquet
 

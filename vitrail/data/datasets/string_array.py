@@ -13,7 +13,7 @@ import numpy as np
 _CHUNK = 65_536
 
 
-class Paths(Sequence[str]):
+class StringArray(Sequence[str]):
     """Strings that are made when they are asked for; they can be added to, not changed.
 
     A name that is no Unicode (a file system may hold one) comes back as it was, by surrogate escapes.
@@ -36,7 +36,7 @@ class Paths(Sequence[str]):
             self.append(text)
 
     @classmethod
-    def of(cls, buffer: np.ndarray, starts: np.ndarray) -> Paths:
+    def of(cls, buffer: np.ndarray, starts: np.ndarray) -> StringArray:
         """Return strings from what `arrays` gave of them."""
         made = cls()
         made._buffer, made._starts = bytearray(buffer.tobytes()), array("q", starts.tobytes())
@@ -79,7 +79,7 @@ class Paths(Sequence[str]):
         return f"<{len(self):,} paths, {self.num_bytes:,} bytes>"
 
 
-def places(paths: Sequence[str], names: Sequence[str]) -> np.ndarray:
+def positions_of(paths: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """Return where each name stands among `paths` [len(names)], -1 where it does not; by hashes, without a dictionary."""
     keys = _hashes(paths)
     order = np.argsort(keys, kind="stable")
@@ -95,7 +95,7 @@ def places(paths: Sequence[str], names: Sequence[str]) -> np.ndarray:
     return found
 
 
-def repeated(paths: Sequence[str]) -> tuple[int, int] | None:
+def first_repeated(paths: Sequence[str]) -> tuple[int, int] | None:
     """Return the places of the first string that is there twice, or None."""
     keys = _hashes(paths)
     order = np.argsort(keys, kind="stable")

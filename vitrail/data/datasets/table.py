@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vitrail.data.cache.listings import read_index, write_index
-from vitrail.data.datasets.base import PART_NAMES, PARTS, FilePictures, PackedPictures, file_identity, flip_reason
-from vitrail.data.datasets.parquet import has_pictures, open_packed
-from vitrail.data.datasets.string_array import Paths, repeated
-from vitrail.data.datasets.table_readers import READERS, Rows
+from vitrail.data.cache.listings import read_listing, write_listing
+from vitrail.data.datasets.base import SPLIT_NAMES, SPLITS, FileDataset, ParquetDataset, file_identity, flip_reason
+from vitrail.data.datasets.parquet import has_images, open_parquet
+from vitrail.data.datasets.string_array import StringArray, first_repeated
+from vitrail.data.datasets.table_readers import READERS, TableRows
 from vitrail.data.problems import Problem
 from vitrail.lookup import unknown
 
@@ -51,7 +51,7 @@ class Table:
     root: str
     line_word: str
     columns: tuple[str, ...]
-    paths: Paths = field(default_factory=Paths)
+    paths: StringArray = field(default_factory=StringArray)
     lines: array[int] = field(default_factory=lambda: array("q"))
     weights: array[float] = field(default_factory=lambda: array("d"))
     names: dict[str, dict[str, int]] = field(default_factory=lambda: {"label": {}, "group": {}})
@@ -93,7 +93,7 @@ class Table:
             return self.met[column][value]
         text = self.text(line, column, value)
         if column == "split":
-            number = self.part(line, text)
+            number = self.split(line, text)
         else:
             number = self.names[column].setdefault(text, len(self.names[column])) if text else -1
         if isinstance(value, str):
@@ -139,27 +139,27 @@ class Table:
             )
         return number
 
-    def part(self, line: int, text: str) -> int:
+    def split(self, line: int, text: str) -> int:
         """Return the number of a part's name."""
-        if text.lower() in PART_NAMES:
-            return PARTS.index(PART_NAMES[text.lower()])
+        if text.lower() in SPLIT_NAMES:
+            return SPLITS.index(SPLIT_NAMES[text.lower()])
         if not text:
-            raise self.fault(line, f"no split; write one of {', '.join(PARTS)} in every row, or remove the column")
-        raise self.fault(line, unknown("split", text, [*PARTS, "valid", "validation"]))
+            raise self.fault(line, f"no split; write one of {', '.join(SPLITS)} in every row, or remove the column")
+        raise self.fault(line, unknown("split", text, [*SPLITS, "valid", "validation"]))
 
 
-def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FilePictures | PackedPictures:
+def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FileDataset | ParquetDataset:
     """List the pictures of a table. Class order is the sorted labels, as that of folders.
 
     Raises:
         ValueError: a column is missing, or a row cannot be used; the message names it.
     """
-    if place.suffix.lower() == ".parquet" and has_pictures(place):
-        return open_packed([place], place.name, limit_pixels=limit_pixels, damaged=damaged)
+    if place.suffix.lower() == ".parquet" and has_images(place):
+        return open_parquet([place], place.name, limit_pixels=limit_pixels, damaged=damaged)
     table = read_table(place)
     check_files(table)
     has_split = "split" in table.columns
-    labels, targets, split = classes_of(table, has_split)
+    labels, targets, split = classes_of_rows(table, has_split)
     groups = np.asarray(table.codes["group"], dtype=np.int32) if "group" in table.columns else None
     problems = [
         *idle_columns(place, table.columns),
@@ -167,7 +167,7 @@ def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "ke
     ]
     if split is not None and groups is not None:
         problems += torn_groups(list(table.names["group"]), np.asarray(table.codes["split"]), groups)
-    return FilePictures(
+    return FileDataset(
         name=place.name,
         root=Path(table.root),
         labels=labels,
@@ -176,7 +176,7 @@ def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "ke
         split=split,
         groups=groups,
         weights=np.asarray(table.weights) if "weight" in table.columns else None,
-        divided_by=COLUMN_SPLIT,
+        split_origin=COLUMN_SPLIT,
         problems=tuple(problems),
         flip_reason=flip_reason(labels),
         limit_pixels=limit_pixels,
@@ -192,14 +192,14 @@ def read_table(place: Path) -> Table:
     """
     root = os.path.join(os.path.abspath(place.parent), "")
     identity = file_identity(os.path.abspath(place)) or b""
-    if kept := read_index("tables", identity):
+    if kept := read_listing("tables", identity):
         arrays, (line_word, columns, labels, groups) = kept
         return Table(
             str(place),
             root,
             line_word,
             tuple(columns),
-            paths=Paths.of(arrays["names"], arrays["ends"]),
+            paths=StringArray.of(arrays["names"], arrays["ends"]),
             lines=array("q", arrays["lines"].tobytes()),
             names={
                 key: {text: number for number, text in enumerate(each)}
@@ -224,11 +224,11 @@ def read_table(place: Path) -> Table:
         arrays["weights"] = np.asarray(table.weights)
         arrays |= {each: np.asarray(codes, dtype=np.int32) for each, codes in table.codes.items()}
         texts = [table.line_word, table.columns, list(table.names["label"]), list(table.names["group"])]
-        write_index("tables", identity, arrays, texts)
+        write_listing("tables", identity, arrays, texts)
     return table
 
 
-def check_columns(place: Path, rows: Rows) -> None:
+def check_columns(place: Path, rows: TableRows) -> None:
     """Raise a ValueError unless there are columns path and label."""
     for column in ("path", "label"):
         if column not in rows.columns:
@@ -242,7 +242,7 @@ def check_columns(place: Path, rows: Rows) -> None:
             )
 
 
-def check_once(place: Path, rows: Rows) -> None:
+def check_once(place: Path, rows: TableRows) -> None:
     """Raise a ValueError when a column that is read is there twice."""
     for column in COLUMNS:
         if rows.columns.count(column) > 1:
@@ -251,7 +251,7 @@ def check_once(place: Path, rows: Rows) -> None:
 
 def check_twice(table: Table) -> None:
     """Raise a ValueError when a picture is named twice."""
-    if twice := repeated(table.paths):
+    if twice := first_repeated(table.paths):
         first, second = twice
         labels = list(table.names["label"])
         one, other = (labels[table.codes["label"][each]] for each in twice)
@@ -281,14 +281,14 @@ def check_files(table: Table) -> None:
         )
 
 
-def classes_of(table: Table, has_split: bool) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
+def classes_of_rows(table: Table, has_split: bool) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
     """Return labels in class order, the class of every row, and its part.
 
     Raises:
         ValueError: a part has a class that training does not know.
     """
     names, codes = list(table.names["label"]), np.asarray(table.codes["label"], dtype=np.int64)
-    split = np.asarray(PARTS)[np.asarray(table.codes["split"], dtype=np.int8)] if has_split else None
+    split = np.asarray(SPLITS)[np.asarray(table.codes["split"], dtype=np.int8)] if has_split else None
     known = np.unique(codes if split is None or "train" not in split else codes[split == "train"])
     labels = tuple(sorted(names[code] for code in known))
     place = {label: target for target, label in enumerate(labels)}
@@ -319,7 +319,7 @@ def idle_columns(place: Path, columns: Sequence[str]) -> list[Problem]:
 def missing_classes(labels: tuple[str, ...], targets: np.ndarray, split: np.ndarray | None) -> list[Problem]:
     """Name the classes that a given part lacks."""
     problems = []
-    for part in PARTS[1:] if split is not None and "train" in split else ():
+    for part in SPLITS[1:] if split is not None and "train" in split else ():
         here = targets[split == part]
         counts = np.bincount(here, minlength=len(labels))
         for label in np.flatnonzero(counts == 0) if len(here) else ():
@@ -336,11 +336,11 @@ def torn_groups(names: Sequence[str], parts: np.ndarray, groups: np.ndarray) -> 
         parts, groups: [N] each picture's number in `PARTS` and in `names`, -1 for no group.
     """
     grouped = groups >= 0
-    met = np.zeros((len(names), len(PARTS)), dtype=bool)
+    met = np.zeros((len(names), len(SPLITS)), dtype=bool)
     met[groups[grouped], parts[grouped]] = True
     torn = np.flatnonzero(met.sum(axis=1) > 1)
     if not len(torn):
         return []
-    where = " and ".join(part for part, there in zip(PARTS, met[torn[0]], strict=True) if there)
+    where = " and ".join(part for part, there in zip(SPLITS, met[torn[0]], strict=True) if there)
     text = f"{len(torn):,} groups are in more than one part, for instance {names[int(torn[0])]!r} in {where}"
     return [Problem("warning", "leak", tuple(names[int(each)] for each in torn), text)]

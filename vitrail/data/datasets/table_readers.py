@@ -14,7 +14,7 @@ _BATCH = 65_536
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """What a table holds.
 
     Attributes:
@@ -28,7 +28,7 @@ class Rows:
     line_word: str
 
 
-def csv_rows(place: Path, wanted: tuple[str, ...]) -> Rows:
+def csv_rows(place: Path, wanted: tuple[str, ...]) -> TableRows:
     """Read comma-separated values: UTF-8 with or without a mark, quotes doubled inside quotes, blank lines left out.
 
     Raises:
@@ -66,10 +66,10 @@ def csv_rows(place: Path, wanted: tuple[str, ...]) -> Rows:
                 cells = [*row, None]  # None is what a column gives that is not there
                 yield number, tuple([cells[each] for each in chosen])
 
-    return Rows(tuple(header), values(), "line")
+    return TableRows(tuple(header), values(), "line")
 
 
-def jsonl_rows(place: Path, wanted: tuple[str, ...]) -> Rows:
+def jsonl_rows(place: Path, wanted: tuple[str, ...]) -> TableRows:
     """Read one JSON object a line; the columns are the keys of the first.
 
     Raises:
@@ -111,10 +111,10 @@ def jsonl_rows(place: Path, wanted: tuple[str, ...]) -> Rows:
                     )
                 yield number, tuple([row.get(name) for name in wanted])
 
-    return Rows(columns, values(), "line")
+    return TableRows(columns, values(), "line")
 
 
-def parquet_rows(place: Path, wanted: tuple[str, ...]) -> Rows:
+def parquet_rows(place: Path, wanted: tuple[str, ...]) -> TableRows:
     """Read the wanted columns of a Parquet file, some rows at a time.
 
     Raises:
@@ -139,7 +139,7 @@ def parquet_rows(place: Path, wanted: tuple[str, ...]) -> Rows:
                 start += len(batch)
         pyarrow.default_memory_pool().release_unused()
 
-    return Rows(columns, values(), "row")
+    return TableRows(columns, values(), "row")
 
 
 def not_utf8(place: Path, error: UnicodeDecodeError) -> ValueError:
@@ -147,7 +147,7 @@ def not_utf8(place: Path, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{place}: is not UTF-8 ({error.reason} {error.object[error.start]:#04x}); save it as UTF-8")
 
 
-READERS: dict[str, Callable[[Path, tuple[str, ...]], Rows]] = {
+READERS: dict[str, Callable[[Path, tuple[str, ...]], TableRows]] = {
     ".csv": csv_rows,
     ".jsonl": jsonl_rows,
     ".parquet": parquet_rows,

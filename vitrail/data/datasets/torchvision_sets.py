@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vitrail.data.datasets.base import ArrayPictures, FilePictures, flip_reason
-from vitrail.data.datasets.string_array import Paths
+from vitrail.data.datasets.base import ArrayDataset, FileDataset, flip_reason
+from vitrail.data.datasets.string_array import StringArray
 from vitrail.data.problems import first_line
 from vitrail.files import cache_folder, filled_folder
 from vitrail.lookup import unknown
 
-DIVIDED_BY = "its own parts"
+SPLIT_ORIGIN = "its own parts"
 SIGNS = "the classes are signs, and a mirrored sign is another sign"
 BY_TRAIN: Mapping[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
 
@@ -27,7 +27,7 @@ def by_split(**names: str) -> Mapping[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class SetReader:
     """How one of torchvision's data sets is read.
 
     Attributes:
@@ -38,30 +38,30 @@ class Entry:
         flip_reason: why its pictures must not be mirrored, where the class names do not tell.
     """
 
-    parts: Mapping[str, dict[str, Any]]
+    splits: Mapping[str, dict[str, Any]]
     held: str
     answers: str = ""
     labels: tuple[str, ...] = ()
     flip_reason: str = ""
 
 
-SETS: dict[str, Entry] = {
-    "CIFAR10": Entry(BY_TRAIN, "data", "targets"),
-    "CIFAR100": Entry(BY_TRAIN, "data", "targets"),
-    "Country211": Entry(by_split(train="train", val="valid", test="test"), "samples"),
-    "DTD": Entry(by_split(train="train", val="val", test="test"), "_image_files", "_labels"),
-    "EuroSAT": Entry({"": {}}, "samples"),
-    "FashionMNIST": Entry(BY_TRAIN, "data", "targets"),
-    "FGVCAircraft": Entry(by_split(train="train", val="val", test="test"), "_image_files", "_labels"),
-    "Flowers102": Entry(by_split(train="train", val="val", test="test"), "_image_files", "_labels"),
-    "Food101": Entry(by_split(train="train", test="test"), "_image_files", "_labels"),
-    "KMNIST": Entry(BY_TRAIN, "data", "targets", flip_reason=SIGNS),
-    "MNIST": Entry(BY_TRAIN, "data", "targets", flip_reason=SIGNS),
-    "OxfordIIITPet": Entry(by_split(train="trainval", test="test"), "_images", "_labels"),
-    "RenderedSST2": Entry(by_split(train="train", val="val", test="test"), "_samples", flip_reason=SIGNS),
-    "STL10": Entry(by_split(train="train", test="test"), "data", "labels"),
-    "SUN397": Entry({"": {}}, "_image_files", "_labels"),
-    "SVHN": Entry(by_split(train="train", test="test"), "data", "labels", tuple("0123456789"), SIGNS),
+SETS: dict[str, SetReader] = {
+    "CIFAR10": SetReader(BY_TRAIN, "data", "targets"),
+    "CIFAR100": SetReader(BY_TRAIN, "data", "targets"),
+    "Country211": SetReader(by_split(train="train", val="valid", test="test"), "samples"),
+    "DTD": SetReader(by_split(train="train", val="val", test="test"), "_image_files", "_labels"),
+    "EuroSAT": SetReader({"": {}}, "samples"),
+    "FashionMNIST": SetReader(BY_TRAIN, "data", "targets"),
+    "FGVCAircraft": SetReader(by_split(train="train", val="val", test="test"), "_image_files", "_labels"),
+    "Flowers102": SetReader(by_split(train="train", val="val", test="test"), "_image_files", "_labels"),
+    "Food101": SetReader(by_split(train="train", test="test"), "_image_files", "_labels"),
+    "KMNIST": SetReader(BY_TRAIN, "data", "targets", flip_reason=SIGNS),
+    "MNIST": SetReader(BY_TRAIN, "data", "targets", flip_reason=SIGNS),
+    "OxfordIIITPet": SetReader(by_split(train="trainval", test="test"), "_images", "_labels"),
+    "RenderedSST2": SetReader(by_split(train="train", val="val", test="test"), "_samples", flip_reason=SIGNS),
+    "STL10": SetReader(by_split(train="train", test="test"), "data", "labels"),
+    "SUN397": SetReader({"": {}}, "_image_files", "_labels"),
+    "SVHN": SetReader(by_split(train="train", test="test"), "data", "labels", tuple("0123456789"), SIGNS),
 }
 
 
@@ -71,13 +71,13 @@ class _Gathered:
 
     held: list[Any] = field(default_factory=list)
     targets: list[np.ndarray] = field(default_factory=list)
-    parts: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
     labels: tuple[str, ...] = ()
 
 
 def open_torchvision(
     name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]
-) -> ArrayPictures | FilePictures:
+) -> ArrayDataset | FileDataset:
     """List the pictures of a data set of torchvision, in any case of letters; it is downloaded on the first call.
 
     Raises:
@@ -92,37 +92,37 @@ def open_torchvision(
         "name": f"torchvision:{known}",
         "labels": found.labels,
         "targets": np.concatenate(found.targets),
-        "split": None if found.parts == [""] else np.repeat(found.parts, [len(each) for each in found.targets]),
-        "divided_by": DIVIDED_BY,
+        "split": None if found.splits == [""] else np.repeat(found.splits, [len(each) for each in found.targets]),
+        "split_origin": SPLIT_ORIGIN,
         "flip_reason": entry.flip_reason or flip_reason(found.labels),
     }
     if entry.held == "data":
-        return ArrayPictures(
+        return ArrayDataset(
             arrays=tuple(map(as_array, found.held)),
-            paths=Paths(
+            paths=StringArray(
                 f"{part}/{number:06d}"
-                for part, held in zip(found.parts, found.held, strict=True)
+                for part, held in zip(found.splits, found.held, strict=True)
                 for number in range(len(held))
             ),
             **common,
         )
-    return FilePictures(
+    return FileDataset(
         root=root,
-        paths=Paths(Path(os.path.relpath(each, root)).as_posix() for held in found.held for each in held),
+        paths=StringArray(Path(os.path.relpath(each, root)).as_posix() for held in found.held for each in held),
         limit_pixels=limit_pixels,
         damaged=damaged,
         **common,
     )
 
 
-def gather(name: str, entry: Entry, root: Path) -> _Gathered:
+def gather(name: str, entry: SetReader, root: Path) -> _Gathered:
     """Load all parts of a data set, which is downloaded when its folder is not there."""
     from torchvision import datasets
 
     kind, found = getattr(datasets, name), _Gathered()
 
     def fill(draft: Path) -> None:
-        for words in entry.parts.values():
+        for words in entry.splits.values():
             kind(str(draft), download=True, **words)
 
     try:
@@ -132,7 +132,7 @@ def gather(name: str, entry: Entry, root: Path) -> _Gathered:
             f"torchvision:{name}: cannot be downloaded ({first_line(error)}); connect this machine to the network, or put "
             f"the files that torchvision.datasets.{name} downloads into {root}"
         ) from None
-    for part, words in entry.parts.items():
+    for part, words in entry.splits.items():
         try:
             made = kind(str(root), **words)
         except (OSError, RuntimeError, ValueError, EOFError) as error:
@@ -145,7 +145,7 @@ def gather(name: str, entry: Entry, root: Path) -> _Gathered:
             held, answers = zip(*held, strict=True)
         found.held.append(held)
         found.targets.append(np.asarray(answers, dtype=np.int64))
-        found.parts.append(part)
+        found.splits.append(part)
         names = entry.labels or made.classes
         found.labels = tuple(names)
     return found

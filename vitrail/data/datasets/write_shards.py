@@ -19,22 +19,22 @@ from typing import BinaryIO
 import numpy as np
 
 from vitrail.config import DataConfig
-from vitrail.data.datasets.base import PARTS, Source, broken
-from vitrail.data.datasets.open import open_source
+from vitrail.data.datasets.base import SPLITS, Dataset, broken_image
+from vitrail.data.datasets.open import open_dataset
 from vitrail.data.datasets.webdataset.shards import CLASSES
 from vitrail.data.datasets.webdataset.tar import BLOCK, END
-from vitrail.data.images.decode import ENDINGS_OF, PictureError, read_described
+from vitrail.data.images.decode import ENDINGS_OF, ImageError, read_described
 from vitrail.data.problems import Problem, stop_on_errors
 from vitrail.data.progress import Bar, no_bar
 from vitrail.files import new_folder, write_text
 from vitrail.threads import ordered_map
 
-WITHOUT_PARTS = "pictures"
+WITHOUT_SPLITS = "pictures"
 _RECORD = 20 * BLOCK  # tar programs write whole records
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenShards:
     """What was written.
 
     Attributes:
@@ -53,12 +53,12 @@ class Written:
 class _Encoded:
     content: bytes
     ending: str
-    error: PictureError | OSError | None
+    error: ImageError | OSError | None
 
 
 def write_shards(
     config: DataConfig, out: Path, *, size: int, limit_bytes: int | None = None, seed: int = 0, bar: Bar = no_bar
-) -> Written:
+) -> WrittenShards:
     """Write the pictures of a source into shards, in an order shuffled by `seed`; each is decoded once, to know it whole.
 
     Args:
@@ -73,12 +73,12 @@ def write_shards(
     for name, value in (("--size", size), ("--bytes", limit_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: expected at least 1")
-    source = open_source(
+    source = open_dataset(
         config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar
     )
     stop_on_errors(source.problems)
     check_names(source)
-    order = shuffled(source, seed)
+    order = shuffled_splits(source, seed)
     problems, total = list(source.problems), sum(map(len, order.values()))
     out.parent.mkdir(parents=True, exist_ok=True)
     names, counts, left_out, written = [], {}, 0, 0
@@ -86,11 +86,11 @@ def write_shards(
         with new_folder(out) as draft, bar(f"writing {total:,} pictures") as advance:
             for part, indices in order.items():
                 with _Shards(draft, part, size=size, limit_bytes=limit_bytes) as shards:
-                    for index, found in encoded(source, indices, config):
+                    for index, found in encoded_images(source, indices, config):
                         if found.error is not None:
-                            problems.append(broken(source, index, found.error, config.damaged))
+                            problems.append(broken_image(source, index, found.error, config.damaged))
                         if found.content and not any(each.severity == "error" for each in problems):
-                            shards.add(sample(source, index, found, shards.num_samples))
+                            shards.add(sample_files(source, index, found, shards.num_samples))
                         left_out += not found.content
                         if (done := sum(counts.values()) + left_out + shards.num_samples) % 64 == 0:
                             advance(done, total)
@@ -107,7 +107,7 @@ def write_shards(
         if error.errno != errno.ENOSPC:
             raise
         raise ValueError(f"{out}: the disk is full; nothing is left of what was written") from None
-    return Written(tuple(names), counts, written, left_out, tuple(problems))
+    return WrittenShards(tuple(names), counts, written, left_out, tuple(problems))
 
 
 def check_free(out: Path) -> None:
@@ -118,7 +118,7 @@ def check_free(out: Path) -> None:
         raise ValueError(f"{out}: is not empty; choose another OUT")
 
 
-def check_names(source: Source) -> None:
+def check_names(source: Dataset) -> None:
     """Raise a ValueError when a class's name cannot be written as text, or not be read back."""
     for label in source.labels:
         if label != label.strip() or not label:
@@ -129,19 +129,19 @@ def check_names(source: Source) -> None:
             raise ValueError(f"{source.name}: class {label!r} is no Unicode text; rename it") from None
 
 
-def shuffled(source: Source, seed: int) -> dict[str, np.ndarray]:
+def shuffled_splits(source: Dataset, seed: int) -> dict[str, np.ndarray]:
     """Return the pictures of each part in a shuffled order; in shards of one class, no batch would be mixed."""
     everything = np.arange(len(source.paths))
-    parts = {WITHOUT_PARTS: everything}
+    parts = {WITHOUT_SPLITS: everything}
     if source.split is not None:
-        parts = {part: found for part in PARTS if len(found := everything[source.split == part])}
+        parts = {part: found for part in SPLITS if len(found := everything[source.split == part])}
     return {
         part: np.random.Generator(np.random.Philox(key=[seed, number])).permutation(indices)
         for number, (part, indices) in enumerate(parts.items())
     }
 
 
-def encoded(source: Source, indices: np.ndarray, config: DataConfig) -> Iterator[tuple[int, _Encoded]]:
+def encoded_images(source: Dataset, indices: np.ndarray, config: DataConfig) -> Iterator[tuple[int, _Encoded]]:
     """Yield each picture's number and its bytes, none where it is broken and not to be kept."""
 
     def one(index: int) -> _Encoded:
@@ -152,7 +152,7 @@ def encoded(source: Source, indices: np.ndarray, config: DataConfig) -> Iterator
             return _Encoded(b"", "", error)
         error = None
         if info.verdict != "ok":
-            error = PictureError(dataclasses.replace(info, path=source.location(index)))
+            error = ImageError(dataclasses.replace(info, path=source.location(index)))
         kept = picture is not None and (error is None or config.damaged == "keep")
         return _Encoded(content if kept else b"", ENDINGS_OF.get(info.format, ("",))[0], error)
 
@@ -160,7 +160,7 @@ def encoded(source: Source, indices: np.ndarray, config: DataConfig) -> Iterator
     yield from zip(numbers, ordered_map(one, numbers, config.workers), strict=True)
 
 
-def sample(source: Source, index: int, found: _Encoded, number: int) -> dict[str, bytes]:
+def sample_files(source: Dataset, index: int, found: _Encoded, number: int) -> dict[str, bytes]:
     """Return the files of one sample, by name."""
     target = int(source.targets[index])
     about: dict[str, str | float] = {"label": source.labels[target], "path": source.paths[index]}
@@ -181,8 +181,8 @@ def sample(source: Source, index: int, found: _Encoded, number: int) -> dict[str
 class _Shards:
     """The shards of one part, written one after the other."""
 
-    def __init__(self, folder: Path, part: str, *, size: int, limit_bytes: int | None) -> None:
-        self.folder, self.part, self.size, self.limit_bytes = folder, part, size, limit_bytes
+    def __init__(self, folder: Path, split: str, *, size: int, limit_bytes: int | None) -> None:
+        self.folder, self.split, self.size, self.limit_bytes = folder, split, size, limit_bytes
         self.names: list[str] = []
         self.num_samples = self.num_bytes = 0
         self._file: BinaryIO | None = None
@@ -203,7 +203,7 @@ class _Shards:
         ):
             self.close()
         if self._file is None:
-            self.names.append(f"{self.part}-{len(self.names):06d}.tar")
+            self.names.append(f"{self.split}-{len(self.names):06d}.tar")
             self._file, self._here = (self.folder / self.names[-1]).open("wb"), 0
         for name, content in files.items():
             info = tarfile.TarInfo(name)  # no owner, and 1970 as its time: equal pictures give equal bytes

@@ -56,7 +56,7 @@ _settings_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class PictureInfo:
+class ImageInfo:
     """What a file turned out to be.
 
     `reason` is empty when the verdict is "ok". Width and height (px) are those of the turned picture, 0 when no
@@ -78,10 +78,10 @@ class PictureInfo:
     alpha: bool = False
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """A file gave no picture; `info` holds all that is known of it."""
 
-    def __init__(self, info: PictureInfo) -> None:
+    def __init__(self, info: ImageInfo) -> None:
         super().__init__(info)
         self.info, self.path, self.verdict, self.reason = info, info.path, info.verdict, info.reason
 
@@ -89,7 +89,7 @@ class PictureError(ValueError):
         return f"{self.path}: {self.verdict}: {self.reason}"
 
 
-def is_picture_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """Say whether a file of this name is taken for a picture, by its ending.
 
     Hidden files (`.x.jpg`, macOS's `._x.jpg`) never are. HEIC is not: Pillow alone cannot open it.
@@ -98,7 +98,7 @@ def is_picture_name(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1][1:].lower() in ENDINGS
 
 
-def read_picture(
+def read_image(
     source: str | os.PathLike[str] | bytes,
     *,
     mode: Literal["RGB", "L"] = "RGB",
@@ -121,7 +121,7 @@ def read_picture(
     """
     picture, info = _read(source, name, limit_pixels, decode=True, count=False)
     if picture is None or (info.verdict == "damaged" and damaged != "keep"):
-        raise PictureError(info)
+        raise ImageError(info)
     return picture if picture.mode == mode else picture.convert(mode)
 
 
@@ -135,9 +135,9 @@ def as_decoded(picture: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def inspect_picture(
+def inspect_image(
     source: str | os.PathLike[str] | bytes, *, limit_pixels: int = 100_000_000, decode: bool = True
-) -> PictureInfo:
+) -> ImageInfo:
     """Judge one file; a bad picture raises nothing, a missing file or a failing disk raises OSError.
 
     Without `decode` only the header is read, and "ok" means no more than that the header is good.
@@ -147,7 +147,7 @@ def inspect_picture(
 
 def read_described(
     source: str | os.PathLike[str] | bytes, *, limit_pixels: int = 100_000_000
-) -> tuple[Image.Image | None, PictureInfo]:
+) -> tuple[Image.Image | None, ImageInfo]:
     """Decode one picture and tell what the file is, in one reading.
 
     The picture is in mode L or RGB; it is None where nothing could be decoded, and incomplete where the verdict is
@@ -158,10 +158,10 @@ def read_described(
 
 def _read(
     source: str | os.PathLike[str] | bytes, name: str | None, limit_pixels: int, decode: bool, count: bool
-) -> tuple[Image.Image | None, PictureInfo]:
+) -> tuple[Image.Image | None, ImageInfo]:
     """Return the verdict, with the picture (mode L or RGB) where there is one, damaged or not."""
     in_memory = isinstance(source, bytes)
-    info = PictureInfo(name or ("<bytes>" if in_memory else os.fspath(source)), "ok")
+    info = ImageInfo(name or ("<bytes>" if in_memory else os.fspath(source)), "ok")
     with io.BytesIO(source) if in_memory else open(source, "rb") as stream:
         whole = stream.seek(0, os.SEEK_END) <= WHOLE_BYTES
         stream.seek(0)
@@ -172,7 +172,7 @@ def _read(
         return _read_any(io.BytesIO(data) if whole else stream, info, limit_pixels, decode, count)
 
 
-def _read_plain_jpeg(data: bytes, info: PictureInfo, limit_pixels: int) -> tuple[Image.Image, PictureInfo] | None:
+def _read_plain_jpeg(data: bytes, info: ImageInfo, limit_pixels: int) -> tuple[Image.Image, ImageInfo] | None:
     """Decode a JPEG as the rules above say, or return None where only Pillow can."""
     header = jpeg_header(data)
     if header is None or header.width * header.height > limit_pixels:
@@ -188,19 +188,19 @@ def _read_plain_jpeg(data: bytes, info: PictureInfo, limit_pixels: int) -> tuple
 
 
 def _read_any(
-    stream: Stream, info: PictureInfo, limit_pixels: int, decode: bool, count: bool
-) -> tuple[Image.Image | None, PictureInfo]:
+    stream: Stream, info: ImageInfo, limit_pixels: int, decode: bool, count: bool
+) -> tuple[Image.Image | None, ImageInfo]:
     _set_pillow(limit_pixels)
     try:
         picture, found = _decode(stream, info, limit_pixels, decode)
         return picture, replace(found, frames=_count_frames(stream)) if count else found
-    except PictureError as error:
+    except ImageError as error:
         strict = error.info
     if strict.verdict == "refused":
         return None, strict
     try:  # damaged if anything can be recovered, else unreadable
         picture, found = _decode(_mend(stream), info, limit_pixels, decode, tolerant=True)
-    except PictureError as error:
+    except ImageError as error:
         return None, error.info if error.verdict == "refused" else strict
     reason = f'{strict.reason}; damaged="keep" decodes what is left'
     return picture, replace(found, verdict="damaged", reason=reason)
@@ -221,8 +221,8 @@ def _set_pillow(limit_pixels: int) -> None:
 
 
 def _decode(
-    stream: Stream, info: PictureInfo, limit_pixels: int, decode: bool, tolerant: bool = False
-) -> tuple[Image.Image | None, PictureInfo]:
+    stream: Stream, info: ImageInfo, limit_pixels: int, decode: bool, tolerant: bool = False
+) -> tuple[Image.Image | None, ImageInfo]:
     """Decode with Pillow; raise `PictureError` with what is known ("unreadable" stands for any fault)."""
     try:
         with Image.open(stream, formats=FORMATS) as opened:
@@ -233,16 +233,16 @@ def _decode(
             _load(opened, tolerant)
             turn = _orientation(opened)  # again: a PNG may tell it at its end, a TIFF was turned by Pillow
             picture = flatten(opened.transpose(TURNS[turn]) if turn in TURNS else opened)
-    except PictureError:
+    except ImageError:
         raise
     except Image.DecompressionBombError as error:
         reason = f"far more pixels than limit_pixels={limit_pixels} ({error})"
-        raise PictureError(replace(info, verdict="refused", reason=reason)) from error
+        raise ImageError(replace(info, verdict="refused", reason=reason)) from error
     except Exception as error:  # Pillow's formats raise nearly every kind of exception
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # the disk's fault; EINVAL is a seek to nowhere, ordered by a broken picture
         reason = _explain(error, stream, info)
-        raise PictureError(replace(info, verdict="unreadable", reason=reason)) from error
+        raise ImageError(replace(info, verdict="unreadable", reason=reason)) from error
     picture.info = {}  # no EXIF or profile left that a later step could apply once more
     orientation = max(turn, info.orientation)
     info = replace(info, orientation=orientation, width=picture.width, height=picture.height)
@@ -250,7 +250,7 @@ def _decode(
     return picture, info
 
 
-def _describe(opened: ImageFile.ImageFile, info: PictureInfo) -> PictureInfo:
+def _describe(opened: ImageFile.ImageFile, info: ImageInfo) -> ImageInfo:
     turn, (width, height), known_as = _orientation(opened), opened.size, opened.format or ""
     if turn >= 5 and known_as != "TIFF":  # Pillow has swapped a TIFF's already
         width, height = height, width
@@ -265,10 +265,10 @@ def _bits(opened: ImageFile.ImageFile) -> int:
     return 16 if ";16" in opened.mode or any(";16" in str(tile) for tile in opened.tile) else 8
 
 
-def _check_size(info: PictureInfo, limit_pixels: int) -> None:
+def _check_size(info: ImageInfo, limit_pixels: int) -> None:
     if info.width * info.height > limit_pixels:
         reason = f"{info.width} x {info.height} pixels, more than limit_pixels={limit_pixels}; raise it"
-        raise PictureError(replace(info, verdict="refused", reason=reason))
+        raise ImageError(replace(info, verdict="refused", reason=reason))
 
 
 def _orientation(opened: ImageFile.ImageFile) -> int:
@@ -322,7 +322,7 @@ def _count_frames(stream: Stream) -> int:
         return 1
 
 
-def _explain(error: Exception, stream: Stream, info: PictureInfo) -> str:
+def _explain(error: Exception, stream: Stream, info: ImageInfo) -> str:
     what = str(error) or type(error).__name__
     if info.format:
         return f"{info.format} of {info.width} x {info.height}: {what}"

@@ -136,7 +136,7 @@ class Preprocess:
         return torch.sub(unit_scale(pixels), mean, out=out).div_(std)
 
 
-def preprocess_of(config: RunConfig) -> Preprocess:
+def preprocess_from_config(config: RunConfig) -> Preprocess:
     """Return the preprocessing that a run's configuration means."""
     given = config.preprocess
     return Preprocess(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vitrail.config import OptimConfig
-from vitrail.data.datasets.base import Source
+from vitrail.data.datasets.base import Dataset
 
 
 def class_weights(sizes: np.ndarray, optim: OptimConfig) -> np.ndarray:
@@ -22,7 +22,7 @@ def class_weights(sizes: np.ndarray, optim: OptimConfig) -> np.ndarray:
     return np.divide(1.0, numbers, out=np.zeros(len(sizes)), where=sizes > 0)
 
 
-def loss_weights(source: Source, part: np.ndarray, optim: OptimConfig) -> np.ndarray | None:
+def loss_weights(source: Dataset, part: np.ndarray, optim: OptimConfig) -> np.ndarray | None:
     """Return what each picture of a source counts in the loss [N], 1 on average over `part`; None where all are 1.
 
     The weight of a picture's class and its own in the table are multiplied.
@@ -36,7 +36,7 @@ def loss_weights(source: Source, part: np.ndarray, optim: OptimConfig) -> np.nda
     return weights / weights[part].mean()
 
 
-def mean_weights(source: Source, part: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+def mean_weights(source: Dataset, part: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     """Return what a picture of each class counts on average over `part`, for the record."""
     targets = source.targets[part]
     sizes = np.bincount(targets, minlength=len(source.labels))

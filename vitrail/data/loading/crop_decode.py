@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vitrail.data.cache.decoded import kept_sizes
-from vitrail.data.datasets.base import ArrayPictures, FilePictures
+from vitrail.data.cache.decoded import stored_sizes_of
+from vitrail.data.datasets.base import ArrayDataset, FileDataset
 from vitrail.data.images.decode import WHOLE_BYTES
 from vitrail.data.images.jpeg import FACTORS, START, Jpeg, decode_jpeg, jpeg_header
 from vitrail.data.images.preprocess import INTERPOLATIONS
 
 if TYPE_CHECKING:
-    from vitrail.data.datasets.base import Source
+    from vitrail.data.datasets.base import Dataset
 
 # How far the filter of each interpolation reaches to either side, in pixels of the result (Pillow's Resample.c).
 _REACH = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0, "box": 0.5, "hamming": 1.0, "nearest": 0.0}
@@ -38,11 +38,11 @@ class Box(NamedTuple):
         return Box(self.left * x, self.top * y, self.width * x, self.height * y)
 
 
-Choose = Callable[[int, int], Box]  # from a picture's width and height
+BoxSampler = Callable[[int, int], Box]  # from a picture's width and height
 
 
 @dataclass(frozen=True)
-class Cut:
+class CropReader:
     """How training takes a box out of a picture.
 
     Attributes:
@@ -56,11 +56,11 @@ class Cut:
     mode: Literal["RGB", "L"]
     fast: bool = False
 
-    def read(self, source: Source, index: int, choose: Choose) -> np.ndarray:
+    def read(self, source: Dataset, index: int, choose: BoxSampler) -> np.ndarray:
         """Return a box of one of a source's pictures as uint8 [C, S, S]; errors are those of `Source.read`."""
         return self.resize(*self.region(source, index, choose), (self.side, self.side))
 
-    def region(self, source: Source, index: int, choose: Choose) -> tuple[np.ndarray, Box]:
+    def region(self, source: Dataset, index: int, choose: BoxSampler) -> tuple[np.ndarray, Box]:
         """Decode what holds a box: uint8 [H, W] or [H, W, 3], good until the thread's next picture, and the box in it."""
         data = jpeg_of(source, index)
         header = jpeg_header(data)
@@ -75,7 +75,7 @@ class Cut:
         picture = source.read(index, self.mode)
         return np.asarray(picture), choose(*picture.size)
 
-    def whole(self, source: Source, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    def whole(self, source: Dataset, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Return an image [H, W] or [H, W, 3], its short side brought to `side`, or as it is where that is shorter.
 
         Also returns the height and width that its file has.
@@ -87,7 +87,7 @@ class Cut:
             return Box(0.0, 0.0, width, height)
 
         pixels, box = self.region(source, index, choose)
-        high, wide = kept_sizes(size[None], self.side)[0].tolist()
+        high, wide = stored_sizes_of(size[None], self.side)[0].tolist()
         listed = (int(size[0]), int(size[1]))
         if pixels.shape[:2] == (high, wide):
             return np.array(pixels, order="C"), listed  # a copy: the thread's next image takes the memory
@@ -109,11 +109,11 @@ class Cut:
         return by_pillow(pixels, box, size, self.interpolation)
 
 
-def jpeg_of(source: Source, index: int) -> bytes:
+def jpeg_of(source: Dataset, index: int) -> bytes:
     """Return a picture's file if it is a JPEG that memory may hold; else nothing."""
-    if isinstance(source, ArrayPictures):
+    if isinstance(source, ArrayDataset):
         return b""
-    if not isinstance(source, FilePictures):
+    if not isinstance(source, FileDataset):
         return source.encoded(index)
     with open(source.location(index), "rb") as file:
         start = file.read(len(START))

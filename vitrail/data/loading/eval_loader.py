@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.data.loading.reader import Outcome, Pictures, attempt
+from vitrail.data.loading.reader import ImageReader, ReadResult, attempt
 from vitrail.data.loading.train_loader import Batch
 
 
 @dataclass(frozen=True)
-class MixedBatch:
+class VariableSizeBatch:
     """A batch whose pictures [C, H, W] differ in size: a model computes it by `forward_packed`."""
 
     images: list[Tensor]
@@ -24,47 +24,47 @@ class MixedBatch:
     indices: np.ndarray
 
 
-def judging_batches(
-    pictures: Pictures, part: np.ndarray, *, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1
-) -> Iterator[Batch | MixedBatch]:
+def eval_batches(
+    reader: ImageReader, indices: np.ndarray, *, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch | VariableSizeBatch]:
     """Yield every picture of a part exactly once, over all processes, unchanged but for the model's preprocessing.
 
     Batches are mixed where preprocessing keeps the aspect ratio and pictures have different ones.
     """
-    mine = part[rank::ranks]
-    targets = torch.from_numpy(pictures.targets)
+    mine = indices[rank::ranks]
+    targets = torch.from_numpy(reader.targets)
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     waiting: deque = deque()
     num_read = 0
     for number in range(len(chunks) + 2):
         if number < len(chunks):
             chunk = chunks[number]
-            waiting.append((chunk, None if pictures.is_ready else start_reading(pictures, chunk)))
+            waiting.append((chunk, None if reader.is_ready else start_reading(reader, chunk)))
         if number >= 2 and waiting:
             chunk, futures = waiting.popleft()
             if futures is None:
-                assert pictures.stored is not None
-                pixels, places = pictures.stored[chunk], np.arange(len(chunk))
+                assert reader.stored is not None
+                pixels, places = reader.stored[chunk], np.arange(len(chunk))
             else:
-                pixels, places = pictures.collect(futures, chunk)
+                pixels, places = reader.collect(futures, chunk)
             if not len(places):
                 continue
             num_read += len(places)
             chosen = chunk[places]
             answers = targets[torch.from_numpy(chosen)].to(device, non_blocking=True)
             if len({each.shape for each in pixels}) > 1:
-                images = [pictures.preprocess.normalise(torch.from_numpy(each).to(device)) for each in pixels]
-                yield MixedBatch(images, answers, chosen)
+                images = [reader.preprocess.normalise(torch.from_numpy(each).to(device)) for each in pixels]
+                yield VariableSizeBatch(images, answers, chosen)
             else:
                 images = torch.from_numpy(np.asarray(pixels)).to(device, non_blocking=True)
-                yield Batch(pictures.preprocess.normalise(images), answers, chosen)
-    pictures.check_some_left(num_read, len(mine))
+                yield Batch(reader.preprocess.normalise(images), answers, chosen)
+    reader.require_some(num_read, len(mine))
 
 
-def start_reading(pictures: Pictures, chunk: np.ndarray) -> list[Future[list[Outcome]]]:
+def start_reading(reader: ImageReader, chunk: np.ndarray) -> list[Future[list[ReadResult]]]:
     """Start the threads on some pictures."""
 
-    def read(places: range) -> list[Outcome]:
-        return [attempt(lambda place: pictures.for_judging(int(chunk[place])), place) for place in places]
+    def read(places: range) -> list[ReadResult]:
+        return [attempt(lambda place: reader.read_whole(int(chunk[place])), place) for place in places]
 
-    return pictures.submit(read, len(chunk), max(1, min(8, -(-len(chunk) // 8))))
+    return reader.submit(read, len(chunk), max(1, min(8, -(-len(chunk) // 8))))

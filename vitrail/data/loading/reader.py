@@ -13,18 +13,18 @@ import PIL.Image
 import torch
 from threadpoolctl import threadpool_limits
 
-from vitrail.data.cache.decoded import PictureCache
-from vitrail.data.datasets.base import Source
-from vitrail.data.images.decode import PictureError
+from vitrail.data.cache.decoded import DecodedImageCache
+from vitrail.data.datasets.base import Dataset
+from vitrail.data.images.decode import ImageError
 from vitrail.data.images.preprocess import Preprocess
-from vitrail.data.loading.crop_decode import Choose, Cut
+from vitrail.data.loading.crop_decode import BoxSampler, CropReader
 
 R = TypeVar("R")
-Outcome = np.ndarray | PictureError | OSError  # of reading one picture
+ReadResult = np.ndarray | ImageError | OSError  # of reading one picture
 
 
 @dataclass
-class Pictures:
+class ImageReader:
     """Random access to a source's pictures, from memory or from files.
 
     Attributes:
@@ -38,7 +38,7 @@ class Pictures:
         told: those of them that the user was told of.
     """
 
-    source: Source
+    dataset: Dataset
     targets: np.ndarray
     preprocess: Preprocess
     stored: np.ndarray | None
@@ -46,13 +46,13 @@ class Pictures:
     workers: int = 0
     sizes: np.ndarray | None = None
     fast: bool = False
-    cache: PictureCache | None = None
+    cache: DecodedImageCache | None = None
     dropped: dict[str, str] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.num_threads = self.workers or os.cpu_count() or 1
-        self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode", initializer=work_alone)
+        self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode", initializer=use_one_thread)
 
     def submit(self, task: Callable[[range], R], count: int, run: int) -> list[Future[R]]:
         """Start `task` on the threads for the places 0 … count - 1 of a batch, `run` of them at a time.
@@ -61,7 +61,7 @@ class Pictures:
         """
         return [self.pool.submit(task, range(start, min(start + run, count))) for start in range(0, count, run)]
 
-    def collect(self, futures: list[Future[list[Outcome]]], indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    def collect(self, futures: list[Future[list[ReadResult]]], indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """Return the pictures that were read, each of its own size, and their places; one that failed is noted."""
         pixels, places = [], []
         for place, found in enumerate(each for future in futures for each in future.result()):
@@ -69,47 +69,47 @@ class Pictures:
                 pixels.append(found)
                 places.append(place)
             else:
-                self.dropped[self.source.location(int(indices[place]))] = str(found)
+                self.dropped[self.dataset.location(int(indices[place]))] = str(found)
         return pixels, np.asarray(places, dtype=np.int64)
 
     @property
-    def cut(self) -> Cut:
+    def crop_reader(self) -> CropReader:
         """How training takes crops out of files."""
         preprocess = self.preprocess
-        return Cut(preprocess.image_size, preprocess.interpolation, preprocess.mode, self.fast)
+        return CropReader(preprocess.image_size, preprocess.interpolation, preprocess.mode, self.fast)
 
-    def for_training(self, index: int, choose: Choose) -> np.ndarray:
+    def read_crop(self, index: int, choose: BoxSampler) -> np.ndarray:
         """Return a crop of one picture, uint8 [C, S, S]."""
-        cut = self.cut
+        cut = self.crop_reader
         if self.cache is None:
-            return cut.read(self.source, index, choose)
+            return cut.read(self.dataset, index, choose)
         pixels = self.cache.read(index)
         return cut.resize(pixels, choose(pixels.shape[1], pixels.shape[0]), (cut.side, cut.side))
 
-    def check_some_left(self, read: int, wanted: int) -> None:
+    def require_some(self, read: int, wanted: int) -> None:
         """Raise a ValueError when all of some files have failed."""
         if wanted and not read:
             raise ValueError(f"none of {wanted} files can be read any more: {next(iter(self.dropped.items()))}")
 
-    def for_judging(self, index: int) -> np.ndarray:
+    def read_whole(self, index: int) -> np.ndarray:
         """Return one picture as `Preprocess.apply` does: [C, S, S], or [C, H, W] with preprocessing `aspect`."""
         if self.stored is None:
-            return self.preprocess.apply(self.source.read(index, self.preprocess.mode))
+            return self.preprocess.apply(self.dataset.read(index, self.preprocess.mode))
         pixels = self.stored[index]
         if self.is_ready:
             return pixels
         return self.preprocess.apply(PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))
 
 
-def attempt(read: Callable[[int], np.ndarray], place: int) -> Outcome:
+def attempt(read: Callable[[int], np.ndarray], place: int) -> ReadResult:
     """Return what was read, or why it could not be."""
     try:
         return read(place)
-    except (PictureError, OSError) as error:
+    except (ImageError, OSError) as error:
         return error
 
 
-def work_alone() -> None:
+def use_one_thread() -> None:
     """Let PyTorch use one thread in this one: its teams wait for each other, for milliseconds when all cores are busy."""
     torch.get_num_threads()  # the first call in a thread would set it back
     threadpool_limits(1, user_api="openmp")

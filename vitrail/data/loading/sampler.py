@@ -8,7 +8,7 @@ import numpy as np
 _CLASSES, _MIXED = 2, 3
 
 
-class Order:
+class Sampler:
     """The samples of every step: the place of each in the training part, and its occasion.
 
     An occasion tells apart the times that one picture comes; with seed and place it decides the augmentation. Step s takes
@@ -34,10 +34,10 @@ class Order:
         if sampling != "natural":
             self.members = [np.flatnonzero(targets == label) for label in np.unique(targets)]
             sizes = np.asarray([len(each) for each in self.members])
-            self.shares = shares(self.count, np.ones(len(sizes)) if sampling == "balanced" else np.sqrt(sizes))
+            self.shares = largest_remainder(self.count, np.ones(len(sizes)) if sampling == "balanced" else np.sqrt(sizes))
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def at(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def samples(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Return (occasion, place in the part) of every sample of one process in step `step` (from 0).
 
         A place, unlike a picture's number in the listing, stays when files are added to the folder.
@@ -82,7 +82,7 @@ class Order:
         return np.random.Generator(np.random.Philox(key=[self.seed, number], counter=[0, 0, label, purpose]))
 
 
-def shares(total: int, proportions: np.ndarray) -> np.ndarray:
+def largest_remainder(total: int, proportions: np.ndarray) -> np.ndarray:
     """Divide `total` in whole numbers as near to the proportions as they can be: by the largest remainders."""
     exact = total * proportions / proportions.sum()
     whole = np.floor(exact).astype(np.int64)

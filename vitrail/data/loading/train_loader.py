@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from vitrail.config import AugmentConfig
-from vitrail.data.augment.mixup import Mix, erase_, mix_pairs_
-from vitrail.data.augment.random_changes import augment_batch, crop_boxes, draw
+from vitrail.data.augment.mixup import MixTargets, erase_, mix_pairs_
+from vitrail.data.augment.random_changes import augment_batch, crop_boxes, draw_changes
 from vitrail.data.loading.crop_decode import Box
-from vitrail.data.loading.reader import Outcome, Pictures, attempt
-from vitrail.data.loading.sampler import Order
+from vitrail.data.loading.reader import ImageReader, ReadResult, attempt
+from vitrail.data.loading.sampler import Sampler
 
 T = TypeVar("T")
 
@@ -45,9 +45,9 @@ class Batch:
     indices: np.ndarray
     patch_size: int | None = None
     weights: Tensor | None = None
-    mix: Mix | None = None
+    mix: MixTargets | None = None
 
-    def part(self, start: int, stop: int) -> Batch:
+    def take(self, start: int, stop: int) -> Batch:
         """Return some of the batch."""
         chosen = slice(start, stop)
         weights = None if self.weights is None else self.weights[chosen]
@@ -57,12 +57,12 @@ class Batch:
             targets=self.targets[chosen],
             indices=self.indices[chosen],
             weights=weights,
-            mix=None if self.mix is None else self.mix.part(start, stop),
+            mix=None if self.mix is None else self.mix.take(start, stop),
         )
 
 
 # Normalised pictures [n, C, S, S] and their places in the batch; failed ones are not there.
-Made = tuple[Tensor, np.ndarray]
+Assembled = tuple[Tensor, np.ndarray]
 
 
 class _Step(NamedTuple):
@@ -70,10 +70,10 @@ class _Step(NamedTuple):
 
     indices: np.ndarray
     draws: dict[str, np.ndarray]
-    wait: Callable[[], Made]
+    wait: Callable[[], Assembled]
 
 
-class TrainStream:
+class TrainLoader:
     """The training part as endless shuffled batches; batch `s` depends on nothing but the arguments and `s`.
 
     `Order` says which pictures it has.
@@ -84,8 +84,8 @@ class TrainStream:
 
     def __init__(
         self,
-        pictures: Pictures,
-        part: np.ndarray,
+        reader: ImageReader,
+        indices: np.ndarray,
         *,
         batch_size: int,
         seed: int,
@@ -98,155 +98,155 @@ class TrainStream:
         ranks: int = 1,
     ) -> None:
         self.patch_sizes = patch_sizes
-        self.pictures, self.part, self.batch_size, self.seed = pictures, part, batch_size, seed
-        self.augment, self.device, self.rank, self.ranks = augment, device, rank, ranks
-        self.targets = torch.from_numpy(pictures.targets)
+        self.reader, self.indices, self.batch_size, self.seed = reader, indices, batch_size, seed
+        self.changes, self.device, self.rank, self.ranks = augment, device, rank, ranks
+        self.targets = torch.from_numpy(reader.targets)
         self.weights = None if weights is None else torch.from_numpy(weights.astype(np.float32))
-        self.order = Order(
-            pictures.targets[part], batch_size=batch_size, seed=seed, sampling=sampling, repeats=augment.repeats
+        self.sampler = Sampler(
+            reader.targets[indices], batch_size=batch_size, seed=seed, sampling=sampling, repeats=augment.repeats
         )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of steps `start` … `stop - 1`."""
-        made = self.made(start, stop)
-        yield from made if self.device.type == "cpu" or self.pictures.stored is None else ahead(made)
+        made = self.batches_in_order(start, stop)
+        yield from made if self.device.type == "cpu" or self.reader.stored is None else prefetch(made)
 
-    def made(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches_in_order(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield batches; while one is trained on, the threads decode the next two, or augment the next one in memory."""
         waiting: deque[_Step] = deque()
-        depth = 2 if self.pictures.stored is None else 1
+        depth = 2 if self.reader.stored is None else 1
         for step in range(start, stop + depth):
             if step < stop:
-                waiting.append(self.begin(step))
+                waiting.append(self.submit(step))
             if step >= start + depth:
-                yield self.at(step - depth, self.end(waiting.popleft()))
+                yield self.with_patch_size(step - depth, self.collate(waiting.popleft()))
 
-    def at(self, step: int, batch: Batch) -> Batch:
+    def with_patch_size(self, step: int, batch: Batch) -> Batch:
         """Return the batch with its step's patch size: the same on all processes, each as likely (FlexiViT, section 3)."""
         if not self.patch_sizes:
             return batch
         random = np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, 0, 1]))
         return dataclasses.replace(batch, patch_size=int(random.choice(self.patch_sizes)))
 
-    def begin(self, step: int) -> _Step:
+    def submit(self, step: int) -> _Step:
         """Start the threads on a batch. On a CPU they do all of a picture's work; else they read, and the device does the rest."""
-        occasions, places = self.order.at(step, self.rank, self.ranks)
-        indices = self.part[places]
-        draws = draw(self.seed, occasions, places)
-        make = self.from_files if self.pictures.stored is None else self.from_memory
+        occasions, places = self.sampler.samples(step, self.rank, self.ranks)
+        indices = self.indices[places]
+        draws = draw_changes(self.seed, occasions, places)
+        make = self.from_files if self.reader.stored is None else self.from_memory
         return _Step(indices, draws, make(indices, draws))
 
-    def end(self, step: _Step) -> Batch:
+    def collate(self, step: _Step) -> Batch:
         """Wait for a batch's pictures and do what concerns several of them."""
         images, places = step.wait()
         indices = step.indices[places]
         chosen = torch.from_numpy(indices)
         targets = self.targets[chosen].to(self.device, non_blocking=True)
         weights = None if self.weights is None else self.weights[chosen].to(self.device)
-        images, mix = mix_pairs_(images, targets, places, self.augment, only(step.draws, places), weights)
+        images, mix = mix_pairs_(images, targets, places, self.changes, take(step.draws, places), weights)
         return Batch(images, targets, indices, weights=weights, mix=mix)
 
-    def from_memory(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Made]:
+    def from_memory(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Assembled]:
         """Augment stored pictures, crop included."""
-        stored, side = self.pictures.stored, self.pictures.preprocess.image_size
+        stored, side = self.reader.stored, self.reader.preprocess.image_size
         assert stored is not None
         boxes, count, size = None, len(indices), stored.shape[2:]
-        if self.augment.crop_scale < 1 or size != (side, side):
-            boxes = crop_boxes(self.augment, draws, np.tile(size, (count, 1)))
-        images = self.room(count)
+        if self.changes.crop_scale < 1 or size != (side, side):
+            boxes = crop_boxes(self.changes, draws, np.tile(size, (count, 1)))
+        images = self.allocate(count)
 
         def make(places: range) -> None:
             part = slice(places.start, places.stop)
             pixels = torch.from_numpy(stored[indices[part]]).to(self.device, non_blocking=True)
-            self.finish(pixels, only(draws, part), None if boxes is None else boxes[part], images[part])
+            self.augment(pixels, take(draws, part), None if boxes is None else boxes[part], images[part])
 
         if self.device.type == "cpu":
             # One by one, calls would cost more than pixels; independent of the number of threads, as all is.
-            futures = self.pictures.submit(make, count, self.run(max(-(-count // 8), min(64, -(-count // 2)))))
+            futures = self.reader.submit(make, count, self.chunk_size(max(-(-count // 8), min(64, -(-count // 2)))))
         else:
             futures = []
             make(range(count))
 
-        def wait() -> Made:
+        def wait() -> Assembled:
             for future in futures:
                 future.result()
             return images, np.arange(count)
 
         return wait
 
-    def from_files(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Made]:
+    def from_files(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Assembled]:
         """Decode, crop and resize, then do the rest; a file that fails is left out."""
-        sizes, count, boxes = self.pictures.sizes, len(indices), None
-        if self.augment.crop_scale < 1:
+        sizes, count, boxes = self.reader.sizes, len(indices), None
+        if self.changes.crop_scale < 1:
             assert sizes is not None
-            boxes = crop_boxes(self.augment, draws, sizes[indices])
+            boxes = crop_boxes(self.changes, draws, sizes[indices])
         on_cpu = self.device.type == "cpu"
-        images = self.room(count) if on_cpu else None
+        images = self.allocate(count) if on_cpu else None
 
         def read(place: int) -> np.ndarray:
             index = int(indices[place])
             if boxes is None or sizes is None:
-                return self.pictures.for_judging(index)
+                return self.reader.read_whole(index)
             high, wide = sizes[index].tolist()
             box = Box(*boxes[place].tolist())
             # The size differs from the listed one in the cache, or when the file was replaced.
-            return self.pictures.for_training(index, lambda width, height: box.scaled(width / wide, height / high))
+            return self.reader.read_crop(index, lambda width, height: box.scaled(width / wide, height / high))
 
-        def make(places: range) -> list[Outcome]:
+        def make(places: range) -> list[ReadResult]:
             found = [attempt(read, place) for place in places]
             pixels = {place: each for place, each in zip(places, found, strict=True) if isinstance(each, np.ndarray)}
             if images is None or not pixels:
                 return found
             part = slice(places.start, places.stop) if len(pixels) == len(places) else np.asarray(list(pixels))
             made = images[part]  # a view where all were read, else a copy
-            self.finish(torch.from_numpy(np.stack(list(pixels.values()))), only(draws, part), None, made)
+            self.augment(torch.from_numpy(np.stack(list(pixels.values()))), take(draws, part), None, made)
             images[part] = made
             return found
 
-        futures = self.pictures.submit(make, count, self.run(-(-count // 8)))
+        futures = self.reader.submit(make, count, self.chunk_size(-(-count // 8)))
 
-        def wait() -> Made:
-            pixels, places = self.pictures.collect(futures, indices)
-            self.pictures.check_some_left(len(places), count)
+        def wait() -> Assembled:
+            pixels, places = self.reader.collect(futures, indices)
+            self.reader.require_some(len(places), count)
             if images is not None:
                 return images if len(places) == count else images[torch.from_numpy(places)], places
-            made = self.room(len(places))
+            made = self.allocate(len(places))
             onto = torch.from_numpy(np.stack(pixels)).to(self.device, non_blocking=True)
-            self.finish(onto, only(draws, places), None, made)
+            self.augment(onto, take(draws, places), None, made)
             return made, places
 
         return wait
 
-    def room(self, count: int) -> Tensor:
+    def allocate(self, count: int) -> Tensor:
         """Return memory for a batch; on a CPU from NumPy, which asks for huge pages, a fourth of the cost of others."""
-        preprocess = self.pictures.preprocess
+        preprocess = self.reader.preprocess
         shape = (count, preprocess.channels, preprocess.image_size, preprocess.image_size)
         if self.device.type == "cpu":
             return torch.from_numpy(np.empty(shape, np.float32))
         return torch.empty(shape, device=self.device)
 
-    def run(self, wanted: int) -> int:
+    def chunk_size(self, wanted: int) -> int:
         """Return how many pictures a thread works on at once: as many as wanted, if the caches hold them."""
-        preprocess = self.pictures.preprocess
+        preprocess = self.reader.preprocess
         return max(1, min(wanted, _CACHE_BYTES // (4 * preprocess.channels * preprocess.image_size**2)))
 
-    def finish(self, pixels: Tensor, draws: dict[str, np.ndarray], boxes: np.ndarray | None, out: Tensor) -> None:
+    def augment(self, pixels: Tensor, draws: dict[str, np.ndarray], boxes: np.ndarray | None, out: Tensor) -> None:
         """Augment and normalise pictures [B, C, H, W] on their device, into `out`.
 
         Args:
             boxes: crops that are yet to be taken.
         """
-        preprocess = self.pictures.preprocess
-        preprocess.normalise(augment_batch(pixels, self.augment, draws, boxes, preprocess.image_size), out=out)
-        erase_(out, self.augment, draws)
+        preprocess = self.reader.preprocess
+        preprocess.normalise(augment_batch(pixels, self.changes, draws, boxes, preprocess.image_size), out=out)
+        erase_(out, self.changes, draws)
 
 
-def only(draws: dict[str, np.ndarray], places: np.ndarray | slice) -> dict[str, np.ndarray]:
+def take(draws: dict[str, np.ndarray], places: np.ndarray | slice) -> dict[str, np.ndarray]:
     """Return the random numbers of some of a batch's pictures."""
     return {name: values[places] for name, values in draws.items()}
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def prefetch(items: Iterator[T]) -> Iterator[T]:
     """Prepare items ahead on a thread, for a GPU, which computes on its own."""
     ready: queue.Queue = queue.Queue(maxsize=2)
     stopped = threading.Event()

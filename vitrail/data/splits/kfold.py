@@ -16,7 +16,7 @@ def fold_numbers(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fold
     """
     random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, 1]))
     order = random.permutation(len(pool))
-    classes, members, starts = targets[pool], *arranged(order, groups[pool])
+    classes, members, starts = targets[pool], *ordered_by_group(order, groups[pool])
     sizes = np.bincount(classes)
     filled = np.zeros((folds, len(sizes)), dtype=np.int64)
     numbers = np.full(len(pool), -1, dtype=np.int64)
@@ -60,7 +60,7 @@ def levelled(filled: np.ndarray, label: int, count: int) -> np.ndarray:
     return np.bincount(fold.ravel()[lowest], minlength=len(filled))
 
 
-def arranged(order: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ordered_by_group(order: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the pictures of `order` group after group, groups in the order met, and where each begins, and the end.
 
     Args:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from vitrail.config import UNEVEN, DataConfig
-from vitrail.data.datasets.base import FOLDERS, Source
-from vitrail.data.datasets.string_array import places
+from vitrail.data.datasets.base import SPLIT_BY_FOLDERS, Dataset
+from vitrail.data.datasets.string_array import positions_of
 from vitrail.data.problems import Problem
-from vitrail.data.splits.kfold import arranged, fold_numbers, fold_problems
+from vitrail.data.splits.kfold import fold_numbers, fold_problems, ordered_by_group
 from vitrail.files import write_text
 
 
@@ -29,13 +29,13 @@ class Splits:
         problems: what was found wrong while dividing.
     """
 
-    parts: dict[str, np.ndarray]
+    indices: dict[str, np.ndarray]
     fingerprint: str
     rule: str
     problems: tuple[Problem, ...] = ()
 
 
-def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
+def split_dataset(source: Dataset, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
     """Divide a source: its own parts where it has them, else a stratified split.
 
     Pictures of one group (duplicates, or what the source calls a group) stay on one side. Pictures that are not `good` are in no part.
@@ -46,15 +46,15 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
         ValueError: there are to be folds, but the source has a validation part of its own.
     """
     usable = np.flatnonzero(good)
-    mark = "/" if source.divided_by == FOLDERS else ""
+    mark = "/" if source.split_origin == SPLIT_BY_FOLDERS else ""
     if source.split is None:
         pool, parts, rule = usable, {}, "a stratified split of all pictures"
     else:
         parts = {name: usable[source.split[usable] == name] for name in dict.fromkeys(source.split.tolist())}
-        pool, rule = parts.get("train", usable[:0]), f"{source.divided_by} " + ", ".join(name + mark for name in parts)
+        pool, rule = parts.get("train", usable[:0]), f"{source.split_origin} " + ", ".join(name + mark for name in parts)
     if config.folds and "val" in parts:
         raise ValueError(
-            f"{source.name}: data.folds {config.folds} makes validation parts of the training pictures, but {source.divided_by} "
+            f"{source.name}: data.folds {config.folds} makes validation parts of the training pictures, but {source.split_origin} "
             f"name one already (val{mark}); move its pictures into train{mark}, or leave data.folds out"
         )
     wanted = {
@@ -82,7 +82,7 @@ def make_splits(source: Source, config: DataConfig, good: np.ndarray, groups: np
     return Splits(parts, fingerprint(source, parts), rule, tuple(problems))
 
 
-def refuse_empty(source: Source, numbers: np.ndarray, groups: np.ndarray, folds: int) -> None:
+def refuse_empty(source: Dataset, numbers: np.ndarray, groups: np.ndarray, folds: int) -> None:
     """Raise a ValueError when a fold would have nothing to judge, before any of them is trained."""
     empty = folds - len(np.unique(numbers[numbers >= 0]))
     if empty:
@@ -100,7 +100,7 @@ def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fracti
     random = np.random.Generator(np.random.Philox(key=seed))
     order = random.permutation(pool)
     # A group that spans classes (the same picture under two labels) is taken or left with the class it is met in first.
-    members, starts = arranged(order, groups)
+    members, starts = ordered_by_group(order, groups)
     sizes = np.bincount(targets[pool])
     quota = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
     taken = np.zeros(len(starts) - 1, dtype=bool)
@@ -133,7 +133,7 @@ def add_large_groups(
     def take(group: int, *, if_nearer: bool) -> bool:
         more = filled + np.bincount(counts[group], minlength=len(quota))
         fits = (more < np.maximum(sizes, 1)).all()
-        if not fits or (if_nearer and distance(more, quota) >= distance(filled, quota)):
+        if not fits or (if_nearer and distance_to_quota(more, quota) >= distance_to_quota(filled, quota)):
             return False
         taken[group], filled[:] = True, more
         return True
@@ -150,12 +150,12 @@ def add_large_groups(
                     break
 
 
-def distance(filled: np.ndarray, quota: np.ndarray) -> int:
+def distance_to_quota(filled: np.ndarray, quota: np.ndarray) -> int:
     """Return how far a part is from what it should have of each class, and in all."""
     return int(np.abs(filled - quota).sum() + abs(filled.sum() - quota.sum()))
 
 
-def fingerprint(source: Source, parts: dict[str, np.ndarray]) -> str:
+def fingerprint(source: Dataset, parts: dict[str, np.ndarray]) -> str:
     """Hash which file, with which label, is in which part; independent of listing order."""
     lines = [
         f"{part}\t{source.paths[index]}\t{source.labels[source.targets[index]]}\n"
@@ -165,7 +165,7 @@ def fingerprint(source: Source, parts: dict[str, np.ndarray]) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> list[Problem]:
+def check_trainable(source: Dataset, splits: Splits, *, evaluated: str = "val") -> list[Problem]:
     """Return what training should say of the parts; what makes training or its judgement impossible raises.
 
     Args:
@@ -174,14 +174,14 @@ def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> l
     Raises:
         ValueError: fewer than two classes, or no pictures to train on or to judge by.
     """
-    train = splits.parts.get("train", np.zeros(0, dtype=np.int64))
+    train = splits.indices.get("train", np.zeros(0, dtype=np.int64))
     if len(source.labels) == 1:
         raise ValueError(f"{source.name}: only one class ({source.labels[0]!r}); a classifier needs at least two")
     counts = np.bincount(source.targets[train], minlength=len(source.labels))
     if not len(train) or (counts == 0).any():
         empty = [source.labels[i] for i in np.flatnonzero(counts == 0)]
         raise ValueError(f"{source.name}: no pictures to train on for {len(empty)} classes: {', '.join(empty[:10])}")
-    if judged not in splits.parts:
+    if evaluated not in splits.indices:
         why = "add val/ folders, more pictures (at least two a class), or raise --data.val_fraction"
         if source.groups is not None:
             why += "; groups are never divided, and one that holds a whole class must be trained on"
@@ -189,15 +189,15 @@ def check_trainable(source: Source, splits: Splits, *, judged: str = "val") -> l
     return [*splits.problems, *class_problems(source, splits)]
 
 
-def class_problems(source: Source, splits: Splits) -> list[Problem]:
+def class_problems(source: Dataset, splits: Splits) -> list[Problem]:
     """Describe classes that a part lacks, that have few pictures, or that are very uneven."""
     counts = np.bincount(
-        source.targets[splits.parts.get("train", np.zeros(0, dtype=np.int64))], minlength=len(source.labels)
+        source.targets[splits.indices.get("train", np.zeros(0, dtype=np.int64))], minlength=len(source.labels)
     )
     problems = []
     for part in ("val", "test"):
-        if part in splits.parts:
-            present = np.bincount(source.targets[splits.parts[part]], minlength=len(source.labels))
+        if part in splits.indices:
+            present = np.bincount(source.targets[splits.indices[part]], minlength=len(source.labels))
             gone = tuple(source.labels[i] for i in np.flatnonzero(present == 0))
             if gone:
                 text = f"{part} has no picture of {len(gone)} classes: {', '.join(gone[:10])}"
@@ -212,14 +212,14 @@ def class_problems(source: Source, splits: Splits) -> list[Problem]:
     return problems
 
 
-def save_splits(source: Source, splits: Splits, path: Path) -> None:
+def save_splits(source: Dataset, splits: Splits, path: Path) -> None:
     """Write the division: part → paths, with its fingerprint and rule."""
-    parts = {name: [source.paths[index] for index in indices] for name, indices in splits.parts.items()}
+    parts = {name: [source.paths[index] for index in indices] for name, indices in splits.indices.items()}
     content = {"fingerprint": splits.fingerprint, "rule": splits.rule, "source": source.name, "splits": parts}
     write_text(path, json.dumps(content) + "\n")  # ASCII: a name that is not Unicode has no UTF-8
 
 
-def load_splits(source: Source, path: Path, good: np.ndarray | None = None) -> Splits:
+def load_splits(source: Dataset, path: Path, good: np.ndarray | None = None) -> Splits:
     """Read a division back and find its pictures in the source.
 
     Args:
@@ -231,7 +231,7 @@ def load_splits(source: Source, path: Path, good: np.ndarray | None = None) -> S
     content = json.loads(path.read_text(encoding="utf-8"))
     parts = {}
     for part, names in content["splits"].items():
-        parts[part] = places(source.paths, names)
+        parts[part] = positions_of(source.paths, names)
         gone = np.flatnonzero(parts[part] < 0)
         if len(gone):
             raise ValueError(

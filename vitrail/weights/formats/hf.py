@@ -16,14 +16,14 @@ from einops import rearrange
 from torch import Tensor
 
 from vitrail.data.images.preprocess import Preprocess
-from vitrail.lookup import pick, some
+from vitrail.lookup import pick, shorten
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.weights.formats.hf_config import absent_biases, architecture
 from vitrail.weights.formats.hf_files import read_json, read_tensors
 from vitrail.weights.formats.hf_image_processor import from_processor
 from vitrail.weights.formats.hf_tables import FAMILIES, LEFT_OUT, Family
-from vitrail.weights.imported_model import Imported, LoadReport
+from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.key_mapping import Rule, to_ours, to_theirs, translated
 from vitrail.weights.model_file import ModelHeader, versions
 from vitrail.weights.user_spec import described_preprocess, split_described
@@ -31,7 +31,7 @@ from vitrail.weights.user_spec import described_preprocess, split_described
 _UNUSED = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate")
 
 
-def open_hf(word: str, described: Mapping[str, Any]) -> Imported:
+def open_hf(word: str, described: Mapping[str, Any]) -> ImportedModel:
     """Read `hf:FOLDER` or `hf:NAME[@revision]`, without its `hf:`.
 
     Raises:
@@ -50,7 +50,7 @@ def open_hf(word: str, described: Mapping[str, Any]) -> Imported:
     return dataclasses.replace(imported, report=report)
 
 
-def read_hf_folder(folder: Path, described: Mapping[str, Any], origin: str = "") -> Imported:
+def read_hf_folder(folder: Path, described: Mapping[str, Any], origin: str = "") -> ImportedModel:
     """Read a folder as `save_pretrained` writes it, or as it lies on the hub.
 
     Args:
@@ -69,7 +69,7 @@ def read_hf_folder(folder: Path, described: Mapping[str, Any], origin: str = "")
         raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
 
 
-def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[str, Any], origin: str) -> Imported:
+def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[str, Any], origin: str) -> ImportedModel:
     raw = read_json(folder / "config.json")
     if "model_type" not in raw and "pretrained_cfg" in raw:
         name = f"hf-hub:{origin.removeprefix('hf:')}" if origin.startswith("hf:") else folder
@@ -106,7 +106,7 @@ def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[
         unexpected=tuple(unexpected),
         notes=(*notes, *more, *_told(raw, header.labels)),
     )
-    return Imported(header, weights, report)
+    return ImportedModel(header, weights, report)
 
 
 def matched(
@@ -133,7 +133,7 @@ def matched(
     if missing or unknown or shapes:
         lines = ["its weights do not fit its config.json"]
         parts = (("missing", missing, ", "), ("unknown", unknown, ", "), ("shape", shapes, "; "))
-        lines += [f"  {what}: {some(names, between=between)}" for what, names, between in parts if names]
+        lines += [f"  {what}: {shorten(names, between=between)}" for what, names, between in parts if names]
         raise ValueError("\n".join(lines))
     weights, _ = to_ours(kept, rules, config)
     for name in set(wanted) - set(weights):  # biases that the configuration switches off

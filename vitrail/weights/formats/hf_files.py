@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitrail.lookup import some
+from vitrail.lookup import shorten
 from vitrail.tensor_files import load_tensors
 from vitrail.weights.file_kinds import weights_file
 from vitrail.weights.formats.state_dict_files import read_pickle
@@ -45,10 +45,10 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
         found = load_tensors(path)[0] if path.suffix == ".safetensors" else _pickled(path)
         if twice := sorted(set(tensors) & set(found)):
             raise ValueError(
-                f"{path}: holds {some(twice)}, which another shard holds as well; which counts is not known"
+                f"{path}: holds {shorten(twice)}, which another shard holds as well; which counts is not known"
             )
         if gone := [each for each, shard in place.items() if shard == path and each not in found]:
-            raise ValueError(f"{path}: has no {some(gone)}, which {name} says it holds")
+            raise ValueError(f"{path}: has no {shorten(gone)}, which {name} says it holds")
         tensors |= found
     odd = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if odd:

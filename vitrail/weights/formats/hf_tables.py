@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from vitrail.models.config import ViTConfig
-from vitrail.weights.key_mapping import Form, Rule
+from vitrail.weights.key_mapping import Rule, TensorLayout
 
 Tables = tuple[list[Rule], list[Rule]]  # names in files, names in memory
 
 # Registers have no position there; here their rows of the table are zeros.
-REGISTER_ROWS = Form(
+REGISTER_ROWS = TensorLayout(
     lambda x, config: torch.cat([x[:, :1], x.new_zeros(1, config.num_registers, x.shape[2]), x[:, 1:]], dim=1),
     lambda x, config: torch.cat([x[:, :1], x[:, 1 + config.num_registers :]], dim=1),
 )

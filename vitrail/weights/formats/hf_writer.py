@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.lookup import some
+from vitrail.lookup import shorten
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import sincos2d
 from vitrail.tensor_files import save_tensors
@@ -27,7 +27,7 @@ _ACTIVATIONS = {
 }
 
 
-class Expressed(NamedTuple):
+class HfModel(NamedTuple):
     """A model in the form of a family: the same function, perhaps with other weights.
 
     Attributes:
@@ -49,7 +49,7 @@ def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -
     Raises:
         ValueError: transformers has no model or image processor that does the same; the message says why.
     """
-    made = expressed(header.architecture, weights)
+    made = as_hf_model(header.architecture, weights)
     processor, picture_notes = to_processor(header.preprocess)
     family = FAMILIES[made.model_type]
     tensors = _tensors(made, family)
@@ -73,7 +73,7 @@ def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -
     twice = sorted({label for label in header.labels if header.labels.count(label) > 1})
     if twice:
         notes.append(
-            f"labels that stand for several classes: {some(twice)}; label2id in config.json has the last class of each"
+            f"labels that stand for several classes: {shorten(twice)}; label2id in config.json has the last class of each"
         )
     if header.temperature != 1.0:
         notes.append(
@@ -83,7 +83,7 @@ def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -
     return notes
 
 
-def expressed(config: ViTConfig, weights: Mapping[str, Tensor]) -> Expressed:
+def as_hf_model(config: ViTConfig, weights: Mapping[str, Tensor]) -> HfModel:
     """Return a model in the form of the family of transformers that can express it.
 
     Raises:
@@ -96,7 +96,7 @@ def expressed(config: ViTConfig, weights: Mapping[str, Tensor]) -> Expressed:
             f"transformers cannot express this model: {'; '.join(reasons)}. What it can: --model.encoder patch "
             "--model.attention global --model.decoder token. With timm installed it also opens what --to timm writes"
         )
-    made = Expressed(model_type, config, dict(weights))
+    made = HfModel(model_type, config, dict(weights))
     if model_type.startswith("dino") and not config.layer_scale:
         ones = {f"blocks.{i}.ls{n}.gamma": torch.ones(config.embed_dim) for i in range(config.depth) for n in (1, 2)}
         made = _changed(made, ones, "LayerScale is written as ones", layer_scale=1.0)
@@ -127,7 +127,7 @@ def expressed(config: ViTConfig, weights: Mapping[str, Tensor]) -> Expressed:
     return made
 
 
-def _changed(made: Expressed, weights: Mapping[str, Tensor], note: str, **fields: Any) -> Expressed:
+def _changed(made: HfModel, weights: Mapping[str, Tensor], note: str, **fields: Any) -> HfModel:
     config = dataclasses.replace(made.config, **fields)
     return made._replace(config=config, weights={**made.weights, **weights}, notes=(*made.notes, note))
 
@@ -196,7 +196,7 @@ def _mlp_multiple(config: ViTConfig) -> int | None:
     return widths.get(config.hidden_dim)
 
 
-def _tensors(made: Expressed, family: Family) -> dict[str, Tensor]:
+def _tensors(made: HfModel, family: Family) -> dict[str, Tensor]:
     rules, _ = family.tables(made.config, ())
     tensors, unknown = to_theirs(made.weights, rules, made.config)
     assert not unknown, unknown
@@ -217,7 +217,7 @@ def _split_pair(tensors: dict[str, Tensor], dim: int) -> None:
         tensors[f"{name}_classifier.bias"] = bias.clone()
 
 
-def _settings(made: Expressed) -> dict[str, Any]:
+def _settings(made: HfModel) -> dict[str, Any]:
     """Return the architecture in the words of a config.json."""
     config, dino = made.config, made.model_type.startswith("dino")
     settings: dict[str, Any] = {

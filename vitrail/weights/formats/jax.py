@@ -11,12 +11,12 @@ from torch import Tensor
 
 from vitrail.data.images.preprocess import crop_fraction_of
 from vitrail.models.config import ViTConfig
-from vitrail.weights.finalise import Found, depth_of, fit, mlp_ratio, plain_labels, table_grid, with_zero_rows
+from vitrail.weights.finalise import RawModel, depth_of, finalise, mlp_ratio, plain_labels, table_grid, with_zero_rows
 from vitrail.weights.formats.jax_tables import BIG_VISION, VISION_TRANSFORMER
-from vitrail.weights.imported_model import Imported
+from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.infer import to_preprocess
 from vitrail.weights.key_mapping import to_ours, to_theirs
-from vitrail.weights.user_spec import Told
+from vitrail.weights.user_spec import UserSpec
 
 
 class Tree(NamedTuple):
@@ -33,7 +33,7 @@ class Tree(NamedTuple):
     prefix: str = ""
 
 
-def open_google(name: str, tensors: Mapping[str, Tensor], said: Told) -> Imported:
+def open_jax(name: str, tensors: Mapping[str, Tensor], said: UserSpec) -> ImportedModel:
     """Return the model of a Google checkpoint's arrays.
 
     Raises:
@@ -43,7 +43,7 @@ def open_google(name: str, tensors: Mapping[str, Tensor], said: Told) -> Importe
     is_old = any("MultiHeadDotProductAttention_1" in key for key in tree.tensors)
     left_out = [*tree.outside, *_representation(name, tree.tensors)]
     kept = {key: tensor for key, tensor in tree.tensors.items() if not key.startswith("pre_logits/")}
-    facts = google_facts(name, kept)
+    facts = jax_architecture(name, kept)
     wrong = [
         f"{key} {value!r} (its weights have {facts[key]!r})"
         for key, value in said.model.items()
@@ -72,8 +72,8 @@ def open_google(name: str, tensors: Mapping[str, Tensor], said: Told) -> Importe
     labels = said.labels or plain_labels(config.num_classes)
     if len(labels) != config.num_classes:
         raise ValueError(f"{name}: {len(labels)} labels were described, but its head has {config.num_classes} classes")
-    found = Found(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
-    return fit(found, config, preprocess, labels)
+    found = RawModel(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
+    return finalise(found, config, preprocess, labels)
 
 
 def to_google(weights: Mapping[str, Tensor], config: ViTConfig, *, big_vision: bool) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def _representation(name: str, tensors: Mapping[str, Tensor]) -> list[str]:
     return names
 
 
-def google_facts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def jax_architecture(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the fields of `ViTConfig` that the arrays tell.
 
     Raises:

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from einops import rearrange
 
-from vitrail.weights.key_mapping import Form, Rule
+from vitrail.weights.key_mapping import Rule, TensorLayout
 
-LINEAR = Form(lambda x, config: x.T, lambda x, config: x.T)
-CONV = Form(lambda x, config: x.permute(3, 2, 0, 1), lambda x, config: x.permute(2, 3, 1, 0))
-NORM = Form(lambda x, config: x.flatten(), lambda x, config: x.view(1, 1, 1, -1))  # group norms of the hybrids
-INTO_HEADS = Form(
+LINEAR = TensorLayout(lambda x, config: x.T, lambda x, config: x.T)
+CONV = TensorLayout(lambda x, config: x.permute(3, 2, 0, 1), lambda x, config: x.permute(2, 3, 1, 0))
+NORM = TensorLayout(lambda x, config: x.flatten(), lambda x, config: x.view(1, 1, 1, -1))  # group norms of the hybrids
+INTO_HEADS = TensorLayout(
     lambda x, config: rearrange(x, "D K d -> (K d) D"),
     lambda x, config: rearrange(x, "(K d) D -> D K d", K=config.num_heads),
 )
-BIAS_OF_HEADS = Form(
+BIAS_OF_HEADS = TensorLayout(
     lambda x, config: rearrange(x, "K d -> (K d)"), lambda x, config: rearrange(x, "(K d) -> K d", K=config.num_heads)
 )
-OUT_OF_HEADS = Form(
+OUT_OF_HEADS = TensorLayout(
     lambda x, config: rearrange(x, "K d D -> D (K d)"),
     lambda x, config: rearrange(x, "D (K d) -> K d D", K=config.num_heads),
 )

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from vitrail.data.images.preprocess import crop_fraction_of
-from vitrail.lookup import some
+from vitrail.lookup import shorten
 from vitrail.models.config import ViTConfig
 from vitrail.weights import naming as layouts
-from vitrail.weights.finalise import Found, fit, with_zero_rows
-from vitrail.weights.formats.state_dict_files import Bare, read_bare
-from vitrail.weights.imported_model import Imported
+from vitrail.weights.finalise import RawModel, finalise, with_zero_rows
+from vitrail.weights.formats.state_dict_files import StateDict, read_state_dict
+from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.infer import IMAGENET, Conventions, architecture
 from vitrail.weights.key_mapping import Rule, to_ours
 from vitrail.weights.naming import has
@@ -30,7 +30,7 @@ WHOLE = {"resize": "squash", "interpolation": "bilinear"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class NamingScheme:
     """One way to name a ViT's weights.
 
     Attributes:
@@ -60,21 +60,21 @@ def _vit_pytorch_names(names: Collection[str]) -> bool:
 
 
 # The first that fits counts.
-LAYOUTS = (
-    Layout(
+NAMING_SCHEMES = (
+    NamingScheme(
         "torchvision's VisionTransformer",
         lambda names, _: has(names, "encoder.layers.encoder_layer_{i}.ln_1.weight"),
         layouts.TORCHVISION,
         Conventions(preprocess={**CROP_256, "interpolation": "bilinear"}),
     ),
-    Layout(
+    NamingScheme(
         "MAE (facebookresearch/mae)",
         lambda names, _: _timm_names(names) and "decoder_embed.weight" in names,
         layouts.TIMM,
         Conventions(preprocess=CROP_256),
         left_out=(r"decoder_.*", "mask_token"),
     ),
-    Layout(
+    NamingScheme(
         "DINOv2 (facebookresearch/dinov2)",
         lambda names, _: has(names, "blocks.{i}.ls1.gamma", "mask_token"),
         layouts.DINOV2,
@@ -82,40 +82,40 @@ LAYOUTS = (
         left_out=("mask_token", r"(dino|ibot)_head\..*"),
         no_row="registers",
     ),
-    Layout(
+    NamingScheme(
         "DINO (facebookresearch/dino)",
         lambda names, containers: _timm_names(names) and bool({"teacher", "student"} & set(containers)),
         layouts.TIMM,
         Conventions(preprocess=CROP_256),
         left_out=(r"head\.(mlp|last_layer)\..*",),
     ),
-    Layout(
+    NamingScheme(
         "DeiT III (facebookresearch/deit)",
         lambda names, _: has(names, "blocks.{i}.gamma_1", "blocks.{i}.attn.qkv.bias", "pos_embed"),
         layouts.DEIT3,
         Conventions(preprocess=CROP_256),
     ),
-    Layout(
+    NamingScheme(
         "DeiT or MAE, fine-tuned (container 'model')",
         lambda names, containers: _timm_names(names) and bool({"model", "model_ema"} & set(containers)),
         layouts.TIMM,
         Conventions(preprocess=CROP_256),
     ),
     # timm's own files say neither mean nor deviation, and its models have two kinds.
-    Layout("timm's VisionTransformer", lambda names, _: _timm_names(names), layouts.TIMM, Conventions()),
-    Layout(
+    NamingScheme("timm's VisionTransformer", lambda names, _: _timm_names(names), layouts.TIMM, Conventions()),
+    NamingScheme(
         "vit-pytorch's SimpleViT",
         lambda names, _: _vit_pytorch_names(names) and "linear_head.weight" in names,
         layouts.vit_pytorch,
         Conventions(layer_norm_eps=1e-5, positions="sincos2d", preprocess=WHOLE),
     ),
-    Layout(
+    NamingScheme(
         "vit-pytorch",
         lambda names, _: _vit_pytorch_names(names),
         layouts.vit_pytorch,
         Conventions(layer_norm_eps=1e-5, preprocess=WHOLE),
     ),
-    Layout(
+    NamingScheme(
         "torch.nn.MultiheadAttention",
         lambda names, _: has(names, "transformer_layers.{i}.self_attention.in_proj_weight"),
         layouts.TORCH_ATTENTION,
@@ -137,7 +137,7 @@ _REFUSED = (
 )  # fmt: skip
 
 
-def open_bare(name: str, described: Mapping[str, Any] | None = None) -> Imported:
+def open_state_dict(name: str, described: Mapping[str, Any] | None = None) -> ImportedModel:
     """Read a weights file that says nothing of its model but names and shapes.
 
     Args:
@@ -147,11 +147,11 @@ def open_bare(name: str, described: Mapping[str, Any] | None = None) -> Imported
         ValueError: it cannot be read, is of no known layout, something was not described, or weights do not fit.
     """
     said = sort_described(described)
-    bare = read_bare(Path(name))
+    bare = read_state_dict(Path(name))
     if any("/" in key for key in bare.tensors):
-        from vitrail.weights.formats.jax import open_google
+        from vitrail.weights.formats.jax import open_jax
 
-        return open_google(name, bare.tensors, said)
+        return open_jax(name, bare.tensors, said)
     bare = bare._replace(tensors=_one_by_one(name, bare.tensors))
     layout = recognise(name, bare)
     tensors = layouts.joined_heads(bare.tensors)
@@ -163,8 +163,8 @@ def open_bare(name: str, described: Mapping[str, Any] | None = None) -> Imported
     weights = _completed(weights, layout)
     config, preprocess, labels, notes = architecture(name, weights, layout.conventions, said)
     notes = [f"names are those of {layout.name}", *bare.notes, *notes]
-    found = Found(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
-    return fit(found, config, preprocess, labels)
+    found = RawModel(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
+    return finalise(found, config, preprocess, labels)
 
 
 def _one_by_one(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ def _one_by_one(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {plain: tensors[key] for plain, key in came_from.items()}
 
 
-def recognise(name: str, bare: Bare) -> Layout:
+def recognise(name: str, bare: StateDict) -> NamingScheme:
     """Return the layout of a file's names.
 
     Raises:
@@ -194,13 +194,13 @@ def recognise(name: str, bare: Bare) -> Layout:
     for pattern, why in _REFUSED:
         if any(re.fullmatch(pattern, key) for key in names):
             raise ValueError(f"{name}: its names {why}")
-    for layout in LAYOUTS:
+    for layout in NAMING_SCHEMES:
         if layout.is_it(names, bare.containers):
             return layout
     first = ", ".join(sorted(names)[:5])
     raise ValueError(
         f"{name}: its {len(names)} weights ({first}, …) are named like no layout known here: "
-        + ", ".join([*(layout.name for layout in LAYOUTS), "Google's .npz"])
+        + ", ".join([*(layout.name for layout in NAMING_SCHEMES), "Google's .npz"])
         + "; of a model that timm has, give it as timm:NAME=FILE"
     )
 
@@ -208,13 +208,13 @@ def recognise(name: str, bare: Bare) -> Layout:
 def others_names(word: str, tensors: Mapping[str, Tensor], expected: str) -> str:
     """Return the error for a file given under a library's name, whose weights are not named as that library's."""
     try:
-        whose = f"are those of {recognise(word, Bare(dict(tensors))).name}; give the file alone, without a name"
+        whose = f"are those of {recognise(word, StateDict(dict(tensors))).name}; give the file alone, without a name"
     except ValueError:
-        whose = f"({some(sorted(tensors), most=3)}) are of no layout known here"
+        whose = f"({shorten(sorted(tensors), most=3)}) are of no layout known here"
     return f"{word}: its weights are not named as {expected}: their names {whose}"
 
 
-def _completed(weights: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+def _completed(weights: dict[str, Tensor], layout: NamingScheme) -> dict[str, Tensor]:
     """Return weights with the zeros that a layout leaves unsaid: rows of tokens without position, missing biases."""
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     if (table := weights.get("pos_embed")) is not None and table.ndim == 3:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.lookup import some
+from vitrail.lookup import shorten
 from vitrail.tensor_files import load_tensors
 from vitrail.weights.file_kinds import SUFFIXES
 
@@ -26,7 +26,7 @@ _NESTED = 8  # containers in one another; a pickle may hold itself
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 
-class Bare(NamedTuple):
+class StateDict(NamedTuple):
     """The tensors of a file that says nothing else of its model.
 
     Attributes:
@@ -39,7 +39,7 @@ class Bare(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read_bare(path: Path) -> Bare:
+def read_state_dict(path: Path) -> StateDict:
     """Read a weights file; code inside a pickle is not run.
 
     Raises:
@@ -52,7 +52,7 @@ def read_bare(path: Path) -> Bare:
     if path.suffix == ".safetensors":
         return _stripped(load_tensors(path)[0], (), ())
     if path.suffix == ".npz":
-        return Bare(_read_numpy(path))
+        return StateDict(_read_numpy(path))
     return _unwrapped(read_pickle(path), path)
 
 
@@ -96,7 +96,7 @@ def read_pickle(path: Path) -> Any:
         raise ValueError(f"{path}: not a whole file of PyTorch weights ({refused})") from None
 
 
-def _unwrapped(content: Any, path: Path) -> Bare:
+def _unwrapped(content: Any, path: Path) -> StateDict:
     """Open the containers around a state dict."""
     containers: list[str] = []
     notes: list[str] = []
@@ -113,7 +113,7 @@ def _unwrapped(content: Any, path: Path) -> Bare:
         if len(inside) > 1:
             notes.append(f"weights are those of {inside[0]!r}; the file also holds {', '.join(inside[1:])}")
         if beside:
-            notes.append(f"weights are those of {inside[0]!r}; tensors beside it are left out: {some(beside)}")
+            notes.append(f"weights are those of {inside[0]!r}; tensors beside it are left out: {shorten(beside)}")
         containers.append(inside[0])
         content = content[inside[0]]
     if not _holds_tensors(content):
@@ -122,7 +122,7 @@ def _unwrapped(content: Any, path: Path) -> Bare:
             f"{path}: no state dict found in it, only {keys}; expected tensors by name, or one of {', '.join(CONTAINERS)}"
         )
     if nested := [str(name) for name, value in content.items() if _holds_tensors(value)]:
-        notes.append(f"left out beside the weights: {some(nested)}")
+        notes.append(f"left out beside the weights: {shorten(nested)}")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return _stripped(tensors, tuple(containers), tuple(notes))
 
@@ -131,12 +131,12 @@ def _holds_tensors(content: Any) -> bool:
     return isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values())
 
 
-def _stripped(tensors: dict[str, Tensor], containers: tuple[str, ...], notes: tuple[str, ...]) -> Bare:
+def _stripped(tensors: dict[str, Tensor], containers: tuple[str, ...], notes: tuple[str, ...]) -> StateDict:
     """Take away what wrappers put before names; names that lack a prefix others have stay as they are."""
     for prefix in PREFIXES:
         plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         tensors = plain if len(plain) == len(tensors) else tensors
-    return Bare(tensors, containers, notes)
+    return StateDict(tensors, containers, notes)
 
 
 def _first_line(error: BaseException) -> str:

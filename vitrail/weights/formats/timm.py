@@ -23,18 +23,18 @@ from vitrail.data.images.preprocess import INTERPOLATIONS, Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.weights import naming as layouts
 from vitrail.weights.file_kinds import is_timm_folder
-from vitrail.weights.finalise import Found, fit, plain_labels, with_zero_rows
+from vitrail.weights.finalise import RawModel, finalise, plain_labels, with_zero_rows
 from vitrail.weights.formats.state_dict import others_names
-from vitrail.weights.formats.state_dict_files import read_bare
+from vitrail.weights.formats.state_dict_files import read_state_dict
 from vitrail.weights.formats.timm_modules import describe
 from vitrail.weights.hub import snapshot
-from vitrail.weights.imported_model import Imported
+from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.key_mapping import to_ours
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def open_timm(rest: str, described: Mapping[str, Any] | None = None) -> Imported:
+def open_timm(rest: str, described: Mapping[str, Any] | None = None) -> ImportedModel:
     """Read what stands behind `timm:`: a name of published weights, a folder, NAME=FILE, or hf-hub:OWNER/NAME.
 
     Raises:
@@ -50,7 +50,7 @@ def open_timm(rest: str, described: Mapping[str, Any] | None = None) -> Imported
     return _from_file(name, Path(file)) if equals else _from_hub(name)
 
 
-def open_folder(name: str, word: str = "", notes: tuple[str, ...] = ()) -> Imported:
+def open_folder(name: str, word: str = "", notes: tuple[str, ...] = ()) -> ImportedModel:
     """Read a folder with timm's `config.json` and its weights.
 
     Args:
@@ -69,19 +69,19 @@ def open_folder(name: str, word: str = "", notes: tuple[str, ...] = ()) -> Impor
     content = json.loads((folder / "config.json").read_text("utf-8"))
     refuse_unknown(content["architecture"], f"{name}/config.json: architecture")
     model = _built(f"local-dir:{folder}", name)
-    return _imported(word or name, model, read_bare(file).tensors, exact_size=True, notes=notes)
+    return _imported(word or name, model, read_state_dict(file).tensors, exact_size=True, notes=notes)
 
 
-def _from_repository(rest: str) -> Imported:
+def _from_repository(rest: str) -> ImportedModel:
     """Read a repository of the hub that timm wrote, from huggingface_hub's cache or through the network."""
     found = snapshot(rest.removeprefix("hf-hub:"), "timm:hf-hub:")
     return open_folder(str(found.folder), f"timm:hf-hub:{found.name}@{found.commit}", found.notes)
 
 
-def _from_file(name: str, file: Path) -> Imported:
+def _from_file(name: str, file: Path) -> ImportedModel:
     refuse_unknown(name, "timm:")
     word = f"timm:{name}={file}"
-    bare = read_bare(file)
+    bare = read_state_dict(file)
     if any("/" in key for key in bare.tensors):
         raise ValueError(f"{word}: the file has Google's layout; give it alone, without a name of timm's")
     head = bare.tensors.get("head.weight")
@@ -89,7 +89,7 @@ def _from_file(name: str, file: Path) -> Imported:
     return _imported(word, _built(name, word, **classes), bare.tensors, notes=bare.notes)
 
 
-def _from_hub(name: str) -> Imported:
+def _from_hub(name: str) -> ImportedModel:
     """Read published weights through timm, which keeps them in huggingface_hub's cache."""
     refuse_unknown(name, "timm:")
     word = f"timm:{name}"
@@ -132,7 +132,7 @@ def _built(name: str, word: str, **arguments: Any) -> Any:
 
 def _imported(
     word: str, model: Any, tensors: Mapping[str, Tensor], *, exact_size: bool = False, notes: tuple[str, ...] = ()
-) -> Imported:
+) -> ImportedModel:
     """Return the weights of a timm model, its preprocessing and labels.
 
     Args:
@@ -140,7 +140,7 @@ def _imported(
     """
     described = describe(model, word)
     config, cfg = described.config, dict(model.pretrained_cfg)
-    preprocess, about = preprocess_of(cfg, config, word)
+    preprocess, about = timm_preprocess(cfg, config, word)
     if exact_size and preprocess.image_size != config.image_size and not described.any_size:
         raise ValueError(
             f"{word}: its config.json does not fit itself: pretrained_cfg.input_size is {preprocess.image_size} px, the model "
@@ -151,8 +151,8 @@ def _imported(
     if not weights:
         raise ValueError(others_names(word, tensors, "timm's"))
     weights = _rows(weights, model, config)
-    found = Found(word, weights, (), tuple(unexpected), (*notes, *described.notes, *about, *said))
-    return fit(found, config, preprocess, labels)
+    found = RawModel(word, weights, (), tuple(unexpected), (*notes, *described.notes, *about, *said))
+    return finalise(found, config, preprocess, labels)
 
 
 def _rows(weights: dict[str, Tensor], model: Any, config: ViTConfig) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def _rows(weights: dict[str, Tensor], model: Any, config: ViTConfig) -> dict[str
     return weights
 
 
-def preprocess_of(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tuple[Preprocess, list[str]]:
+def timm_preprocess(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tuple[Preprocess, list[str]]:
     """Return the preprocessing of timm's `create_transform(**resolve_data_config(...))`, and notes.
 
     Raises:

@@ -16,17 +16,17 @@ from torchvision.transforms._presets import ImageClassification
 
 from vitrail.data.images.preprocess import Preprocess, crop_fraction_of
 from vitrail.models.config import ViTConfig
-from vitrail.weights.finalise import Found, fit, mlp_ratio, plain_labels
+from vitrail.weights.finalise import RawModel, finalise, mlp_ratio, plain_labels
 from vitrail.weights.formats.state_dict import others_names
-from vitrail.weights.formats.state_dict_files import read_bare
-from vitrail.weights.imported_model import Imported
+from vitrail.weights.formats.state_dict_files import read_state_dict
+from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.key_mapping import to_ours
 from vitrail.weights.naming import TORCHVISION
 
 _INTERPOLATIONS = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}
 
 
-def open_torchvision(rest: str, described: Mapping[str, Any] | None = None) -> Imported:
+def open_torchvision(rest: str, described: Mapping[str, Any] | None = None) -> ImportedModel:
     """Read what stands behind `torchvision:`: NAME, NAME.WEIGHTS, or either with =FILE.
 
     The picture size, preprocessing and labels are those of the weights, by default the ones torchvision calls so.
@@ -41,12 +41,12 @@ def open_torchvision(rest: str, described: Mapping[str, Any] | None = None) -> I
     name, _, chosen = spelt.partition(".")
     weights = _weights(name, chosen, word)
     config = _architecture(name, weights, word)
-    preprocess = preprocess_of(weights.transforms(), config, word)
+    preprocess = torchvision_preprocess(weights.transforms(), config, word)
     notes: tuple[str, ...] = (
         () if chosen else (f"weights, preprocessing and labels are {weights}, torchvision's default",)
     )
     if equals:
-        bare = read_bare(Path(file))
+        bare = read_state_dict(Path(file))
         tensors, notes = (
             bare.tensors,
             (*bare.notes, f"preprocessing and labels are those of {weights}, assumed of the file"),
@@ -63,7 +63,7 @@ def open_torchvision(rest: str, described: Mapping[str, Any] | None = None) -> I
             f"{word}: its head has {len(head)} classes, those weights {len(labels)}; give the file alone, without a name, "
             "and describe its labels"
         )
-    return fit(Found(word, ours, (), tuple(unexpected), notes), config, preprocess, labels)
+    return finalise(RawModel(word, ours, (), tuple(unexpected), notes), config, preprocess, labels)
 
 
 def _weights(name: str, chosen: str, word: str) -> WeightsEnum:
@@ -120,7 +120,7 @@ def _architecture(name: str, weights: WeightsEnum, word: str) -> ViTConfig:
     )
 
 
-def preprocess_of(transform: Any, config: ViTConfig, word: str) -> Preprocess:
+def torchvision_preprocess(transform: Any, config: ViTConfig, word: str) -> Preprocess:
     """Return the preprocessing of torchvision's `ImageClassification`.
 
     Raises:

@@ -18,7 +18,7 @@ from vitrail.data.datasets.webdataset.stores import FsspecStore, Refused, Remote
 from vitrail.data.problems import first_line
 from vitrail.data.progress import Advance
 from vitrail.files import cache_folder
-from vitrail.lookup import some
+from vitrail.lookup import shorten
 
 TRIES = 6  # in a row that bring nothing new
 PAUSE_S = 0.5  # after the first failure; each further one waits twice as long
@@ -34,7 +34,7 @@ class Denied(ValueError):
     """A file must not be read; some stores answer so to what is not there."""
 
 
-def listed(pattern: str) -> list[str]:
+def list_addresses(pattern: str) -> list[str]:
     """Return the addresses that a pattern with `*` stands for, sorted.
 
     Raises:
@@ -51,7 +51,7 @@ def listed(pattern: str) -> list[str]:
     return [store.files.unstrip_protocol(each) for each in found]
 
 
-def look_up(urls: Sequence[str]) -> list[Remote]:
+def inspect_addresses(urls: Sequence[str]) -> list[Remote]:
     """Return what is at each address.
 
     Raises:
@@ -71,7 +71,7 @@ def look_up(urls: Sequence[str]) -> list[Remote]:
     gone = [url for url, remote in zip(urls, found, strict=True) if remote is None]
     if gone:
         count = f"{len(gone)} of {len(urls)} files are missing: " if len(urls) > 1 else "no such file: "
-        raise ValueError(f"{count}{some(gone)}; mend the address, or restore the files")
+        raise ValueError(f"{count}{shorten(gone)}; mend the address, or restore the files")
     return [remote for remote in found if remote is not None]
 
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitrail.data.cache.listings import read_index, write_index
-from vitrail.data.datasets.base import PART_NAMES, PARTS
-from vitrail.data.datasets.string_array import Paths, repeated
+from vitrail.data.cache.listings import read_listing, write_listing
+from vitrail.data.datasets.base import SPLIT_NAMES, SPLITS
+from vitrail.data.datasets.string_array import StringArray, first_repeated
 from vitrail.data.datasets.webdataset.tar import Member, TarReader
 from vitrail.data.images.decode import ENDINGS
 from vitrail.lookup import unknown
@@ -38,7 +38,7 @@ READ_KEYS = ("label", "split", "group", "weight")
 OWN_KEYS = ("path",)  # what `vitrail shard` writes besides, for people
 
 
-class Said(NamedTuple):
+class ClassMarks(NamedTuple):
     """What a sample says of its class; empty where it says nothing.
 
     Attributes:
@@ -72,19 +72,19 @@ class ShardIndex:
         unread: what is in the tar and is not read.
     """
 
-    paths: Paths
+    paths: StringArray
     starts: np.ndarray
     sizes: np.ndarray
     codes: np.ndarray
-    parts: np.ndarray
+    splits: np.ndarray
     groups: np.ndarray
     weights: np.ndarray
-    said: list[Said]
+    marks: list[ClassMarks]
     group_names: list[str]
     unread: list[str]
 
 
-def index_of(file: str, place: str, identity: bytes) -> ShardIndex:
+def load_index(file: str, place: str, identity: bytes) -> ShardIndex:
     """Return the index of a shard; it is made on the first call.
 
     Args:
@@ -94,20 +94,20 @@ def index_of(file: str, place: str, identity: bytes) -> ShardIndex:
     Raises:
         ValueError: the file is no whole tar, or a sample in it cannot be used; the message names it.
     """
-    if kept := read_index("shards", identity):
+    if kept := read_listing("shards", identity):
         arrays, (said, group_names, unread) = kept
         return ShardIndex(
-            paths=Paths.of(arrays["names"], arrays["ends"]),
+            paths=StringArray.of(arrays["names"], arrays["ends"]),
             **{each: arrays[each] for each in _NUMBERS},
-            said=[Said(*each) for each in said],
+            marks=[ClassMarks(*each) for each in said],
             group_names=group_names,
             unread=unread,
         )
     with TarReader(file, place) as tar:
-        found = _Walk(tar).index()
+        found = _IndexBuilder(tar).index()
     names, ends = found.paths.arrays()
     arrays = {"names": names, "ends": ends} | {each: getattr(found, each) for each in _NUMBERS}
-    write_index("shards", identity, arrays, [found.said, found.group_names, found.unread])
+    write_listing("shards", identity, arrays, [found.marks, found.group_names, found.unread])
     return found
 
 
@@ -126,13 +126,13 @@ class _Sample:
     endings: set[str] = field(default_factory=set)
 
 
-class _Walk:
+class _IndexBuilder:
     """Makes the index of a tar."""
 
     def __init__(self, tar: TarReader) -> None:
-        self.tar, self.paths, self.keys = tar, Paths(), Paths()
+        self.tar, self.paths, self.keys = tar, StringArray(), StringArray()
         self.numbers = {name: array(form) for name, form in _NUMBERS.items()}
-        self.said: dict[Said, int] = {}
+        self.said: dict[ClassMarks, int] = {}
         self.group_names: dict[str, int] = {}
         self.unread: dict[str, None] = {}
 
@@ -158,7 +158,7 @@ class _Walk:
         self.finish(sample)
         if not len(self.paths):
             raise ValueError(f"{self.tar.place}: holds no samples; leave it out")
-        if twice := repeated(self.keys):
+        if twice := first_repeated(self.keys):
             name = self.paths[twice[1]]
             raise self.fault(
                 name,
@@ -167,7 +167,7 @@ class _Walk:
             )
         arrays = {name: np.asarray(values) for name, values in self.numbers.items()}
         return ShardIndex(
-            self.paths, **arrays, said=list(self.said), group_names=list(self.group_names), unread=sorted(self.unread)
+            self.paths, **arrays, marks=list(self.said), group_names=list(self.group_names), unread=sorted(self.unread)
         )
 
     def clean(self, name: str) -> str:
@@ -241,19 +241,19 @@ class _Walk:
         self.numbers["starts"].append(start)
         self.numbers["sizes"].append(size)
         self.numbers["codes"].append(self.said.setdefault(said, len(self.said)))
-        self.numbers["parts"].append(self.part_of(sample, name))
+        self.numbers["parts"].append(self.split_of(sample, name))
         group = self.word(sample, name, "group")
         self.numbers["groups"].append(self.group_names.setdefault(group, len(self.group_names)) if group else -1)
         self.numbers["weights"].append(self.weight_of(sample, name))
         for key in sample.json.keys() - {*READ_KEYS, *OWN_KEYS} if sample.json else ():
             self.note(f"{key} in .json")
 
-    def class_of(self, sample: _Sample, name: str) -> Said:
+    def class_of(self, sample: _Sample, name: str) -> ClassMarks:
         """Return what a sample says of its class."""
         label, cls = self.word(sample, name, "label"), sample.cls
         folder = "" if label or cls else name.rpartition("/")[0]
         if label or cls or folder:
-            return Said(label, cls, folder)
+            return ClassMarks(label, cls, folder)
         raise self.fault(
             name,
             f"has no label; expected {sample.key}.cls with a number or name, {sample.key}.json with a label, or a folder of "
@@ -282,11 +282,11 @@ class _Walk:
             raise self.fault(name, f"weight {value!r} in its .json is no number above 0; write one, such as 1 or 0.5")
         return float(value)
 
-    def part_of(self, sample: _Sample, name: str) -> int:
+    def split_of(self, sample: _Sample, name: str) -> int:
         """Return the number of the part that a sample's .json tells, -1 where it tells none."""
         word = self.word(sample, name, "split")
         if not word:
             return -1
-        if word.lower() not in PART_NAMES:
-            raise self.fault(name, f"in its .json: {unknown('split', word, [*PARTS, 'valid', 'validation'])}")
-        return PARTS.index(PART_NAMES[word.lower()])
+        if word.lower() not in SPLIT_NAMES:
+            raise self.fault(name, f"in its .json: {unknown('split', word, [*SPLITS, 'valid', 'validation'])}")
+        return SPLITS.index(SPLIT_NAMES[word.lower()])

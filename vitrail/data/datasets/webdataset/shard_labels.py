@@ -7,17 +7,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vitrail.data.datasets.base import PART_NAMES, PARTS, Shard, ShardPictures, flip_reason
-from vitrail.data.datasets.string_array import Paths
+from vitrail.data.datasets.base import SPLIT_NAMES, SPLITS, TarDataset, TarShard, flip_reason
+from vitrail.data.datasets.string_array import StringArray
 from vitrail.data.datasets.table import torn_groups
-from vitrail.data.datasets.webdataset.shard_index import Said, ShardIndex
+from vitrail.data.datasets.webdataset.shard_index import ClassMarks, ShardIndex
 from vitrail.data.problems import Problem
 from vitrail.lookup import unknown
 
 BY_JSON, BY_NAME, BY_FOLDER = "the split in .json:", "the names of the shards:", "the folders in the shards:"
 
 
-class Classes(NamedTuple):
+class ClassNames(NamedTuple):
     """What is written beside the shards: class names in class order, and why pictures must not be mirrored."""
 
     names: tuple[str, ...]
@@ -27,15 +27,15 @@ class Classes(NamedTuple):
 class _Together:
     """The indexes of all shards, one after the other."""
 
-    def __init__(self, shards: Sequence[Shard], indexes: Sequence[ShardIndex]) -> None:
+    def __init__(self, shards: Sequence[TarShard], indexes: Sequence[ShardIndex]) -> None:
         self.shards, self.indexes = shards, indexes
         self.counts = np.asarray([len(index.paths) for index in indexes])
         self.firsts = np.cumsum(self.counts) - self.counts
         self.starts, self.sizes, self.parts = (self.whole(each) for each in ("starts", "sizes", "parts"))
         self.weights = self.whole("weights")
-        said: dict[Said, int] = {}
+        said: dict[ClassMarks, int] = {}
         groups: dict[str, int] = {}
-        self.codes = np.concatenate([renumbered(each.codes, each.said, said) for each in indexes])
+        self.codes = np.concatenate([renumbered(each.codes, each.marks, said) for each in indexes])
         self.groups = np.concatenate([renumbered(each.groups, each.group_names, groups) for each in indexes])
         self.said, self.group_names = list(said), list(groups)
 
@@ -60,16 +60,16 @@ def renumbered(codes: np.ndarray, names: Sequence, all_names: dict) -> np.ndarra
     return numbers[np.asarray(codes)]
 
 
-def joined(
+def join_shards(
     name: str,
-    shards: Sequence[Shard],
+    shards: Sequence[TarShard],
     indexes: Sequence[ShardIndex],
     *,
-    classes: Classes | None,
+    classes: ClassNames | None,
     parts: Sequence[int],
     limit_pixels: int,
     damaged: Literal["refuse", "keep"],
-) -> ShardPictures:
+) -> TarDataset:
     """Make one source of shards.
 
     Args:
@@ -80,25 +80,25 @@ def joined(
         ValueError: samples contradict each other, or some lack what others have.
     """
     whole = _Together(shards, indexes)
-    folder_parts, names = names_of(whole, classes and classes.names)
-    split, divided_by = split_of(whole, parts, folder_parts)
-    labels, targets = classes_of(whole, names, classes and classes.names, split)
+    folder_parts, names = class_names_of(whole, classes and classes.names)
+    split, split_origin = splits_of_shards(whole, parts, folder_parts)
+    labels, targets = classes_of_shards(whole, names, classes and classes.names, split)
     grouped = bool((whole.groups >= 0).any())
     problems = torn_groups(whole.group_names, split, whole.groups) if grouped and split is not None else []
     if unread := sorted({each for index in indexes for each in index.unread}):
         problems.append(Problem("warning", "name", tuple(unread), f"{name}: not read: {', '.join(unread[:10])}"))
-    paths = Paths()
+    paths = StringArray()
     for shard, index in zip(shards, indexes, strict=True):
         paths.extend(f"{shard.stem}/{each}" for each in index.paths)
-    return ShardPictures(
+    return TarDataset(
         name=name,
         labels=labels,
         paths=paths,
         targets=targets,
-        split=None if split is None else np.asarray(PARTS)[split],
+        split=None if split is None else np.asarray(SPLITS)[split],
         groups=whole.groups if grouped else None,
         weights=weights_of(whole),
-        divided_by=divided_by,
+        split_origin=split_origin,
         problems=tuple(problems),
         flip_reason=(classes.flip_reason if classes else "") or flip_reason(labels),
         shards=tuple(shards),
@@ -126,7 +126,7 @@ def weights_of(whole: _Together) -> np.ndarray | None:
     return whole.weights
 
 
-def names_of(whole: _Together, classes: tuple[str, ...] | None) -> tuple[np.ndarray | None, list[str]]:
+def class_names_of(whole: _Together, classes: tuple[str, ...] | None) -> tuple[np.ndarray | None, list[str]]:
     """Return the class's name for each different thing that is said of it, and parts where folders tell them.
 
     Raises:
@@ -177,16 +177,16 @@ def by_folder(folders: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     """
     levels = [folder.split("/") for folder in folders]
     while (
-        min(map(len, levels)) > 1 and len({each[0] for each in levels}) == 1 and levels[0][0].lower() not in PART_NAMES
+        min(map(len, levels)) > 1 and len({each[0] for each in levels}) == 1 and levels[0][0].lower() not in SPLIT_NAMES
     ):
         levels = [each[1:] for each in levels]
-    if min(map(len, levels)) > 1 and all(each[0].lower() in PART_NAMES for each in levels):
-        parts = np.asarray([PARTS.index(PART_NAMES[each[0].lower()]) for each in levels], dtype=np.int8)
+    if min(map(len, levels)) > 1 and all(each[0].lower() in SPLIT_NAMES for each in levels):
+        parts = np.asarray([SPLITS.index(SPLIT_NAMES[each[0].lower()]) for each in levels], dtype=np.int8)
         return parts, [each[1] for each in levels]
     return None, [each[0] for each in levels]
 
 
-def split_of(whole: _Together, named: Sequence[int], folder_parts: np.ndarray | None) -> tuple[np.ndarray | None, str]:
+def splits_of_shards(whole: _Together, named: Sequence[int], folder_parts: np.ndarray | None) -> tuple[np.ndarray | None, str]:
     """Return each picture's number in `PARTS`, None where there are no parts, and what tells them.
 
     Raises:
@@ -198,7 +198,7 @@ def split_of(whole: _Together, named: Sequence[int], folder_parts: np.ndarray | 
     if len(against):
         first = int(against[0])
         raise whole.fault(
-            first, f"is of {PARTS[inside[first]]}, but the name of its shard tells {PARTS[outside[first]]}; mend one"
+            first, f"is of {SPLITS[inside[first]]}, but the name of its shard tells {SPLITS[outside[first]]}; mend one"
         )
     split = np.where(inside < 0, outside, inside)
     if (split < 0).all():
@@ -212,7 +212,7 @@ def split_of(whole: _Together, named: Sequence[int], folder_parts: np.ndarray | 
     return split, BY_JSON if (whole.parts >= 0).any() else BY_FOLDER if (inside >= 0).any() else BY_NAME
 
 
-def classes_of(
+def classes_of_shards(
     whole: _Together, names: Sequence[str], classes: tuple[str, ...] | None, split: np.ndarray | None
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Return labels in class order, that of `classes` or of the sorted names, and the class of every picture.

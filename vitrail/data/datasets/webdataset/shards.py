@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from vitrail.data.datasets.base import PART_NAMES, PARTS, Shard, ShardPictures, file_identity
+from vitrail.data.datasets.base import SPLIT_NAMES, SPLITS, TarDataset, TarShard, file_identity
 from vitrail.data.datasets.webdataset import remote
-from vitrail.data.datasets.webdataset.shard_index import index_of
-from vitrail.data.datasets.webdataset.shard_labels import Classes, joined
+from vitrail.data.datasets.webdataset.shard_index import load_index
+from vitrail.data.datasets.webdataset.shard_labels import ClassNames, join_shards
 from vitrail.data.problems import Problem
 from vitrail.data.progress import Bar, no_bar
-from vitrail.lookup import some
+from vitrail.lookup import shorten
 
 # More of them wait for each other: 6 took twice the time of 1 on a local disk; one waits for a network disk.
 _THREADS = 2
@@ -51,7 +51,7 @@ def is_shards(word: str) -> bool:
 
 def open_shards(
     word: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"], bar: Bar = no_bar
-) -> ShardPictures:
+) -> TarDataset:
     """List the pictures of shards.
 
     Raises:
@@ -60,15 +60,15 @@ def open_shards(
     word = word.removeprefix("file://")
     words = expand(word)
     shards = fetched_shards(words, bar) if is_address(words[0]) else local_shards(words)
-    classes = known_classes(words)
+    classes = find_classes(words)
     with ThreadPoolExecutor(_THREADS) as pool, bar(f"listing {len(shards):,} shards") as advance:
         indexes = []
-        for index in pool.map(lambda each: index_of(each.file, each.word, each.identity), shards):
+        for index in pool.map(lambda each: load_index(each.file, each.word, each.identity), shards):
             indexes.append(index)
             advance(len(indexes), len(shards))
     name = word if is_address(word) else Path(word).resolve().name
-    parts = [part_in_name(each) for each in shards]
-    found = joined(name, shards, indexes, classes=classes, parts=parts, limit_pixels=limit_pixels, damaged=damaged)
+    parts = [split_in_name(each) for each in shards]
+    found = join_shards(name, shards, indexes, classes=classes, parts=parts, limit_pixels=limit_pixels, damaged=damaged)
     # Braces say themselves which shards are meant.
     missing = [] if "{" in word else gaps([each.word for each in shards])
     return replace(found, problems=(*found.problems, *missing))
@@ -87,7 +87,7 @@ def gaps(words: Sequence[str]) -> list[Problem]:
     ]
     if not missing:
         return []
-    text = f"between the shards that are there, {some(missing)} are missing: are pictures lost?"
+    text = f"between the shards that are there, {shorten(missing)} are missing: are pictures lost?"
     return [Problem("warning", "name", tuple(missing), text)]
 
 
@@ -117,7 +117,7 @@ def expand(word: str) -> list[str]:
     gone = [] if is_address(word) else [found for found in words if not os.path.isfile(found)]
     if gone:
         count = f"{len(gone)} of {len(words)} shards are missing: " if len(words) > 1 else ""
-        raise ValueError(f"{count}{some(gone)}: no such file; mend the range, or restore the files")
+        raise ValueError(f"{count}{shorten(gone)}: no such file; mend the range, or restore the files")
     return words
 
 
@@ -125,7 +125,7 @@ def shards_name(word: str) -> str:
     """Return a plain name for a word that means shards: what stays of it without ranges and the names of parts."""
     path = re.sub(r"\{[^}]*\}|[*?[\]]", "", urlsplit(word)[1] + urlsplit(word).path if is_address(word) else word)
     for text in reversed(path.removesuffix(".tar").split("/")):
-        words = [each for each in re.findall(r"[^-_]+[-_]*", text) if each.strip("-_").lower() not in PART_NAMES]
+        words = [each for each in re.findall(r"[^-_]+[-_]*", text) if each.strip("-_").lower() not in SPLIT_NAMES]
         if any(letter.isalpha() for each in words for letter in each):
             return re.sub(r"[^A-Za-z0-9._-]", "_", "".join(words)).strip("._-")
     return "shards"
@@ -135,7 +135,7 @@ def matches(pattern: str) -> list[str]:
     """Return what a pattern with `*` stands for, and anything else as it is."""
     if is_address(pattern):
         pattern += "*.tar" if pattern.endswith("/") else ""
-        return remote.listed(pattern) if "*" in pattern else [pattern]
+        return remote.list_addresses(pattern) if "*" in pattern else [pattern]
     if not glob.has_magic(pattern):
         return [pattern]
     found = sorted(glob.glob(pattern, recursive=True))
@@ -167,7 +167,7 @@ def stems(words: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else [word.partition("://")[2][: -len(".tar")] for word in words]
 
 
-def local_shards(words: Sequence[str]) -> list[Shard]:
+def local_shards(words: Sequence[str]) -> list[TarShard]:
     """Return shards that are files on this machine."""
     shards = []
     for word, stem in zip(words, stems(words), strict=True):
@@ -175,13 +175,13 @@ def local_shards(words: Sequence[str]) -> list[Shard]:
         identity = file_identity(place)
         if identity is None:
             raise ValueError(f"{word}: is no file")
-        shards.append(Shard(word, stem, place, (found.st_size, found.st_mtime_ns), identity))
+        shards.append(TarShard(word, stem, place, (found.st_size, found.st_mtime_ns), identity))
     return shards
 
 
-def fetched_shards(urls: Sequence[str], bar: Bar) -> list[Shard]:
+def fetched_shards(urls: Sequence[str], bar: Bar) -> list[TarShard]:
     """Return shards at addresses, of which the cache folder then has copies."""
-    found = remote.look_up(urls)
+    found = remote.inspect_addresses(urls)
     with bar(f"fetching {len(urls):,} shards (MB)") as advance:
         places = remote.fetch(found, advance)
     shards = []
@@ -189,18 +189,18 @@ def fetched_shards(urls: Sequence[str], bar: Bar) -> list[Shard]:
         state = os.stat(place)
         # By what its store says, not by the copy: fetched again, the same shard is the same.
         shards.append(
-            Shard(each.url, stem, str(place), (state.st_size, state.st_mtime_ns), f"{each.url}\0{each.digest}".encode())
+            TarShard(each.url, stem, str(place), (state.st_size, state.st_mtime_ns), f"{each.url}\0{each.digest}".encode())
         )
     return shards
 
 
-def known_classes(words: Sequence[str]) -> Classes | None:
+def find_classes(words: Sequence[str]) -> ClassNames | None:
     """Return what `classes.json` beside the shards says, None where there is none.
 
     Raises:
         ValueError: it cannot be read, or folders of shards disagree on it.
     """
-    found: dict[Classes | None, str] = {}
+    found: dict[ClassNames | None, str] = {}
     for folder in dict.fromkeys(word[: word.rfind("/") + 1] for word in words):
         place = folder + CLASSES
         if is_address(place):
@@ -215,7 +215,7 @@ def known_classes(words: Sequence[str]) -> Classes | None:
     return next(iter(found))
 
 
-def read_classes(file: Path, place: str) -> Classes:
+def read_classes(file: Path, place: str) -> ClassNames:
     """Return what a `classes.json` says: a list of names, or `{"classes": [names], "flip_reason": text}`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -228,10 +228,10 @@ def read_classes(file: Path, place: str) -> Classes:
         raise ValueError(f"{place}: expected a list of class names in class order")
     if len(set(names)) < len(names):
         raise ValueError(f"{place}: has the class {next(name for name in names if names.count(name) > 1)!r} twice")
-    return Classes(tuple(names), str(reason))
+    return ClassNames(tuple(names), str(reason))
 
 
-def part_in_name(shard: Shard) -> int:
+def split_in_name(shard: TarShard) -> int:
     """Return the number of the part that a shard's name (`train-000.tar`, `photos-val-7.tar`) or folder tells, else -1.
 
     Raises:
@@ -239,8 +239,8 @@ def part_in_name(shard: Shard) -> int:
     """
     folder, _, base = (urlsplit(shard.word).path if is_address(shard.word) else shard.file).rpartition("/")
     words = re.split(r"[-_.]", base.removesuffix(".tar").lower())
-    found = {PART_NAMES[word] for word in words if word in PART_NAMES}
+    found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     if len(found) > 1:
         raise ValueError(f"{shard.word}: its name tells the parts {' and '.join(sorted(found))}; rename it")
-    part = next(iter(found), None) or PART_NAMES.get(folder.rpartition("/")[2].lower())
-    return -1 if part is None else PARTS.index(part)
+    part = next(iter(found), None) or SPLIT_NAMES.get(folder.rpartition("/")[2].lower())
+    return -1 if part is None else SPLITS.index(part)
