@@ -35,7 +35,7 @@ def main() -> None:
                     out=Path(place) / f"{decode}-{seed}",
                     model="nano8",
                     seed=seed,
-                    talk=Console(quiet=True),
+                    console=Console(quiet=True),
                     **settings,
                     **{"log.eval_every": "100 %", "data.near_duplicates": False},
                 )

@@ -66,7 +66,7 @@ def compare(way: str, data: Path, start: Path, args: argparse.Namespace) -> None
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            result = vitrail.train(data, out=Path(folder) / "run", talk=QUIET, seed=seed, **settings)
+            result = vitrail.train(data, out=Path(folder) / "run", console=QUIET, seed=seed, **settings)
             seconds.append(time.perf_counter() - started)
         scores.append(result.top1)
     spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
@@ -103,7 +103,7 @@ def link(files: list[Path], folder: Path) -> None:
 def pretrained(data: Path, out: Path, epochs: float) -> Path:
     """Return a run on the first half of the classes."""
     if not (out / "report.html").exists():
-        vitrail.train(data, out=out, model="micro4", epochs=epochs, talk=QUIET, seed=0)
+        vitrail.train(data, out=out, model="micro4", epochs=epochs, console=QUIET, seed=0)
     return out
 
 

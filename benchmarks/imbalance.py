@@ -55,7 +55,7 @@ def main() -> None:
                 settings = CORRECTIONS[name] | {"epochs": args.epochs, "seed": seed, "log.eval_every": "20 %"}
                 out = Path(folder) / name
                 result = vitrail.train(
-                    Path(folder) / "data", out=out, model=args.model, talk=Console(quiet=True), **settings
+                    Path(folder) / "data", out=out, model=args.model, console=Console(quiet=True), **settings
                 )
                 rows = result.evaluation["test"]["per_class"]
                 figures = summary(np.asarray([rows[label]["recall"] for label in sizes]), np.asarray([*sizes.values()]))

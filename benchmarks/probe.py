@@ -72,7 +72,7 @@ def main() -> None:
     ways: dict[str, Callable[[], Any]] = {
         "forward pass": lambda: predict_logits(classifier.model, memory, np.arange(len(wanted)), device=device),
         "ridge + logistic": linear_probes,
-        "whole probe, nothing kept": lambda: probe(args.model, args.data, device=device, talk=quiet, fresh=True),
+        "whole probe, nothing kept": lambda: probe(args.model, args.data, device=device, console=quiet, fresh=True),
         "whole probe again, new process": lambda: subprocess.run(
             [sys.executable, "-m", "vitrail", "probe", args.model, args.data], check=True, capture_output=True
         ),

@@ -101,5 +101,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[...
 
     place = tmp_path_factory.mktemp("run")
     data = make_folder(place / "shapes")
-    result = train(data, out=place / "out", talk=Console(quiet=True), **TINY)
+    result = train(data, out=place / "out", console=Console(quiet=True), **TINY)
     return result.folder, data

@@ -65,7 +65,7 @@ def backbone_of(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
 def test_a_frozen_encoder_keeps_weights_and_statistics_to_the_bit(make_folder, tmp_path, settings, cnn_file):
     data = make_folder(tmp_path / "data")
     freezing = {"optim.freeze": ("patch_embed.backbone",), "encoder_weights": str(cnn_file), "optim.ema_decay": 0.5}
-    run = train(data, out=tmp_path / "run", talk=QUIET, **settings, **freezing).folder
+    run = train(data, out=tmp_path / "run", console=QUIET, **settings, **freezing).folder
     source = load_file(cnn_file)
     for part, path in (("", run / "model.safetensors"), ("model.", run / "last" / "state.safetensors")):
         kept = backbone_of(path, part)
@@ -79,11 +79,11 @@ def test_a_frozen_encoder_keeps_weights_and_statistics_to_the_bit(make_folder, t
 @pytest.mark.slow
 def test_a_trained_encoder_moves_weights_and_statistics(make_folder, tmp_path, settings, cnn_file):
     data = make_folder(tmp_path / "data")
-    run = train(data, out=tmp_path / "run", talk=QUIET, encoder_weights=str(cnn_file), **settings).folder
+    run = train(data, out=tmp_path / "run", console=QUIET, encoder_weights=str(cnn_file), **settings).folder
     source, kept = load_file(cnn_file), backbone_of(run / "model.safetensors")
     assert not torch.equal(kept["conv1.weight"], source["conv1.weight"])
     assert not torch.equal(kept["bn1.running_mean"], source["bn1.running_mean"])
-    judged = evaluate(str(run), str(data), split="val", device=torch.device("cpu"), talk=QUIET)
+    judged = evaluate(str(run), str(data), split="val", device=torch.device("cpu"), console=QUIET)
     told = json.loads((run / "evaluation.json").read_text())["val"]
     assert judged["top1"] == told["top1"]
     assert judged["loss"] == told["loss"], "the averaged statistics are in the model file"
@@ -181,7 +181,7 @@ def test_a_misspelt_part_leaves_no_run_behind(make_folder, tmp_path, settings):
         train(
             make_folder(tmp_path / "data"),
             out=tmp_path / "run",
-            talk=QUIET,
+            console=QUIET,
             **settings,
             **{"optim.freeze": ("patch_embd",)},
         )
@@ -212,7 +212,7 @@ def test_weights_that_cannot_be_had_are_refused(make_folder, tmp_path, settings,
     }
     for weights, message in cases.items():
         with pytest.raises(ValueError, match=message):
-            train(data, out=tmp_path / "run", talk=QUIET, encoder_weights=weights, **settings)
+            train(data, out=tmp_path / "run", console=QUIET, encoder_weights=weights, **settings)
         assert not (tmp_path / "run").exists()
     assert not touched.exists(), "a pickle's code ran"
     with pytest.raises(ValueError, match="is for a CNN of timm as encoder"):
@@ -294,8 +294,8 @@ def test_names_of_variants_reach_the_configuration():
 def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys):
     data = make_folder(tmp_path / "data", count=40)
     many = tiny | {"model.patch_sizes": (4, 8, 16), "epochs": 40.0, "variant": "nano4", "model.embed_dim": 48}
-    run = train(data, out=tmp_path / "run", talk=QUIET, **many).folder
-    fixed = train(data, out=tmp_path / "fixed", talk=QUIET, **{**many, "model.patch_sizes": ()}).folder
+    run = train(data, out=tmp_path / "run", console=QUIET, **many).folder
+    fixed = train(data, out=tmp_path / "fixed", console=QUIET, **{**many, "model.patch_sizes": ()}).folder
     for patch in (4, 8, 16):
         out = tmp_path / f"{patch}.json"
         flags = ["--split", "all", "--patch-size", str(patch), "--out", str(out)]
@@ -311,7 +311,7 @@ def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys
     assert "trained with patches of 4 8 16 px, not 2" in " ".join(capsys.readouterr().out.split())
     assert vitrail(["eval", str(run), str(data), "--image-size", "100000"]) == 1
     assert "expected at most 1024" in " ".join(capsys.readouterr().err.split())
-    other = train(data, out=tmp_path / "other", talk=QUIET, **{**tiny, "variant": "nano8-conv"}).folder
+    other = train(data, out=tmp_path / "other", console=QUIET, **{**tiny, "variant": "nano8-conv"}).folder
     assert vitrail(["eval", str(other), str(data), "--patch-size", "4"]) == 1
     assert "patches of 8 only" in capsys.readouterr().err
 
@@ -346,7 +346,7 @@ def test_every_step_has_its_patch_size(make_folder, tmp_path, tiny):
 
 
 def test_whole_pictures_in_their_own_aspect_ratio(tmp_path, make_folder, tiny, capsys):
-    run = train(make_folder(tmp_path / "data"), out=tmp_path / "run", talk=QUIET, **tiny).folder
+    run = train(make_folder(tmp_path / "data"), out=tmp_path / "run", console=QUIET, **tiny).folder
     random, folder = np.random.default_rng(0), tmp_path / "mixed"
     for number, (width, height) in enumerate([(40, 20), (16, 16), (20, 40), (300, 3), (40, 20)]):
         (folder / ("flat", "steep", "slant")[number % 3]).mkdir(parents=True, exist_ok=True)
@@ -361,7 +361,7 @@ def test_whole_pictures_in_their_own_aspect_ratio(tmp_path, make_folder, tiny, c
     for path, row in zip(paths, together, strict=True):
         assert row.probability == pytest.approx(wide.predict([path])[0].probability, abs=1e-5)
     judged = evaluate(
-        str(run), str(folder), split="all", device=torch.device("cpu"), talk=QUIET, resize="aspect", image_size=32
+        str(run), str(folder), split="all", device=torch.device("cpu"), console=QUIET, resize="aspect", image_size=32
     )
     right = sum(row.label == path.parent.name for row, path in zip(together, paths, strict=True))
     assert judged["top1"] == pytest.approx(right / 5)

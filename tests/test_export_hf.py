@@ -330,7 +330,7 @@ def test_a_trained_run_is_judged_alike_by_transformers(tiny_run, tmp_path):
         "model.num_heads": 2,
     }
     settings |= {"model.decoder": "token", "model.class_token": True, "preprocess.resize": "squash"}
-    result = train(data, out=tmp_path / "run", talk=Console(quiet=True), **settings)
+    result = train(data, out=tmp_path / "run", console=Console(quiet=True), **settings)
     folder = export(result.folder, "hf").path
     assert folder == tmp_path / "run-hf"
     files = sorted(data.rglob("*.png"))

@@ -51,7 +51,7 @@ def digits_run(tmp_path_factory) -> Path:
     """Return a run on the digits 0 to 6."""
     place = tmp_path_factory.mktemp("digits")
     data = write_digits(place / "data", tuple(range(7)), 150)
-    return train(data, out=place / "run", talk=QUIET, epochs=12.0, model="nano4").folder
+    return train(data, out=place / "run", console=QUIET, epochs=12.0, model="nano4").folder
 
 
 def test_a_subset_of_the_classes_is_known_before_any_step(digits_run, tmp_path):
@@ -73,7 +73,7 @@ def test_new_classes_are_learned_faster_than_from_scratch(digits_run, tmp_path):
     data = write_digits(tmp_path / "data", (7, 8, 9), 60)
     tuned, scratch = (
         [
-            train(data, out=tmp_path / f"{name}-{seed}", model=model, talk=QUIET, seed=seed, epochs=4.0).top1
+            train(data, out=tmp_path / f"{name}-{seed}", model=model, console=QUIET, seed=seed, epochs=4.0).top1
             for seed in range(3)
         ]
         for name, model in (("tuned", str(digits_run)), ("scratch", "nano4"))
@@ -88,7 +88,7 @@ def tuned(tiny_run, tmp_path_factory) -> Path:
     """Return a run that goes on from a small run, with other rates for each layer and the head first."""
     base, data = tiny_run
     out = tmp_path_factory.mktemp("tuned") / "run"
-    return train(data, out=out, model=str(base), talk=QUIET, **QUICK, **GENTLE).folder
+    return train(data, out=out, model=str(base), console=QUIET, **QUICK, **GENTLE).folder
 
 
 def test_a_run_says_what_it_started_from(tuned, tiny_run, make_folder, tmp_path, capsys):
@@ -116,10 +116,10 @@ def test_a_run_says_what_it_started_from(tuned, tiny_run, make_folder, tmp_path,
 
 
 def test_the_configuration_of_a_run_starts_from_the_same_weights(tuned, tiny_run, tmp_path):
-    again = train(tiny_run[1], out=tmp_path / "again", recipe=str(tuned / "config.json"), talk=QUIET).folder
+    again = train(tiny_run[1], out=tmp_path / "again", recipe=str(tuned / "config.json"), console=QUIET).folder
     assert_same_weights(tuned, again)
     fresh = train(
-        tiny_run[1], out=tmp_path / "fresh", recipe=str(tuned / "config.json"), model="nano8", epochs=1.0, talk=QUIET
+        tiny_run[1], out=tmp_path / "fresh", recipe=str(tuned / "config.json"), model="nano8", epochs=1.0, console=QUIET
     )
     config = load_config(fresh.folder / "config.json")
     assert (config.pretrained, config.variant, config.warms_head) == ("", "nano8", False)
@@ -131,7 +131,7 @@ def test_resume_is_bit_exact_and_needs_no_other_file(step, tuned, tiny_run, tmp_
     copy = shutil.copytree(base, tmp_path / "base")
     cut = interrupted(step, data, out=tmp_path / "cut", model=str(copy), **QUICK, **GENTLE)
     shutil.rmtree(copy)
-    train(data, out=cut, resume=True, talk=QUIET)
+    train(data, out=cut, resume=True, console=QUIET)
     assert_same_weights(tuned, cut)
     timeless = [
         [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines_of(run)] for run in (tuned, cut)
@@ -230,12 +230,12 @@ def test_resume_takes_the_words_of_the_start_also_when_the_weights_have_gone(tin
     words = tmp_path / "weights"
     shutil.copytree(base, words)
     monkeypatch.chdir(tmp_path)
-    train(data, model="weights", out="run", epochs=1, talk=QUIET)
+    train(data, model="weights", out="run", epochs=1, console=QUIET)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["pretrained"] == str(words)
     shutil.rmtree(words)
-    train(data, model="weights", out="run", resume=True, talk=QUIET)
+    train(data, model="weights", out="run", resume=True, console=QUIET)
     with pytest.raises(ValueError, match=r"with pretrained '.*weights', not '.*others'"):
-        train(data, model="others", out="run", resume=True, talk=QUIET)
+        train(data, model="others", out="run", resume=True, console=QUIET)
 
 
 def test_what_is_frozen_at_the_front_is_not_prepared_for_a_backward_pass():
@@ -295,13 +295,13 @@ def test_auto_keeps_what_the_weights_bring(tuned):
 def test_what_cannot_be_is_refused_before_a_folder_is_made(words, message, tiny_run, tmp_path):
     base, data = tiny_run
     with pytest.raises(ValueError, match=message):
-        train(data, out=tmp_path / "run", pretrained=str(base), talk=QUIET, **words)
+        train(data, out=tmp_path / "run", pretrained=str(base), console=QUIET, **words)
     assert not (tmp_path / "run").exists()
 
 
 def test_trained_weights_are_needed_to_hold_them(make_folder, tmp_path):
     data = make_folder(tmp_path / "data", count=5)
     with pytest.raises(ValueError, match="all of these start at random"):
-        train(data, out=tmp_path / "run", talk=QUIET, **{"optim.head_warmup": "1 epochs"})
+        train(data, out=tmp_path / "run", console=QUIET, **{"optim.head_warmup": "1 epochs"})
     with pytest.raises(ValueError, match="no such run folder or model file"):
-        train(data, out=tmp_path / "run", talk=QUIET, model=str(tmp_path / "gone.safetensors"))
+        train(data, out=tmp_path / "run", console=QUIET, model=str(tmp_path / "gone.safetensors"))

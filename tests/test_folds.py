@@ -135,7 +135,7 @@ def crossed(tmp_path_factory, make_folder, tiny) -> tuple[Result, Path]:
     """A cross-validation of three folds, and its data."""
     place = tmp_path_factory.mktemp("folds")
     data = make_folder(place / "shapes", count=10)
-    return train(data, out=place / "out", talk=QUIET, **tiny, **{"data.folds": 3}), data
+    return train(data, out=place / "out", console=QUIET, **tiny, **{"data.folds": 3}), data
 
 
 def test_figures_are_those_of_the_folds_together(crossed):
@@ -167,7 +167,7 @@ def test_every_picture_is_judged_once_and_every_fold_is_a_run(crossed):
         assert (header.split["folds"], header.split["fold"]) == (3, fold)
         (run.parent.parent / "alone.safetensors").write_bytes((run / "model.safetensors").read_bytes())
         for model in (run, run.parent.parent / "alone.safetensors"):  # without split.json, the header makes it again
-            again = evaluate(str(model), str(data), split="val", device=torch.device("cpu"), talk=QUIET)
+            again = evaluate(str(model), str(data), split="val", device=torch.device("cpu"), console=QUIET)
             assert again["fingerprint"] == json.loads((run / "split.json").read_text())["fingerprint"]
             assert again["top1"] == result.folds["parts"]["val"]["each"][fold]["top1"]
     assert len(judged) == len(set(judged)) == 30
@@ -175,7 +175,7 @@ def test_every_picture_is_judged_once_and_every_fold_is_a_run(crossed):
 
 def test_one_fold_alone_is_the_same_run(crossed, tmp_path, tiny):
     result, data = crossed
-    alone = train(data, out=tmp_path / "one", talk=QUIET, **tiny, **{"data.folds": 3, "data.fold": 1})
+    alone = train(data, out=tmp_path / "one", console=QUIET, **tiny, **{"data.folds": 3, "data.fold": 1})
     assert not alone.folds
     ours, theirs = (load_file(run / "model.safetensors") for run in (tmp_path / "one", result.folder / "fold-1"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -192,7 +192,7 @@ def test_resume_goes_on_with_what_is_unfinished(crossed, tmp_path, monkeypatch):
     monkeypatch.setattr(
         folds_module, "begin", lambda place, *more, **words: begun.append(place.name) or real(place, *more, **words)
     )
-    again = train(data, out=cut, talk=QUIET, resume=True, **{"data.folds": 3})
+    again = train(data, out=cut, console=QUIET, resume=True, **{"data.folds": 3})
     assert begun == ["fold-2"]
     assert again.folds["parts"] == result.folds["parts"]
     assert json.loads((cut / "folds.json").read_text()) == result.folds
@@ -204,13 +204,13 @@ def test_resume_goes_on_with_what_is_unfinished(crossed, tmp_path, monkeypatch):
 def test_what_cannot_be_resumed_or_begun_is_refused(crossed, tiny):
     result, data = crossed
     with pytest.raises(ValueError, match="exactly as configured, with epochs 2.0, not 9.0"):
-        train(data, out=result.folder, talk=QUIET, resume=True, epochs=9.0)
+        train(data, out=result.folder, console=QUIET, resume=True, epochs=9.0)
     with pytest.raises(ValueError, match=r"go on with this one alone by --out .*fold-1"):
-        train(data, out=result.folder, talk=QUIET, resume=True, **{"data.fold": 1})
+        train(data, out=result.folder, console=QUIET, resume=True, **{"data.fold": 1})
     with pytest.raises(ValueError, match="is not empty; choose another --out"):
-        train(data, out=result.folder, talk=QUIET, **tiny, **{"data.folds": 3})
+        train(data, out=result.folder, console=QUIET, **tiny, **{"data.folds": 3})
     with pytest.raises(ValueError, match="data.val_fraction 0.3 has no effect with data.folds 3"):
-        train(data, out=result.folder.parent / "new", talk=QUIET, **tiny, **{"data.folds": 3, "data.val_fraction": 0.3})
+        train(data, out=result.folder.parent / "new", console=QUIET, **tiny, **{"data.folds": 3, "data.val_fraction": 0.3})
     assert not (result.folder.parent / "new").exists()
 
 
@@ -218,7 +218,7 @@ def test_a_folds_model_judges_other_data_by_its_own_parts(crossed, make_folder, 
     for part in ("train", "val"):
         make_folder(tmp_path / "other" / part, count=4)
     model = str(crossed[0].folder / "fold-1")
-    found = evaluate(model, str(tmp_path / "other"), device=torch.device("cpu"), talk=QUIET)
+    found = evaluate(model, str(tmp_path / "other"), device=torch.device("cpu"), console=QUIET)
     assert (found["split"], found["num_images"]) == ("val", 12)
 
 

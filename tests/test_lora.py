@@ -114,7 +114,7 @@ def lora_run(tiny_run, tmp_path_factory):
     """Return a run with adapters that goes on from a small run, on the same data."""
     base, data = tiny_run
     out = tmp_path_factory.mktemp("lora") / "run"
-    train(data, out=out, model=str(base), talk=QUIET, **LORA)
+    train(data, out=out, model=str(base), console=QUIET, **LORA)
     return out
 
 
@@ -147,7 +147,7 @@ def test_the_model_file_is_plain_and_is_what_was_judged(lora_run, tiny_run, tmp_
 def test_resume_is_bit_exact(step, lora_run, tiny_run, tmp_path):
     base, data = tiny_run
     cut = interrupted(step, data, out=tmp_path / "cut", model=str(base), **LORA)
-    train(data, out=cut, resume=True, talk=QUIET)
+    train(data, out=cut, resume=True, console=QUIET)
     assert_same_weights(lora_run, cut)
 
 

@@ -224,7 +224,7 @@ def test_a_process_must_hold_whole_pairs(batch_size, size, fits):
 def test_an_odd_batch_leaves_no_folder_behind(make_folder, tmp_path, tiny):
     odd = tiny | {"batch_size": 15, "augment.mixup": 0.8}
     with pytest.raises(ValueError, match="try --batch-size 16"):
-        train(make_folder(tmp_path / "data"), out=tmp_path / "run", talk=QUIET, **odd)
+        train(make_folder(tmp_path / "data"), out=tmp_path / "run", console=QUIET, **odd)
     assert not (tmp_path / "run").exists()
 
 

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def probed(model, source, **options) -> dict:
-    return probe(str(model), str(source), device=CPU, talk=Console(quiet=True), **options)
+    return probe(str(model), str(source), device=CPU, console=Console(quiet=True), **options)
 
 
 def blobs(count: int, width: int, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -298,7 +298,7 @@ def test_kept_sizes():
 )
 def test_a_cache_that_cannot_be_is_refused_before_a_folder_is_made(folder, tmp_path, tiny, given, message):
     with pytest.raises(ValueError, match=message):
-        train(folder, out=tmp_path / "run", talk=Console(quiet=True), **{**tiny, "model.image_size": 32, **given})
+        train(folder, out=tmp_path / "run", console=Console(quiet=True), **{**tiny, "model.image_size": 32, **given})
     assert not (tmp_path / "run").exists()
 
 
@@ -307,9 +307,9 @@ def test_a_training_gives_the_same_weights_from_an_empty_and_from_a_full_cache(
 ):
     ways = {**tiny, "batch_size": 4, "model.image_size": 32, "data.cache_side": 40, "data.decode": "fast"}
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
-    whole = train(folder, out=tmp_path / "whole", talk=Console(), **ways)
+    whole = train(folder, out=tmp_path / "whole", console=Console(), **ways)
     assert "training pictures are kept decoded in" in " ".join(capsys.readouterr().out.split())
-    again = train(folder, out=tmp_path / "again", talk=Console(quiet=True), **ways)
+    again = train(folder, out=tmp_path / "again", console=Console(quiet=True), **ways)
     one, other = (load_tensors(each.folder / "model.safetensors")[0] for each in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

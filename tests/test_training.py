@@ -50,7 +50,7 @@ def resume(out: Path, data: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_learns_real_digits(tmp_path):
-    result = train("digits", out=tmp_path / "run", talk=QUIET, epochs=12)
+    result = train("digits", out=tmp_path / "run", console=QUIET, epochs=12)
     assert result.top1 > 0.93
     assert load(result).labels == tuple("0123456789")
     losses = [line["eval/loss"] for line in lines_of(tmp_path / "run") if "eval/loss" in line]
@@ -63,7 +63,7 @@ def test_one_batch_overfits(make_folder, tmp_path, tiny):
     settings = tiny | {"epochs": 120.0, "optim.lr": 3e-3, "optim.label_smoothing": 0.0, "model.drop_path": 0.0}
     settings |= {"augment.crop_scale": 1.0, "augment.flip": 0.0, "augment.rotation": 0.0}
     settings |= {"augment.brightness": 0.0, "augment.contrast": 0.0, "augment.saturation": 0.0}
-    train(data, out=tmp_path / "run", talk=QUIET, **settings)
+    train(data, out=tmp_path / "run", console=QUIET, **settings)
     last = [line for line in lines_of(tmp_path / "run") if "train/loss" in line][-1]
     assert last["train/top1"] == 1.0
     assert last["train/loss"] < 0.05
@@ -91,29 +91,29 @@ def test_a_run_leaves_what_is_promised(tiny_run):
 
 def test_the_configuration_of_a_run_trains_the_same_run(tiny_run, tmp_path):
     run, data = tiny_run
-    train(data, out=tmp_path / "again", recipe=str(run / "config.json"), talk=QUIET)
+    train(data, out=tmp_path / "again", recipe=str(run / "config.json"), console=QUIET)
     assert_same_weights(run, tmp_path / "again")
 
 
 def test_a_recipe_file_decides_the_split_too(make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
     own = {"data.split_seed": 7, "data.val_fraction": 0.1, "data.damaged": "drop"}
-    first = train(data, out=tmp_path / "first", talk=QUIET, **tiny, **own).folder
+    first = train(data, out=tmp_path / "first", console=QUIET, **tiny, **own).folder
     (data / "flat" / "000.png").write_bytes(b"broken since")
-    again = train(data, out=tmp_path / "again", recipe=str(first / "config.json"), talk=QUIET).folder
+    again = train(data, out=tmp_path / "again", recipe=str(first / "config.json"), console=QUIET).folder
     config = load_config(again / "config.json")
     assert (config.data.split_seed, config.data.val_fraction, config.data.damaged) == (7, 0.1, "drop")
     split = json.loads((again / "split.json").read_text())["splits"]
     assert len(split["val"]) == 6
     other = train(
-        data, out=tmp_path / "other", recipe=str(first / "config.json"), model="nano4", epochs=1.0, talk=QUIET
+        data, out=tmp_path / "other", recipe=str(first / "config.json"), model="nano4", epochs=1.0, console=QUIET
     )
     assert load_config(other.folder / "config.json").model.embed_dim == 96
 
 
 def test_another_seed_is_another_run(tiny_run, tmp_path, tiny):
     run, data = tiny_run
-    train(data, out=tmp_path / "other", talk=QUIET, seed=1, **tiny)
+    train(data, out=tmp_path / "other", console=QUIET, seed=1, **tiny)
     ours, theirs = (load_file(path / "model.safetensors") for path in (run, tmp_path / "other"))
     assert not torch.equal(ours["head.weight"], theirs["head.weight"])
 
@@ -130,7 +130,7 @@ def interrupted(step: int, data: Path, **settings) -> Path:
     loop.update = update
     try:
         with pytest.raises(Stopped):
-            train(data, talk=QUIET, **settings)
+            train(data, console=QUIET, **settings)
     finally:
         loop.update = real
     return Path(settings["out"])
@@ -147,9 +147,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def test_a_run_with_chosen_samples_goes_on_bit_for_bit(memory, make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
     own = tiny | {"data.sampling": "balanced", "augment.repeats": 2, "data.memory_bytes": memory, "epochs": 3.0}
-    train(data, out=tmp_path / "whole", talk=QUIET, **own)
+    train(data, out=tmp_path / "whole", console=QUIET, **own)
     cut = interrupted(5, data, out=tmp_path / "cut", **own)
-    train(data, out=cut, talk=QUIET, resume=True)
+    train(data, out=cut, console=QUIET, resume=True)
     assert_same_weights(tmp_path / "whole", cut)
 
 
@@ -194,10 +194,10 @@ ALL_AUGMENTED = {
 def test_two_steps_and_two_more_are_four_with_every_augmentation(memory, make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data", count=19)  # 45 training pictures: a pair spans two epochs
     settings = tiny | ALL_AUGMENTED | {"epochs": 1.4, "data.memory_bytes": memory, "log.every": "1 steps"}
-    train(data, out=tmp_path / "whole", talk=QUIET, **settings)
+    train(data, out=tmp_path / "whole", console=QUIET, **settings)
     assert [line["step"] for line in lines_of(tmp_path / "whole") if "train/loss" in line] == [1, 2, 3, 4]
     interrupted(2, data, out=tmp_path / "cut", **settings)
-    train(data, out=tmp_path / "cut", resume=True, talk=QUIET)
+    train(data, out=tmp_path / "cut", resume=True, console=QUIET)
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_files(every, make_f
         "optim.weight_decay": 0.0,
     }
     with pytest.raises(NotFinite) as caught:
-        train(data, out=tmp_path / "run", talk=QUIET, **settings, **{"log.eval_every": every})
+        train(data, out=tmp_path / "run", console=QUIET, **settings, **{"log.eval_every": every})
     message = str(caught.value)
     assert "step " in message
     assert ".png" in message
@@ -309,20 +309,20 @@ def test_resume_refuses_what_would_not_be_the_same_run(tiny_run, make_folder, tm
     run, data = tiny_run
     copy = shutil.copytree(run, tmp_path / "copy")
     with pytest.raises(ValueError, match="epochs 2.0, not 5.0"):
-        train(data, out=copy, resume=True, talk=QUIET, epochs=5.0)
+        train(data, out=copy, resume=True, console=QUIET, epochs=5.0)
     with pytest.raises(ValueError, match="did you mean 'optim.lr'"):
-        train(data, out=copy, resume=True, talk=QUIET, **{"optim.lrr": 1.0})
+        train(data, out=copy, resume=True, console=QUIET, **{"optim.lrr": 1.0})
     with pytest.raises(ValueError, match="is a run of"):
-        train(make_folder(tmp_path / "elsewhere"), out=copy, resume=True, talk=QUIET)
+        train(make_folder(tmp_path / "elsewhere"), out=copy, resume=True, console=QUIET)
     with pytest.raises(ValueError, match="is no run"):
-        train(data, out=tmp_path, resume=True, talk=QUIET)
-    assert train(data, out=copy, resume=True, talk=QUIET).top1 >= 0, "a finished run answers at once"
+        train(data, out=tmp_path, resume=True, console=QUIET)
+    assert train(data, out=copy, resume=True, console=QUIET).top1 >= 0, "a finished run answers at once"
 
 
 def test_refused_settings_leave_no_folder_behind(make_folder, tmp_path):
     data = make_folder(tmp_path / "data")
     with pytest.raises(ValueError, match="shorten it"):
-        train(data, out=tmp_path / "run", recipe="article", talk=QUIET, epochs=1.0, variant="nano8")
+        train(data, out=tmp_path / "run", recipe="article", console=QUIET, epochs=1.0, variant="nano8")
     assert not (tmp_path / "run").exists()
     for wrong in (
         {"schedule.step_gamma": 0.5},
@@ -330,7 +330,7 @@ def test_refused_settings_leave_no_folder_behind(make_folder, tmp_path):
         {"augment.crop_ratio": 2.0, "augment.crop_scale": 1.0},
     ):
         with pytest.raises(ValueError, match="has no effect|leave it out"):
-            train(data, out=tmp_path / "run", talk=QUIET, **wrong)
+            train(data, out=tmp_path / "run", console=QUIET, **wrong)
     assert not (tmp_path / "run").exists()
 
 
@@ -339,18 +339,18 @@ def test_a_start_that_was_killed_can_be_made_again(make_folder, tmp_path, tiny):
     (tmp_path / "run").mkdir()
     for name in ("config.json", "split.json", ".run.json.123.part"):
         (tmp_path / "run" / name).write_text("{")
-    assert train(data, out=tmp_path / "run", talk=QUIET, **tiny).top1 >= 0
+    assert train(data, out=tmp_path / "run", console=QUIET, **tiny).top1 >= 0
 
 
 def test_pictures_added_since_do_not_change_a_resumed_run(make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
-    whole = train(data, out=tmp_path / "whole", talk=QUIET, **tiny).folder
+    whole = train(data, out=tmp_path / "whole", console=QUIET, **tiny).folder
     cut = shutil.copytree(whole, tmp_path / "cut")
     shutil.rmtree(cut / "last")
     info = json.loads((cut / "run.json").read_text())
     (cut / "run.json").write_text(json.dumps(info | {"status": "stopped"}))
     shutil.copy(data / "steep" / "001.png", data / "flat" / "0000.png")  # listed before nearly all others
-    train(data, out=cut, resume=True, talk=QUIET)
+    train(data, out=cut, resume=True, console=QUIET)
     assert_same_weights(whole, cut)
 
 
@@ -369,12 +369,12 @@ def test_names_that_are_not_utf8(make_folder, tmp_path, tiny, capsys):
 
 def test_a_picture_gone_since_the_split_is_named_on_resume(make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
-    train(data, out=tmp_path / "run", talk=QUIET, **tiny)
+    train(data, out=tmp_path / "run", console=QUIET, **tiny)
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"status": "stopped"}))
     (data / "flat" / "003.png").unlink()
     with pytest.raises(ValueError, match="flat/003.png"):
-        train(data, out=tmp_path / "run", resume=True, talk=QUIET)
+        train(data, out=tmp_path / "run", resume=True, console=QUIET)
 
 
 @pytest.mark.slow
@@ -406,8 +406,8 @@ def test_two_processes_train_as_one(augment, make_folder, tmp_path):
 def test_accumulated_parts_make_the_same_step(augment, make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
     exact = tiny | augment | {"model.drop_path": 0.0, "precision": "fp32", "epochs": 1.0, "optim.ema_decay": 0.0}
-    train(data, out=tmp_path / "one", talk=QUIET, **exact)
-    train(data, out=tmp_path / "four", talk=QUIET, **exact, **{"optim.accumulate": 4})
+    train(data, out=tmp_path / "one", console=QUIET, **exact)
+    train(data, out=tmp_path / "four", console=QUIET, **exact, **{"optim.accumulate": 4})
     one, four = (load_file(tmp_path / name / "last" / "state.safetensors") for name in ("one", "four"))
     for name in one:
         if name.startswith("optimizer.exp_avg."):

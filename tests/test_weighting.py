@@ -132,7 +132,7 @@ def test_a_run_trains_with_them_and_records_them(make_folder, tmp_path: Path, ti
         (data / "steep" / f"{number:03d}.png").unlink()
     lines = {}
     for kind in ("none", "inverse"):
-        run = train(data, out=tmp_path / kind, talk=Console(quiet=True), **tiny, **{"optim.class_weights": kind}).folder
+        run = train(data, out=tmp_path / kind, console=Console(quiet=True), **tiny, **{"optim.class_weights": kind}).folder
         lines[kind] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         noted = json.loads((run / "run.json").read_text()).get("loss_weights")
         if kind == "none":

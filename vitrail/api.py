@@ -94,7 +94,7 @@ def train(
     model: str | None = None,
     recipe: str | None = None,
     resume: bool = False,
-    talk: Console | None = None,
+    console: Console | None = None,
     **settings: Any,
 ) -> Result:
     """Train on a source of labelled pictures: `vitrail train` as a function.
@@ -113,7 +113,7 @@ def train(
         Stopped: SIGINT or SIGTERM came; the state is saved.
     """
     world = distributed.init()
-    talk = talk or Console(quiet=not world.is_main)
+    console = console or Console(quiet=not world.is_main)
     source = os.fspath(source)
     given = dict(settings) | ({} if model is None else parse_model_spec(model))
     folder = Path(out) if out is not None else None
@@ -123,10 +123,10 @@ def train(
     if world.broadcast(has_folds(folder)) if resume else folds > 0 and fold == -1:
         from vitrail.training.cross_validation import train_folds
 
-        return train_folds(folder, source, recipe, given, world, talk, resume=resume)
+        return train_folds(folder, source, recipe, given, world, console, resume=resume)
     if resume:
-        return resume_run(folder, source, recipe, given, world, talk)
-    return start(folder, source, recipe or "auto", given, world, talk)
+        return resume_run(folder, source, recipe, given, world, console)
+    return start(folder, source, recipe or "auto", given, world, console)
 
 
 def start(
@@ -135,7 +135,7 @@ def start(
     recipe: str,
     given: Mapping[str, Any],
     world: World,
-    talk: Console,
+    console: Console,
     *,
     told: bool = False,
 ) -> Result:
@@ -154,17 +154,17 @@ def start(
     data_settings = {name.removeprefix("data."): value for name, value in given.items() if name.startswith("data.")}
     data_config = override((base or RunConfig()).data, {**data_settings, "source": source})
     channels = required_channels(base, given, source_header)
-    checked = load_data(data_config, talk, channels=channels)
+    checked = load_data(data_config, console, channels=channels)
     refuse_idle_fractions(checked, given)
     facts = facts_of(checked, str(given.get("device", "auto")))
     config, choices = build_config(recipe, facts, {**given, "data.source": source}, source_header)
     check_runnable(config, facts.num_train, world)
     start = load_start(config, checked.dataset.labels, opened)
     del opened  # for hours of training, the whole model once more
-    print_choices(checked, [] if told else choices, talk)
-    learned = report_start(config, start, talk)
+    print_choices(checked, [] if told else choices, console)
+    learned = report_start(config, start, console)
     data = build_train_data(checked, config)
-    report_cache(data, config.data, talk)
+    report_cache(data, config.data, console)
     if world.is_main:
         create_run(
             folder,
@@ -185,10 +185,10 @@ def start(
             in_memory=data.reader.stored is not None,
         )
     world.barrier()
-    return run_to_end(config, data, Run(folder, world.is_main), world, talk, start)
+    return run_to_end(config, data, Run(folder, world.is_main), world, console, start)
 
 
-def resume_run(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, talk: Console) -> Result:
+def resume_run(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, console: Console) -> Result:
     """Go on with a run exactly as it was configured.
 
     Raises:
@@ -214,7 +214,7 @@ def resume_run(folder: Path, source: str, recipe: str | None, given: Mapping[str
             )
     info = run.info()
     if info.get("status") == "finished":
-        talk.info(f"{folder} is finished already; nothing to do.")
+        console.info(f"{folder} is finished already; nothing to do.")
         if run.is_main and not (folder / "report.html").exists():
             build_report(folder)
         return Result(folder, json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
@@ -223,18 +223,18 @@ def resume_run(folder: Path, source: str, recipe: str | None, given: Mapping[str
             f"{folder}: was trained by {info['processes']} processes, not {world.size}; resume it with as many"
         )
     check_runnable(config, 1, world, schedule=False)
-    checked = load_data(config.data, talk, channels=config.model.in_channels, recorded=folder / "split.json")
+    checked = load_data(config.data, console, channels=config.model.in_channels, recorded=folder / "split.json")
     data = build_train_data(checked, config)
-    report_cache(data, config.data, talk)
+    report_cache(data, config.data, console)
     if info.get("in_memory") != (data.reader.stored is not None):
         raise ValueError(
             f"{folder}: pictures of other sizes have come or gone since the run began, so that it would go on by another "
             "input path and not be the same run; restore the folder, or start a new run"
         )
-    talk.info(f"resuming {folder}")
+    console.info(f"resuming {folder}")
     run.note(status="running")
     start = start_from_record(info) if world.broadcast(run.has_state) else load_start(config, checked.dataset.labels)
-    return run_to_end(config, data, run, world, talk, start)
+    return run_to_end(config, data, run, world, console, start)
 
 
 def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule: bool = True) -> None:
@@ -271,8 +271,8 @@ def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule:
             f"{config.batch_size + world.size}, or leave them out"
         )
     if schedule:
-        rhythm = build_cadence(config, num_train)
-        Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
+        cadence = build_cadence(config, num_train)
+        Schedule(config.schedule, total_steps=cadence.total, steps_per_epoch=cadence.per_epoch)
 
 
 def weights_note(data: TrainData, config: RunConfig) -> dict[str, Any]:
@@ -290,17 +290,17 @@ def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> Non
             raise ValueError(f"data.{part}_fraction has no effect: {checked.dataset.name} has its own {part} part")
 
 
-def run_to_end(config: RunConfig, data: TrainData, run: Run, world: World, talk: Console, start: Start) -> Result:
+def run_to_end(config: RunConfig, data: TrainData, run: Run, world: World, console: Console, start: Start) -> Result:
     """Train to the end and finish."""
     if remark := remark_on_window(config.model):
-        talk.info(remark)
+        console.info(remark)
     is_fold = run.folder.name == f"fold-{config.data.fold}" and has_folds(run.folder.parent)
     whole = run.folder.parent if is_fold else run.folder
     again = shlex.join(["vitrail", "train", config.data.source, "--out", str(whole), "--resume"])
     try:
-        progress = train_loop(config, data, run, world, talk, start)
+        progress = train_loop(config, data, run, world, console, start)
         run.note(train_seconds=round(progress.elapsed_s, 1))
-        evaluation = evaluate_best_weights(config, data, run, world, talk)
+        evaluation = evaluate_best_weights(config, data, run, world, console)
     except Stopped as stop:
         run.note(status="stopped")
         stop.command = again
@@ -321,7 +321,7 @@ def run_to_end(config: RunConfig, data: TrainData, run: Run, world: World, talk:
     except Exception:
         note_quietly(run, status="failed")
         raise
-    talk.info(f"trained in {duration(progress.elapsed_s)}")
+    console.info(f"trained in {duration(progress.elapsed_s)}")
     return Result(run.folder, evaluation)
 
 
@@ -370,16 +370,16 @@ def facts_of(checked: CheckedData, device: str) -> Facts:
     )
 
 
-def print_choices(checked: CheckedData, choices: list[Choice], talk: Console) -> None:
+def print_choices(checked: CheckedData, choices: list[Choice], console: Console) -> None:
     """Print what was found and what was chosen, a line each."""
     parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.indices.items())
-    talk.info(f"{checked.dataset.name}: {len(checked.dataset.labels)} classes; {parts} ({checked.splits.rule})")
+    console.info(f"{checked.dataset.name}: {len(checked.dataset.labels)} classes; {parts} ({checked.splits.rule})")
     if (weights := checked.dataset.weights) is not None:
-        talk.info(f"  the column weight says what a picture counts in the loss: {weights.min():g} to {weights.max():g}")
+        console.info(f"  the column weight says what a picture counts in the loss: {weights.min():g} to {weights.max():g}")
     for choice in choices:
         is_model = choice.setting in ("variant", "pretrained")
         if choice.value or not is_model:
-            talk.info(f"  --{'model' if is_model else choice.setting} {cli_value(choice.value)}: {choice.reason}")
+            console.info(f"  --{'model' if is_model else choice.setting} {cli_value(choice.value)}: {choice.reason}")
 
 
 def cli_value(value: Any) -> str:

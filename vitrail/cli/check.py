@@ -57,18 +57,18 @@ def run(options: Any) -> int:
     for flag, path in (("--out", options.out), ("--html", options.html), ("--out-sheet", options.out_sheet)):
         require_folder(flag, path)
     refuse_options_without_sheet(options)
-    talk = Console()
+    console = Console()
     config = DataConfig(source=options.data_source, **given_settings(options.data))
-    checked = check_dataset(config, quick=options.quick, bar=talk.bar)
+    checked = check_dataset(config, quick=options.quick, bar=console.bar)
     for line in summary(checked):
-        talk.info(line)
-    write_findings(options, checked, talk)
+        console.info(line)
+    write_findings(options, checked, console)
     if not checked.ok:
-        return fail_with_errors(options, checked, talk)
+        return fail_with_errors(options, checked, console)
     if options.show_augmentation:
-        write_contact_sheet(options, config, talk)
-    talk.success("no errors" + ("" if checked.problems else ", and nothing to warn of"))
-    talk.info(f"next:    vitrail train {shlex.quote(options.data_source)}")
+        write_contact_sheet(options, config, console)
+    console.success("no errors" + ("" if checked.problems else ", and nothing to warn of"))
+    console.info(f"next:    vitrail train {shlex.quote(options.data_source)}")
     return OK
 
 
@@ -86,32 +86,32 @@ def refuse_options_without_sheet(options: Any) -> None:
             raise ValueError(f"{name} {value} is for the contact sheet; add --show-augmentation, or leave it out")
 
 
-def write_findings(options: Any, checked: CheckResult, talk: Console) -> None:
+def write_findings(options: Any, result: CheckResult, console: Console) -> None:
     """Write all findings as JSON and as a page, as far as they are asked for."""
     from vitrail.report.check_page import write_page
 
     if options.out is not None:
-        write_json(options.out, checked.to_dict())
-        talk.info(f"all findings: {options.out}")
+        write_json(options.out, result.to_dict())
+        console.info(f"all findings: {options.out}")
     if options.html is not None:
-        write_page(checked, options.data_source, Path(options.html))
-        talk.info(f"page: {options.html}")
+        write_page(result, options.data_source, Path(options.html))
+        console.info(f"page: {options.html}")
 
 
-def write_contact_sheet(options: Any, config: DataConfig, talk: Console) -> None:
+def write_contact_sheet(options: Any, config: DataConfig, console: Console) -> None:
     """Write the sheet of images as training would see them."""
     from vitrail.report.contact_sheet import write_sheet
 
     path = options.out_sheet or "augmentation.png"
     given = given_settings(options.augment, "augment")
     write_sheet(config, Path(path), recipe=options.recipe or "auto", given=given)
-    talk.info(f"what training would see: {path}")
+    console.info(f"what training would see: {path}")
 
 
-def fail_with_errors(options: Any, checked: CheckResult, talk: Console) -> int:
+def fail_with_errors(options: Any, result: CheckResult, console: Console) -> int:
     """Print how many errors there are, and where to see them; return the exit code."""
-    number = sum(problem.severity == "error" for problem in checked.problems)
-    if options.html is None and checked.dataset is not None:
+    number = sum(problem.severity == "error" for problem in result.problems)
+    if options.html is None and result.dataset is not None:
         data = shlex.quote(options.data_source)
-        talk.info(f"next:    vitrail check {data} --html check.html   (a page with the images in question)")
+        console.info(f"next:    vitrail check {data} --html check.html   (a page with the images in question)")
     return fail(f"{number:,} errors; mend them first" if number > 1 else "1 error; mend it first")

@@ -45,13 +45,13 @@ def run(options: Options) -> int:
     return OK
 
 
-def print_findings(findings: Sequence[Finding], talk: Console) -> None:
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
     """Print the findings under their topics, values aligned within a topic."""
     for topic, members in itertools.groupby(findings, key=lambda finding: finding.topic):
         group = list(members)
         width = 2 + max(len(finding.name) for finding in group)
-        talk.terminal.print(f"[bold]{topic}[/]")
+        console.terminal.print(f"[bold]{topic}[/]")
         for finding in group:
-            talk.info(f"  {finding.name:<{width}}{finding.value}")
+            console.info(f"  {finding.name:<{width}}{finding.value}")
             if finding.advice:
-                talk.warn(finding.advice)
+                console.warn(finding.advice)

@@ -47,31 +47,31 @@ def run(options: Options) -> int:
     from vitrail.evaluation.evaluate import evaluate
 
     require_folder("--out", options.out)
-    talk = Console()
+    console = Console()
     metrics = evaluate(
         options.model,
         options.data,
         split=options.split,
         device=pick_device(options.device),
-        talk=talk,
+        console=console,
         data=DataConfig(damaged=options.damaged),
         image_size=options.image_size,
         patch_size=options.patch_size,
         resize=options.resize,
     )
-    print_metrics(metrics, talk)
+    print_metrics(metrics, console)
     if options.out is not None:
         write_json(options.out, metrics)
-        talk.info(f"all figures: {options.out}")
+        console.info(f"all figures: {options.out}")
     return OK
 
 
-def print_metrics(metrics: Mapping[str, Any], talk: Console) -> None:
+def print_metrics(metrics: Mapping[str, Any], console: Console) -> None:
     """Print accuracy, loss, calibration, and the classes with the lowest recall."""
     images = f"{metrics['num_images']:,} images ({metrics['split']})"
-    talk.success(f"accuracy {metrics['top1']:.2%} of {images}{recall_note(metrics)}")
+    console.success(f"accuracy {metrics['top1']:.2%} of {images}{recall_note(metrics)}")
     calibration = f"{metrics['ece']:.2%} (calibrated, as predict: {metrics['calibrated']['ece']:.2%})"
-    talk.info(f"top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  calibration error {calibration}")
+    console.info(f"top-5 {metrics['top5']:.2%}  loss {metrics['loss']:.4f}  calibration error {calibration}")
     recalls = [(row["recall"], label) for label, row in metrics["per_class"].items() if row["recall"] is not None]
     lowest = ", ".join(f"{label} ({recall:.1%})" for recall, label in sorted(recalls)[:3])
-    talk.info(f"lowest recall: {lowest}")
+    console.info(f"lowest recall: {lowest}")

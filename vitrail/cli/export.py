@@ -32,9 +32,9 @@ def run(options: Options) -> int:
     from vitrail.export.formats import export
     from vitrail.weights.user_spec import parse_described
 
-    talk = Console()
+    console = Console()
     exported = export(options.model, options.to, out=options.out, described=parse_described(options.describe))
     for note in exported.notes:
-        talk.info(note)
-    talk.success(f"written: {exported.path}")
+        console.info(note)
+    console.success(f"written: {exported.path}")
     return OK

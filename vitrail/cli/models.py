@@ -34,18 +34,18 @@ def run(options: Options) -> int:
     return OK
 
 
-def print_variants(talk: Console) -> None:
+def print_variants(console: Console) -> None:
     """Print a table of the variants with their size and cost, and how names are combined."""
     from vitrail.models.variants import LISTED, SUFFIXES
 
     table = Table(*_COLUMNS, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in LISTED:
         table.add_row(*variant_row(name))
-    talk.terminal.print(table)
-    talk.info("Any size and patch can be combined (s8, ti14, …).")
-    talk.info(f"Suffixes: {', '.join('-' + suffix for suffix in SUFFIXES)}, -local7 (any odd window),")
-    talk.info("and timm's CNNs as encoder, such as -resnet50, -efficientnet_b0; several combine: s16-resnet50-concat.")
-    talk.info("One as a drawing of its data flow: vitrail models NAME")
+    console.terminal.print(table)
+    console.info("Any size and patch can be combined (s8, ti14, …).")
+    console.info(f"Suffixes: {', '.join('-' + suffix for suffix in SUFFIXES)}, -local7 (any odd window),")
+    console.info("and timm's CNNs as encoder, such as -resnet50, -efficientnet_b0; several combine: s16-resnet50-concat.")
+    console.info("One as a drawing of its data flow: vitrail models NAME")
 
 
 def variant_row(name: str) -> tuple[str, ...]:
@@ -60,13 +60,13 @@ def variant_row(name: str) -> tuple[str, ...]:
     return (name, *map(str, sizes), *cost)
 
 
-def print_drawing(name: str, talk: Console) -> None:
+def print_drawing(name: str, console: Console) -> None:
     """Print a variant's data flow with shapes, parameters and cost."""
     from vitrail.models.drawing import draw_architecture
     from vitrail.models.kernel_choice import remark_on_window
     from vitrail.models.variants import variant_config
 
     config = variant_config(name)
-    talk.info(f"{name}: {draw_architecture(config)}")
+    console.info(f"{name}: {draw_architecture(config)}")
     if remark := remark_on_window(config):
-        talk.info(remark)
+        console.info(remark)

@@ -42,20 +42,20 @@ def run(options: Options) -> int:
         check_ending(Path(options.out))
     if not options.paths:
         return fail("predict needs at least one image, folder or glob after MODEL", USAGE_ERROR)
-    talk = Console()
-    classifier = load_classifier(options, talk)
+    console = Console()
+    classifier = load_classifier(options, console)
     rows = classifier.predict(find_images(options.paths), top=5 if options.top is None else options.top)
     failed = sum(row.error is not None for row in rows)
     if options.out is None:
         for row in rows:
-            talk.info(f"{row.path}  {row_text(row, top=options.top or 1)}")
+            console.info(f"{row.path}  {row_text(row, top=options.top or 1)}")
     else:
         write_table(Path(options.out), rows)
-        talk.info(f"{len(rows):,} rows in {options.out}" + (f", {failed:,} with an error" if failed else ""))
+        console.info(f"{len(rows):,} rows in {options.out}" + (f", {failed:,} with an error" if failed else ""))
     return OK if failed < len(rows) else fail(f"none of the {len(rows)} images could be read")
 
 
-def load_classifier(options: Options, talk: Console) -> Classifier:
+def load_classifier(options: Options, console: Console) -> Classifier:
     """Load the model at the size that is asked for, and warn of what makes its answers doubtful."""
     from vitrail.device import pick_device
     from vitrail.evaluation.classifier import load
@@ -63,8 +63,8 @@ def load_classifier(options: Options, talk: Console) -> Classifier:
 
     classifier = load(options.model).to(pick_device(options.device))
     classifier = classifier.at(image_size=options.image_size, patch_size=options.patch_size, resize=options.resize)
-    report_weights(classifier, talk)
-    warn_of_patches(classifier, talk)
+    report_weights(classifier, console)
+    warn_of_patches(classifier, console)
     classifier = classifier.tuned(measuring=False)
     return classifier
 

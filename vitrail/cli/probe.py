@@ -40,50 +40,50 @@ def run(options: Options) -> int:
     from vitrail.evaluation.probe import probe
 
     require_folder("--out", options.out)
-    talk = Console()
+    console = Console()
     result = probe(
         options.model,
         options.data,
         device=pick_device(options.device),
-        talk=talk,
+        console=console,
         data=DataConfig(damaged=options.damaged),
         image_size=options.image_size,
         save=None if options.save is None else Path(options.save),
         fresh=options.fresh,
     )
-    print_result(result, talk)
+    print_result(result, console)
     if options.out is not None:
         write_json(options.out, result)
-        talk.info(f"all figures: {options.out}")
-    print_next(options, talk)
+        console.info(f"all figures: {options.out}")
+    print_next(options, console)
     return OK
 
 
-def print_result(result: Mapping[str, Any], talk: Console) -> None:
+def print_result(result: Mapping[str, Any], console: Console) -> None:
     """Print the accuracy of each of the three classifiers, and where the time went."""
     seconds = result["seconds_each"]
     images = f"{result['num_train']:,} images (train), evaluated on {result['num_images']:,} ({result['split']})"
-    talk.info(f"fitted to {images}")
+    console.info(f"fitted to {images}")
     counts = f"{result['computed']:,} images computed, {result['from_cache']:,} from the cache"
-    talk.info(f"features  {counts}, {result['num_features']} numbers each  {seconds['features']:.2f} s")
+    console.info(f"features  {counts}, {result['num_features']} numbers each  {seconds['features']:.2f} s")
     for name, title, how in (
         ("knn", "k-NN", f"k = {result['k']}"),
         ("ridge", "ridge", f"λ = {result['lambda']:.3g}, chosen by leave-one-out"),
         ("logistic", "logistic", f"α = {result['alpha']:.3g}, {result['steps']} steps"),
     ):
-        talk.success(f"{title:<9} accuracy {result[name]:.2%}  {seconds[name]:.2f} s  ({how})")
-    talk.info(f"all of it took {result['seconds']:.1f} s, of which checking the data took {seconds['data']:.1f} s")
-    talk.info(f"features cached in {result['cache']} ({result['cache_bytes'] / 1e6:.1f} MB)")
+        console.success(f"{title:<9} accuracy {result[name]:.2%}  {seconds[name]:.2f} s  ({how})")
+    console.info(f"all of it took {result['seconds']:.1f} s, of which checking the data took {seconds['data']:.1f} s")
+    console.info(f"features cached in {result['cache']} ({result['cache_bytes'] / 1e6:.1f} MB)")
     if not result["converged"]:
-        talk.warn("the logistic regression has not converged; its accuracy may still change a little")
+        console.warn("the logistic regression has not converged; its accuracy may still change a little")
 
 
-def print_next(options: Options, talk: Console) -> None:
+def print_next(options: Options, console: Console) -> None:
     """Print the command that follows: saving the probe as a model, or evaluating the one that was saved."""
     model, data = shlex.quote(options.model), shlex.quote(options.data)
     if options.save is None:
         size = "" if options.image_size is None else f" --image-size {options.image_size}"
-        talk.info(f"next:    vitrail probe {model} {data}{size} --save probe.safetensors")
+        console.info(f"next:    vitrail probe {model} {data}{size} --save probe.safetensors")
     else:
-        talk.info(f"model:   {options.save}")
-        talk.info(f"next:    vitrail eval {shlex.quote(options.save)} {data}")
+        console.info(f"model:   {options.save}")
+        console.info(f"next:    vitrail eval {shlex.quote(options.save)} {data}")

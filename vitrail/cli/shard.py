@@ -39,24 +39,24 @@ def run(options: Options) -> int:
     """Write shards, and print what is in them."""
     from vitrail.data.datasets.write_shards import write_shards
 
-    talk = Console()
+    console = Console()
     config = DataConfig(source=options.data, damaged=options.damaged)
     written = write_shards(
-        config, Path(options.out), size=options.size, limit_bytes=options.bytes, seed=options.seed, bar=talk.bar
+        config, Path(options.out), size=options.size, limit_bytes=options.bytes, seed=options.seed, bar=console.bar
     )
-    print_result(written, options.out, talk)
+    print_result(written, options.out, console)
     return OK
 
 
-def print_result(written: WrittenShards, folder: str, talk: Console) -> None:
+def print_result(written: WrittenShards, folder: str, console: Console) -> None:
     """Print the number of images and shards, and every split's shards as one pattern."""
     for problem in written.problems:
-        talk.warn(problem.message)
+        console.warn(problem.message)
     counts = ", ".join(f"{count:,} {split}" for split, count in written.counts.items())
     left_out = f"; {written.num_left_out:,} broken ones left out" if written.num_left_out else ""
-    talk.success(f"{counts} in {len(written.names):,} shards, {written.num_bytes / 1e6:,.1f} MB{left_out}")
+    console.success(f"{counts} in {len(written.names):,} shards, {written.num_bytes / 1e6:,.1f} MB{left_out}")
     for split in written.counts:
         names = [name for name in written.names if name.startswith(f"{split}-")]
         last = names[-1].removeprefix(f"{split}-").removesuffix(".tar")
-        talk.info(f"{split + ':':<10}{folder}/{split}-{{{'0' * len(last)}..{last}}}.tar")
-    talk.info(f"next:     vitrail train {shlex.quote(folder)}")
+        console.info(f"{split + ':':<10}{folder}/{split}-{{{'0' * len(last)}..{last}}}.tar")
+    console.info(f"next:     vitrail train {shlex.quote(folder)}")

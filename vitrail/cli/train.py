@@ -47,7 +47,7 @@ def run(options: Any) -> int:
     from vitrail.api import train
     from vitrail.training.signals import Stopped
 
-    talk = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
         result = train(
             options.data_source,
@@ -55,29 +55,29 @@ def run(options: Any) -> int:
             model=options.model_name,
             recipe=options.recipe,
             resume=options.resume,
-            talk=talk,
+            console=console,
             **given_settings(options, own=OwnOptions),
         )
     except Stopped as stop:
-        talk.info(f"{stop}; everything is saved. Go on with:\n  {stop.command}")
+        console.info(f"{stop}; everything is saved. Go on with:\n  {stop.command}")
         return 128 + stop.number
     finally:
         distributed.shutdown()
-    print_result(result, talk)
+    print_result(result, console)
     return OK
 
 
-def print_result(result: Result, talk: Console) -> None:
+def print_result(result: Result, console: Console) -> None:
     """Print the accuracy on every split, where the files lie, and the next command."""
     for split, metrics in result.evaluation.items():
         name = {"val": "validation", "test": "test"}[split]
         correct = round(metrics["top1"] * metrics["num_images"])
         counts = f"{correct:,} of {metrics['num_images']:,}"
-        talk.success(f"{name} accuracy {metrics['top1']:.2%} ({counts}){recall_note(metrics)}")
+        console.success(f"{name} accuracy {metrics['top1']:.2%} ({counts}){recall_note(metrics)}")
     run_folder = result.folder
     if result.folds:
-        talk.info(f"folds:   {result.folder / 'folds.json'}")
+        console.info(f"folds:   {result.folder / 'folds.json'}")
         run_folder = result.folder / "fold-0"
-    talk.info(f"report:  {run_folder / 'report.html'}")
-    talk.info(f"model:   {run_folder / 'model.safetensors'}")
-    talk.info(f"next:    vitrail predict {shlex.quote(str(run_folder))} IMAGE…")
+    console.info(f"report:  {run_folder / 'report.html'}")
+    console.info(f"model:   {run_folder / 'model.safetensors'}")
+    console.info(f"next:    vitrail predict {shlex.quote(str(run_folder))} IMAGE…")

@@ -75,7 +75,7 @@ class TrainData:
         }
 
 
-def load_data(config: DataConfig, talk: Console, *, channels: int = 0, recorded: Path | None = None) -> CheckedData:
+def load_data(config: DataConfig, console: Console, *, channels: int = 0, recorded: Path | None = None) -> CheckedData:
     """Open a source, look at every picture, divide it.
 
     Args:
@@ -85,23 +85,23 @@ def load_data(config: DataConfig, talk: Console, *, channels: int = 0, recorded:
     Raises:
         ValueError: the data cannot be trained on; the message lists every error.
     """
-    source = open_dataset(
-        config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=talk.bar
+    dataset = open_dataset(
+        config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=console.bar
     )
-    stop_on_errors(source.problems)
-    scan = scan_or_stop(source, config, talk, channels=channels)
-    problems = [*source.problems, *scan.problems]
+    stop_on_errors(dataset.problems)
+    scan = scan_or_stop(dataset, config, console, channels=channels)
+    problems = [*dataset.problems, *scan.problems]
     splits = (
-        load_splits(source, recorded, scan.good) if recorded else split_dataset(source, config, scan.good, scan.groups)
+        load_splits(dataset, recorded, scan.good) if recorded else split_dataset(dataset, config, scan.good, scan.groups)
     )
-    found = check_trainable(source, splits)
+    found = check_trainable(dataset, splits)
     for problem in found:
-        talk.warn(problem.message)
-    return CheckedData(source, scan, splits, tuple([*problems, *found]))
+        console.warn(problem.message)
+    return CheckedData(dataset, scan, splits, tuple([*problems, *found]))
 
 
 def scan_or_stop(
-    source: Dataset, config: DataConfig, talk: Console, *, channels: int = 0, kept: ScanCache | None = None
+    dataset: Dataset, config: DataConfig, console: Console, *, channels: int = 0, cache: ScanCache | None = None
 ) -> Scan:
     """Look at every picture of a source, and warn of what was found in listing and in looking.
 
@@ -112,10 +112,10 @@ def scan_or_stop(
     Raises:
         ValueError: a file is broken and was to be reported.
     """
-    with talk.bar(f"looking at {len(source.paths):,} pictures") as advance:
+    with console.bar(f"looking at {len(dataset.paths):,} pictures") as advance:
         scan = scan_dataset(
-            source,
-            cache=kept,
+            dataset,
+            cache=cache,
             damaged=config.damaged,
             near_duplicates=config.near_duplicates,
             memory_bytes=config.memory_bytes,
@@ -123,9 +123,9 @@ def scan_or_stop(
             channels=channels,
             advance=advance,
         )
-    for problem in (*source.problems, *scan.problems):
+    for problem in (*dataset.problems, *scan.problems):
         if problem.severity == "warning":
-            talk.warn(problem.message)
+            console.warn(problem.message)
     stop_on_errors(scan.problems)
     return scan
 
@@ -138,7 +138,7 @@ def build_train_data(checked: CheckedData, config: RunConfig) -> TrainData:
     if stored is not None and (stored.shape[1] != preprocess.channels or max(stored.shape[2:]) > side):
         # Larger than the model's input: a crop must be shrunk with antialiasing, which only the path from files does.
         stored = None
-    pictures = ImageReader(
+    reader = ImageReader(
         checked.dataset,
         checked.dataset.targets,
         preprocess,
@@ -148,16 +148,16 @@ def build_train_data(checked: CheckedData, config: RunConfig) -> TrainData:
         fast=config.data.decode == "fast",
     )
     if stored is not None:
-        pictures.is_ready = is_identity(preprocess, (stored.shape[2], stored.shape[3]))
+        reader.is_ready = is_identity(preprocess, (stored.shape[2], stored.shape[3]))
         value_bytes = 4 if preprocess.resampler == "fractions" else 1
         fits = len(stored) * preprocess.channels * side**2 * value_bytes <= config.data.memory_bytes
-        if not pictures.is_ready and config.augment.crop_scale == 1.0:
+        if not reader.is_ready and config.augment.crop_scale == 1.0:
             # Without crops, training sees the very pictures that are judged: prepare them once.
-            done = np.stack([pictures.read_whole(index) for index in range(len(stored))]) if fits else None
-            pictures.stored, pictures.is_ready = done, done is not None
+            done = np.stack([reader.read_whole(index) for index in range(len(stored))]) if fits else None
+            reader.stored, reader.is_ready = done, done is not None
     elif config.data.cache_side:
-        pictures.cache = open_decoded_cache(checked, pictures, config.data)
-    return TrainData(checked.dataset, checked.splits, pictures)
+        reader.cache = open_decoded_cache(checked, reader, config.data)
+    return TrainData(checked.dataset, checked.splits, reader)
 
 
 def open_decoded_cache(checked: CheckedData, reader: ImageReader, config: DataConfig) -> DecodedImageCache:
@@ -196,18 +196,18 @@ def check_cache_settings(config: RunConfig) -> None:
         )
 
 
-def report_cache(data: TrainData, config: DataConfig, talk: Console) -> None:
+def report_cache(data: TrainData, config: DataConfig, console: Console) -> None:
     """Say where training pictures are kept decoded, or why they are not."""
     cache, total = data.reader.cache, len(data.splits.indices["train"])
     if cache is not None:
         rest = (
             "" if cache.num_stored == total else f"; the other {total - cache.num_stored:,} do not fit in data.cache_bytes"
         )
-        talk.info(
+        console.info(
             f"{cache.num_stored:,} training pictures are kept decoded in {cache.folder}, {byte_size(cache.num_bytes)}{rest}"
         )
     elif config.cache_side:
-        talk.info("data.cache_side has nothing to do: the pictures are in memory, decoded")
+        console.info("data.cache_side has nothing to do: the pictures are in memory, decoded")
 
 
 def is_identity(preprocess: Preprocess, size: tuple[int, int]) -> bool:

@@ -31,7 +31,7 @@ def evaluate(
     *,
     split: str | None = None,
     device: torch.device,
-    talk: Console,
+    console: Console,
     data: DataConfig | None = None,
     image_size: int | None = None,
     patch_size: int | None = None,
@@ -55,73 +55,73 @@ def evaluate(
     classifier = load(model).to(device).at(image_size=image_size, patch_size=patch_size, resize=resize)
     classifier.check_classifies()
     classifier = classifier.tuned(measuring=True)
-    report_weights(classifier, talk)
-    warn_of_patches(classifier, talk)
+    report_weights(classifier, console)
+    warn_of_patches(classifier, console)
     data = dataclasses.replace(data or DataConfig(), source=source)
-    opened = open_dataset(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
+    dataset = open_dataset(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=console.bar)
     data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
     # A class without pictures is an error of the listing to a training; here it is told after the judgement.
-    scan = scan_or_stop(opened, data, talk, channels=classifier.preprocess.channels)
-    targets = to_model_labels(opened, classifier.labels)
+    scan = scan_or_stop(dataset, data, console, channels=classifier.preprocess.channels)
+    targets = to_model_labels(dataset, classifier.labels)
     if split == "all":
         everything = {"all": np.flatnonzero(scan.good)}
-        parts = Splits(everything, fingerprint(opened, everything), "all pictures")
+        splits = Splits(everything, fingerprint(dataset, everything), "all pictures")
     else:
-        parts = splits_for(model, classifier, opened, data, scan.good, scan.groups)
-    part = choose_split(split, parts, source)
-    indices = parts.indices[part]
-    warn_of_training_images(part, parts, classifier, opened, int(scan.good.sum()), talk)
-    pictures = ImageReader(opened, targets, classifier.preprocess, scan.pixels, workers=data.workers)
-    pictures.is_ready = ready(classifier.preprocess, scan.pixels)
-    with talk.bar(f"judging {len(indices):,} pictures") as advance:
+        splits = splits_for(model, classifier, dataset, data, scan.good, scan.groups)
+    part = choose_split(split, splits, source)
+    indices = splits.indices[part]
+    warn_of_training_images(part, splits, classifier, dataset, int(scan.good.sum()), console)
+    reader = ImageReader(dataset, targets, classifier.preprocess, scan.pixels, workers=data.workers)
+    reader.is_ready = ready(classifier.preprocess, scan.pixels)
+    with console.bar(f"judging {len(indices):,} pictures") as advance:
         outputs: Outputs = predict_logits(
-            classifier.model, pictures, indices, device=device, patch_size=classifier.patch_size, advance=advance
+            classifier.model, reader, indices, device=device, patch_size=classifier.patch_size, advance=advance
         )
     result = all_metrics(outputs, classifier.labels, classifier.header.temperature)
     absent = [label for label, row in result["per_class"].items() if row["count"] == 0]
     if absent:
-        talk.warn(f"{len(absent)} classes of the model have no picture here: {', '.join(absent[:10])}")
-    if pictures.dropped:
-        talk.warn(f"{len(pictures.dropped)} files failed and are not counted: {', '.join(list(pictures.dropped)[:5])}")
-    left_out = int((~scan.good).sum()) + len(pictures.dropped)
-    place: dict[str, Any] = {"split": part, "fingerprint": parts.fingerprint, "source": source, "model": model}
+        console.warn(f"{len(absent)} classes of the model have no picture here: {', '.join(absent[:10])}")
+    if reader.dropped:
+        console.warn(f"{len(reader.dropped)} files failed and are not counted: {', '.join(list(reader.dropped)[:5])}")
+    left_out = int((~scan.good).sum()) + len(reader.dropped)
+    place: dict[str, Any] = {"split": part, "fingerprint": splits.fingerprint, "source": source, "model": model}
     place["image_size"] = classifier.preprocess.image_size
     place["patch_size"] = classifier.patch_size or classifier.model.config.patch_size
     place["resize"] = classifier.preprocess.resize
     return {**result, **place, "num_left_out": left_out}
 
 
-def report_weights(classifier: Classifier, talk: Console) -> None:
+def report_weights(classifier: Classifier, console: Console) -> None:
     """Say what became of a foreign model's weights, where they were not simply taken."""
     if classifier.report.differs:
-        talk.info("\n".join(classifier.report.lines()))
+        console.info("\n".join(classifier.report.lines()))
 
 
-def warn_of_patches(classifier: Classifier, talk: Console) -> None:
+def warn_of_patches(classifier: Classifier, console: Console) -> None:
     """Say when the weights have never seen patches of this size."""
     if not classifier.is_trained_size:
         own = classifier.model.config
         trained = " ".join(map(str, own.patch_sizes or (own.patch_size,)))
-        talk.warn(
+        console.warn(
             f"the model was trained with patches of {trained} px, not {classifier.patch_size}: expect a much lower accuracy"
         )
 
 
 def warn_of_training_images(
-    part: str, parts: Splits, classifier: Classifier, source: Dataset, num_good: int, talk: Console
+    part: str, splits: Splits, classifier: Classifier, dataset: Dataset, num_good: int, console: Console
 ) -> None:
     """Warn where a figure would flatter: pictures that were trained on, or pictures that no part has."""
-    if classifier.header.split.get("source") != source.name:
+    if classifier.header.split.get("source") != dataset.name:
         return
     if part in ("train", "all"):
-        talk.warn(f"the model was trained on pictures of part {part!r}: this figure says how well it remembers them")
-    left = num_good - sum(len(indices) for indices in parts.indices.values())
+        console.warn(f"the model was trained on pictures of part {part!r}: this figure says how well it remembers them")
+    left = num_good - sum(len(indices) for indices in splits.indices.values())
     if left > 0 and part != "all":
-        talk.warn(f"not judged, since they came after the division that the model was trained with: {left:,} pictures")
+        console.warn(f"not judged, since they came after the division that the model was trained with: {left:,} pictures")
 
 
 def splits_for(
-    model: str, classifier: Classifier, source: Dataset, data: DataConfig, good: np.ndarray, groups: np.ndarray
+    model: str, classifier: Classifier, dataset: Dataset, data: DataConfig, good: np.ndarray, groups: np.ndarray
 ) -> Splits:
     """Return the division that the model was trained with where the source is that data, else the source's own.
 
@@ -129,20 +129,20 @@ def splits_for(
         ValueError: the source is that data, but has changed, so that training pictures could be judged as unseen.
     """
     remedy = "restore the files, or judge all pictures, those of the training included, by --split all"
-    trained = training_splits(model, classifier, source, data, good, groups, remedy=remedy)
+    trained = training_splits(model, classifier, dataset, data, good, groups, remedy=remedy)
     if trained is not None:
         return trained
-    if source.split is not None:
-        return split_dataset(source, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
+    if dataset.split is not None:
+        return split_dataset(dataset, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
     # Other data than the model was trained on: a flat folder is one whole.
     everything = {"all": np.flatnonzero(good)}
-    return Splits(everything, fingerprint(source, everything), "all pictures")
+    return Splits(everything, fingerprint(dataset, everything), "all pictures")
 
 
 def training_splits(
     model: str,
     classifier: Classifier,
-    source: Dataset,
+    dataset: Dataset,
     data: DataConfig,
     good: np.ndarray,
     groups: np.ndarray,
@@ -160,21 +160,21 @@ def training_splits(
     trained = classifier.header.split
     place = Path(model)
     recorded = (place if place.is_dir() else place.parent) / "split.json" if place.exists() else None
-    same_name = trained.get("source") == source.name
+    same_name = trained.get("source") == dataset.name
     if recorded is not None and recorded.exists() and same_name:
         try:
-            return load_splits(source, recorded, good)
+            return load_splits(dataset, recorded, good)
         except ValueError as error:
             raise ValueError(f"{error}. {remedy.capitalize()}") from None
     rule = split_rule(classifier)
-    if rule.get("folds") and source.split is not None and "val" in source.split:
+    if rule.get("folds") and dataset.split is not None and "val" in dataset.split:
         return None  # folds are never made of such data
-    made = split_dataset(source, dataclasses.replace(data, **rule), good, groups)
+    made = split_dataset(dataset, dataclasses.replace(data, **rule), good, groups)
     if made.fingerprint == trained.get("fingerprint"):
         return made
-    if source.split is None and same_name:
+    if dataset.split is None and same_name:
         raise ValueError(
-            f"{source.name}: the model was trained on data of this name, but its files have changed, and which of them were "
+            f"{dataset.name}: the model was trained on data of this name, but its files have changed, and which of them were "
             f"trained on is not known without the run folder's split.json; {remedy}"
         )
     return None
@@ -187,39 +187,39 @@ def split_rule(classifier: Classifier) -> dict[str, Any]:
     return {name: trained[name] for name in rule if name in trained}
 
 
-def choose_split(split: str | None, parts: Splits, source: str) -> str:
+def choose_split(split: str | None, splits: Splits, source: str) -> str:
     """Return the part to judge.
 
     Raises:
         ValueError: the part asked for is unknown or not there.
     """
     if split is None:
-        return next(part for part in ("test", "val", "train", "all") if part in parts.indices)
+        return next(part for part in ("test", "val", "train", "all") if part in splits.indices)
     if split not in PARTS:
         raise ValueError(unknown("--split", split, PARTS))
-    if split not in parts.indices:
-        raise ValueError(f"{source}: has no part {split!r}; it has {', '.join(parts.indices)}, or all by --split all")
+    if split not in splits.indices:
+        raise ValueError(f"{source}: has no part {split!r}; it has {', '.join(splits.indices)}, or all by --split all")
     return split
 
 
-def to_model_labels(source: Dataset, labels: tuple[str, ...]) -> np.ndarray:
+def to_model_labels(dataset: Dataset, labels: tuple[str, ...]) -> np.ndarray:
     """Return the source's targets as the model numbers its classes.
 
     Raises:
         ValueError: the source has a class that the model does not know.
     """
     place = {label: index for index, label in enumerate(labels)}
-    if twice := [label for label in source.labels if labels.count(label) > 1]:
+    if twice := [label for label in dataset.labels if labels.count(label) > 1]:
         raise ValueError(
-            f"{source.name}: class {twice[0]!r} is the label of several of the model's classes; which is not known"
+            f"{dataset.name}: class {twice[0]!r} is the label of several of the model's classes; which is not known"
         )
-    foreign = [label for label in source.labels if label not in place]
+    foreign = [label for label in dataset.labels if label not in place]
     if foreign:
         raise ValueError(
-            f"{source.name}: {unknown('class', foreign[0], labels[:50])} ({len(foreign)} classes are not among the model's "
+            f"{dataset.name}: {unknown('class', foreign[0], labels[:50])} ({len(foreign)} classes are not among the model's "
             f"{len(labels)}); judge it on folders named like its classes"
         )
-    return np.asarray([place[label] for label in source.labels])[source.targets]
+    return np.asarray([place[label] for label in dataset.labels])[dataset.targets]
 
 
 def ready(preprocess: Preprocess, pixels: np.ndarray | None) -> bool:

@@ -40,7 +40,7 @@ class Features:
     problem: str = ""
 
 
-def open_cache(classifier: Classifier, source: Dataset, device: torch.device) -> RowCache:
+def open_cache(classifier: Classifier, dataset: Dataset, device: torch.device) -> RowCache:
     """Return the kept features of a source's pictures.
 
     They depend on the weights without the head, the architecture, the preprocessing, the kind of device and the versions.
@@ -50,12 +50,12 @@ def open_cache(classifier: Classifier, source: Dataset, device: torch.device) ->
     libraries = (vitrail.__version__, torch.__version__, PIL.__version__)
     what = (FORMAT, *libraries, device.type, architecture, classifier.patch_size, classifier.preprocess)
     weights = {name: values for name, values in model.state_dict().items() if not name.startswith("head.")}
-    return RowCache(rows_folder("features", source.name, what, weights), model.decoder.out_dim, np.float32)
+    return RowCache(rows_folder("features", dataset.name, what, weights), model.decoder.out_dim, np.float32)
 
 
 def features_of(
     classifier: Classifier,
-    pictures: ImageReader,
+    reader: ImageReader,
     indices: np.ndarray,
     *,
     device: torch.device,
@@ -97,13 +97,13 @@ def features_of(
             rows = missing[start : start + _SLICE]
             out = predict_logits(
                 classifier.model,
-                pictures,
+                reader,
                 indices[rows],
                 device=device,
                 patch_size=classifier.patch_size,
                 advance=lambda done, _, start=start: advance(start + done, len(missing)),
             )
-            check_finite(out.logits, out.indices, pictures.dataset)
+            check_finite(out.logits, out.indices, reader.dataset)
             # They come back in the order of the source, without those that could not be read.
             rows = rows[np.argsort(indices[rows])]
             rows = rows[np.isin(indices[rows], out.indices)]
@@ -116,11 +116,11 @@ def features_of(
     return Features(values[found], indices[found], from_cache, problem)
 
 
-def check_finite(values: np.ndarray, indices: np.ndarray, source: Dataset) -> None:
+def check_finite(values: np.ndarray, indices: np.ndarray, dataset: Dataset) -> None:
     """Raise a ValueError when a feature is not finite."""
     broken = indices[~np.isfinite(values).all(axis=1)]
     if len(broken):
         raise ValueError(
-            f"the model's features are not finite, first for {source.location(int(broken[0]))}; its weights are broken, "
+            f"the model's features are not finite, first for {dataset.location(int(broken[0]))}; its weights are broken, "
             "take another model"
         )

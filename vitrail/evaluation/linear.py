@@ -38,26 +38,26 @@ class Ridge:
     top1: tuple[float, ...]
 
 
-def fit_ridge(features: Tensor, targets: Tensor, spectrum: PrincipalAxes) -> Ridge:
+def fit_ridge(features: Tensor, targets: Tensor, axes: PrincipalAxes) -> Ridge:
     """Fit ridge regression to centred one-hot targets; the exact leave-one-out error chooses the penalty.
 
     The residual of a picture by a fit without it is its residual divided by 1 - h, where h is its leverage 1/N +
     x'(X'X + λ)⁻¹x (Golub, Heath & Wahba 1979, section 1): no fit is repeated, and in the axes of X'X every λ costs one small
     matrix product. Means are refitted with each picture left out; the scale of the features is not.
     """
-    count, prior = spectrum.num_rows, spectrum.counts / spectrum.num_rows
-    shrink = [1 / (spectrum.energy + step * count) for step in GRID]
+    count, prior = axes.num_rows, axes.counts / axes.num_rows
+    shrink = [1 / (axes.energy + step * count) for step in GRID]
     errors, right = torch.zeros(len(GRID), dtype=torch.float64), torch.zeros(len(GRID), dtype=torch.float64)
-    for rows, places in spectrum.project(features):
+    for rows, places in axes.project(features):
         answers = F.one_hot(targets[rows], len(prior)).double()
         leverage = 1 / count + places.square() @ torch.stack(shrink, dim=1)
         for number, factor in enumerate(shrink):
-            residual = answers - prior - places @ (factor[:, None] * spectrum.answers)
+            residual = answers - prior - places @ (factor[:, None] * axes.answers)
             residual /= (1 - leverage[:, number, None]).clamp(min=1e-12)
             errors[number] += residual.square().sum()
             right[number] += ((answers - residual).argmax(dim=1) == targets[rows]).sum()
     best = int(errors.argmin())
-    weight = shrink[best][:, None] * spectrum.answers
+    weight = shrink[best][:, None] * axes.answers
     return Ridge(GRID[best] * count, weight, prior, tuple((errors / count).tolist()), tuple((right / count).tolist()))
 
 
@@ -80,7 +80,7 @@ class Logistic:
 
 
 def fit_logistic(
-    features: Tensor, targets: Tensor, spectrum: PrincipalAxes, ridge: Ridge, *, penalty: float | None = None
+    features: Tensor, targets: Tensor, axes: PrincipalAxes, ridge: Ridge, *, penalty: float | None = None
 ) -> Logistic:
     """Minimise the mean cross-entropy plus penalty/2 times the squared weights, the bias left free, by L-BFGS.
 
@@ -94,11 +94,11 @@ def fit_logistic(
     from scipy.optimize import minimize
     from threadpoolctl import threadpool_limits
 
-    count, (rank, classes) = spectrum.num_rows, ridge.weight.shape
+    count, (rank, classes) = axes.num_rows, ridge.weight.shape
     variance = (1 - 1 / classes) / classes
     penalty = variance * ridge.penalty / count if penalty is None else penalty
-    places = coordinates(features, spectrum)
-    curvature = torch.cat([variance * spectrum.energy / count + penalty, torch.tensor([variance]).double()])
+    places = coordinates(features, axes)
+    curvature = torch.cat([variance * axes.energy / count + penalty, torch.tensor([variance]).double()])
     scale, rows = curvature.rsqrt()[:, None], torch.arange(count)
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -120,11 +120,11 @@ def fit_logistic(
     return Logistic(penalty, weight, bias[0], int(found.nfev), float(np.abs(found.jac).max()))
 
 
-def coordinates(features: Tensor, spectrum: PrincipalAxes) -> Tensor:
+def coordinates(features: Tensor, axes: PrincipalAxes) -> Tensor:
     """Return the features along the axes of the spectrum [N, r], float64 where they fit."""
-    shape = (len(features), len(spectrum.energy))
+    shape = (len(features), len(axes.energy))
     places = torch.empty(shape, dtype=torch.float64 if 8 * shape[0] * shape[1] <= _DOUBLE_BYTES else torch.float32)
-    for rows, found in spectrum.project(features):
+    for rows, found in axes.project(features):
         places[rows] = found
     return places
 

@@ -39,7 +39,7 @@ def probe(
     source: str,
     *,
     device: torch.device,
-    talk: Console,
+    console: Console,
     data: DataConfig | None = None,
     image_size: int | None = None,
     save: Path | None = None,
@@ -60,26 +60,26 @@ def probe(
         ValueError: the model or the source cannot be read, or the source cannot be divided into pictures to fit and to judge.
     """
     watch = Stopwatch()
-    classifier = load_frozen(model, talk).to(device).at(image_size=image_size)
+    classifier = load_frozen(model, console).to(device).at(image_size=image_size)
     if save is not None:
         check_save(save, model)
     classifier = classifier.tuned(measuring=True)
     watch.lap("model")
     data = dataclasses.replace(data or DataConfig(), source=source)
-    opened, scan, data, keys = scan_cached(classifier, data, talk, fresh=fresh)
+    opened, scan, data, keys = scan_cached(classifier, data, console, fresh=fresh)
     parts, data = split_for_probe(model, classifier, opened, scan, data)
     judged = "test" if "test" in parts.indices else "val"
     for problem in check_trainable(opened, parts, evaluated=judged):
-        talk.warn(problem.message)
+        console.warn(problem.message)
     watch.lap("data")
-    pictures = ImageReader(opened, opened.targets, classifier.preprocess, scan.pixels, workers=data.workers)
-    pictures.is_ready = ready(classifier.preprocess, scan.pixels)
+    reader = ImageReader(opened, opened.targets, classifier.preprocess, scan.pixels, workers=data.workers)
+    reader.is_ready = ready(classifier.preprocess, scan.pixels)
     cache = open_cache(classifier, opened, device)
     wanted = np.concatenate([parts.indices["train"], parts.indices[judged]])
-    with talk.bar(f"features of {len(wanted):,} pictures") as advance:
+    with console.bar(f"features of {len(wanted):,} pictures") as advance:
         found = features_of(
             classifier,
-            pictures,
+            reader,
             wanted,
             device=device,
             cache=cache,
@@ -87,7 +87,7 @@ def probe(
             fresh=fresh,
             advance=advance,
         )
-    report_features(found, pictures, talk)
+    report_features(found, reader, console)
     watch.lap("features")
     train, rest = (torch.from_numpy(np.isin(found.indices, parts.indices[part])) for part in ("train", judged))
     values, targets = torch.from_numpy(found.values), torch.from_numpy(opened.targets[found.indices])
@@ -100,7 +100,7 @@ def probe(
         "seconds_each": watch.laps,
         "num_train": int(train.sum()),
         "num_images": int(rest.sum()),
-        "num_left_out": int((~scan.good).sum()) + len(pictures.dropped),
+        "num_left_out": int((~scan.good).sum()) + len(reader.dropped),
         "num_features": found.values.shape[1],
         "labels": list(opened.labels),
         "split": judged,
@@ -133,7 +133,7 @@ class Stopwatch:
         return time.perf_counter() - self.started
 
 
-def load_frozen(model: str, talk: Console) -> Classifier:
+def load_frozen(model: str, console: Console) -> Classifier:
     """Load a model and take its head off, so that it returns the pooled vector.
 
     A variant's random weights are always the same ones, so that figures can be repeated and features kept.
@@ -141,9 +141,9 @@ def load_frozen(model: str, talk: Console) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = load(model)
-    report_weights(classifier, talk)
+    report_weights(classifier, console)
     if not Path(model).exists() and is_variant(model):
-        talk.warn(f"{model}: random weights; the figures say what features are worth before any training")
+        console.warn(f"{model}: random weights; the figures say what features are worth before any training")
     classifier.model.head = nn.Identity()
     return classifier
 
@@ -161,7 +161,7 @@ def check_save(save: Path, model: str) -> None:
 
 
 def scan_cached(
-    classifier: Classifier, data: DataConfig, talk: Console, *, fresh: bool
+    classifier: Classifier, data: DataConfig, console: Console, *, fresh: bool
 ) -> tuple[Dataset, Scan, DataConfig, np.ndarray]:
     """Open a source and look at every picture.
 
@@ -174,46 +174,46 @@ def scan_cached(
     Raises:
         ValueError: a class has no pictures, or a file is broken and was to be reported.
     """
-    opened = open_dataset(data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=talk.bar)
-    stop_on_errors(opened.problems)
-    if classifier.header.split.get("source") == opened.name:
+    dataset = open_dataset(data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=console.bar)
+    stop_on_errors(dataset.problems)
+    if classifier.header.split.get("source") == dataset.name:
         data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
     mode = classifier.preprocess.mode
-    keys = image_keys(opened, np.arange(len(opened.paths)), mode, data.workers)
-    kept = ScanCache(opened.name, keys, mode, limit_pixels=data.limit_pixels)
+    keys = image_keys(dataset, np.arange(len(dataset.paths)), mode, data.workers)
+    kept = ScanCache(dataset.name, keys, mode, limit_pixels=data.limit_pixels)
     if fresh:
         kept.rows.clear()
-    scan = scan_or_stop(opened, data, talk, channels=classifier.preprocess.channels, kept=kept)
-    return opened, scan, data, kept.keys
+    scan = scan_or_stop(dataset, data, console, channels=classifier.preprocess.channels, cache=kept)
+    return dataset, scan, data, kept.keys
 
 
 def split_for_probe(
-    model: str, classifier: Classifier, source: Dataset, scan: Scan, data: DataConfig
+    model: str, classifier: Classifier, dataset: Dataset, scan: Scan, data: DataConfig
 ) -> tuple[Splits, DataConfig]:
     """Return the division, and the settings that make it again.
 
     It is that of the model's training where the source is that data; else the source's own parts; else a stratified split.
     """
     remedy = "restore the files, or probe with the run as it was then"
-    trained = training_splits(model, classifier, source, data, scan.good, scan.groups, remedy=remedy)
+    trained = training_splits(model, classifier, dataset, data, scan.good, scan.groups, remedy=remedy)
     if trained is not None:
         return trained, dataclasses.replace(data, **split_rule(classifier))
-    if source.split is not None and set(source.split) & {"val", "test"}:
+    if dataset.split is not None and set(dataset.split) & {"val", "test"}:
         # The pictures that would be kept back for choices are not needed: nothing here chooses by them.
         data = dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0)
-    return split_dataset(source, data, scan.good, scan.groups), data
+    return split_dataset(dataset, data, scan.good, scan.groups), data
 
 
-def report_features(found: Features, pictures: ImageReader, talk: Console) -> None:
+def report_features(found: Features, reader: ImageReader, console: Console) -> None:
     """Warn of files that failed and of a cache that could not be written."""
-    if pictures.dropped:
-        talk.warn(f"{len(pictures.dropped)} files failed and are not counted: {', '.join(list(pictures.dropped)[:5])}")
+    if reader.dropped:
+        console.warn(f"{len(reader.dropped)} files failed and are not counted: {', '.join(list(reader.dropped)[:5])}")
     if found.problem:
-        talk.warn(f"the features could not be kept, and will be computed again next time: {found.problem}")
+        console.warn(f"the features could not be kept, and will be computed again next time: {found.problem}")
 
 
 def fit_classifiers(
-    known: Tensor, truth: Tensor, asked: Tensor, answers: Tensor, num_classes: int, watch: Stopwatch
+    known: Tensor, truth: Tensor, asked: Tensor, answers: Tensor, num_classes: int, stopwatch: Stopwatch
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Fit the three classifiers to known features and their classes, and judge them on others.
 
@@ -222,16 +222,16 @@ def fit_classifiers(
     """
     k = neighbours(truth)
     figures = {"knn": share_correct(knn_predict(known, truth, asked, k=k, num_classes=num_classes), answers)}
-    watch.lap("knn")
+    stopwatch.lap("knn")
     spectrum = principal_axes(known, truth, num_classes)
     ridge = fit_ridge(known, truth, spectrum)
     weight, bias = spectrum.fold(ridge.weight, ridge.bias)
     figures["ridge"] = share_correct(linear_classes(asked, weight, bias), answers)
-    watch.lap("ridge")
+    stopwatch.lap("ridge")
     logistic = fit_logistic(known, truth, spectrum, ridge)
     weight, bias = spectrum.fold(logistic.weight, logistic.bias)
     figures["logistic"] = share_correct(linear_classes(asked, weight, bias), answers)
-    watch.lap("logistic")
+    stopwatch.lap("logistic")
     chosen = {"k": k, "lambda": ridge.penalty, "alpha": logistic.penalty, "steps": logistic.steps}
     return {**figures, **chosen, "converged": logistic.gradient <= TOLERANCE}, weight.float(), bias.float()
 
@@ -254,8 +254,8 @@ def describe_cache(cache: RowCache) -> dict[str, Any]:
 def write_model(
     path: Path,
     classifier: Classifier,
-    source: Dataset,
-    parts: Splits,
+    dataset: Dataset,
+    splits: Splits,
     data: DataConfig,
     weight: Tensor,
     bias: Tensor,
@@ -263,10 +263,10 @@ def write_model(
 ) -> None:
     """Write a model file: the frozen weights, a linear head, the labels of the data, and how it was divided."""
     weights = {**classifier.model.state_dict(), "head.weight": weight, "head.bias": bias}
-    architecture = dataclasses.replace(classifier.model.config, num_classes=len(source.labels))
+    architecture = dataclasses.replace(classifier.model.config, num_classes=len(dataset.labels))
     rule = ("val_fraction", "test_fraction", "split_seed", "folds", "fold", "near_duplicates")
-    split = {"fingerprint": parts.fingerprint, "source": source.name, **{name: getattr(data, name) for name in rule}}
+    split = {"fingerprint": splits.fingerprint, "source": dataset.name, **{name: getattr(data, name) for name in rule}}
     header = ModelHeader(
-        architecture, source.labels, classifier.preprocess, split=split, metrics=metrics, versions=versions()
+        architecture, dataset.labels, classifier.preprocess, split=split, metrics=metrics, versions=versions()
     )
     save_model(path, weights, header)

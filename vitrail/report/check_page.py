@@ -45,12 +45,12 @@ def by_kind(problems: tuple[Problem, ...]) -> Iterator[tuple[Kind, list[Problem]
             yield kind, found
 
 
-def summary(checked: CheckResult) -> list[str]:
+def summary(result: CheckResult) -> list[str]:
     """Return the lines for the terminal."""
-    facts = checked.facts
+    facts = result.facts
     lines = []
-    if checked.dataset is not None:
-        lines.append(f"{checked.dataset.name}: {facts['num_images']:,} pictures, {len(facts['classes'])} classes")
+    if result.dataset is not None:
+        lines.append(f"{result.dataset.name}: {facts['num_images']:,} pictures, {len(facts['classes'])} classes")
         if "splits" in facts:
             parts = ", ".join(f"{number:,} {part}" for part, number in facts["splits"].items())
             lines.append(f"  parts    {parts} ({facts['rule']})")
@@ -66,7 +66,7 @@ def summary(checked: CheckResult) -> list[str]:
             if facts[which]:
                 lines.append(f"  {which:<8} {', '.join(f'{name} {number:,}' for name, number in facts[which].items())}")
         lines.append(f"  looked   {scan_summary(facts)}")
-    for kind, found in by_kind(checked.problems):
+    for kind, found in by_kind(result.problems):
         severity = "error" if any(problem.severity == "error" for problem in found) else "warning"
         title, remedy = TITLES[kind]
         lines.append(f"{severity}: {title}: {len(found):,} {'finding' if len(found) == 1 else 'findings'}")
@@ -88,41 +88,41 @@ def scan_summary(facts: dict[str, Any]) -> str:
     return f"at every pixel, {facts['num_images'] / max(facts.get('seconds', 0), 0.01):,.0f} pictures/s"
 
 
-def write_page(checked: CheckResult, name: str, path: Path) -> None:
+def write_page(result: CheckResult, name: str, path: Path) -> None:
     """Write the page, atomically."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["clip"] = clip
-    most = max([1, *checked.facts["classes"].values()])
-    classes = [(label, number, 100 * number / most) for label, number in checked.facts["classes"].items()]
-    place = {} if checked.dataset is None else {each: index for index, each in enumerate(checked.dataset.paths)}
+    most = max([1, *result.facts["classes"].values()])
+    classes = [(label, number, 100 * number / most) for label, number in result.facts["classes"].items()]
+    place = {} if result.dataset is None else {each: index for index, each in enumerate(result.dataset.paths)}
     page = environment.get_template("check.html.j2").render(
         data=name,
-        ok=checked.ok,
-        facts=checked.facts,
-        looked=scan_summary(checked.facts) if checked.dataset is not None else "",
+        ok=result.ok,
+        facts=result.facts,
+        looked=scan_summary(result.facts) if result.dataset is not None else "",
         classes=classes[:ROWS_LIMIT],
-        kinds=[_kind(checked, kind, found, place) for kind, found in by_kind(checked.problems)],
+        kinds=[_kind(result, kind, found, place) for kind, found in by_kind(result.problems)],
     )
     write_bytes(path, page.encode("utf-8", "backslashreplace"))  # file names may be no valid Unicode
 
 
-def _kind(checked: CheckResult, kind: Kind, found: list[Problem], place: dict[str, int]) -> dict[str, Any]:
+def _kind(result: CheckResult, kind: Kind, found: list[Problem], place: dict[str, int]) -> dict[str, Any]:
     title, remedy = TITLES[kind]
     rows = []
     for problem in found[:FINDINGS_LIMIT]:
-        pictures = [(path, inline_jpeg(checked.dataset, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
+        pictures = [(path, inline_jpeg(result.dataset, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
         more = len(problem.paths) - len(pictures)
         rows.append({"severity": problem.severity, "message": problem.message, "pictures": pictures, "more": more})
     return {"kind": kind, "title": title, "remedy": remedy, "rows": rows, "count": len(found)}
 
 
-def inline_jpeg(source: Dataset | None, index: int | None) -> str | None:
+def inline_jpeg(dataset: Dataset | None, index: int | None) -> str | None:
     """Return a picture as a small inline JPEG; empty for one that cannot be decoded, None for what is no picture."""
-    if source is None or index is None:
+    if dataset is None or index is None:
         return None
     try:
-        picture = source.read(index, "RGB")
+        picture = dataset.read(index, "RGB")
     except (ImageError, OSError):
         return ""
     picture.thumbnail((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)

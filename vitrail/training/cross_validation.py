@@ -31,7 +31,7 @@ AVERAGED_METRICS = {
 
 
 def train_folds(
-    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, talk: Console, *, resume: bool
+    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, console: Console, *, resume: bool
 ) -> Result:
     """Train a run `fold-0`, `fold-1`, … for each fold, and write `folds.json` when the last one is done.
 
@@ -59,20 +59,20 @@ def train_folds(
     evaluations = []
     for number in range(count):
         place, own = folder / f"fold-{number}", {**given, "data.fold": number}
-        talk.info(f"fold {number} of {count} (from 0): {place}")
+        console.info(f"fold {number} of {count} (from 0): {place}")
         if world.broadcast((place / "run.json").exists()):
-            result = resume_run(place, source, recipe if number == 0 else None, own, world, talk)
+            result = resume_run(place, source, recipe if number == 0 else None, own, world, console)
         elif number == 0:
-            result = start(place, source, recipe or "auto", own, world, talk)
+            result = start(place, source, recipe or "auto", own, world, console)
         else:
             same = {"data.fold": number}
-            result = start(place, source, str(first / "config.json"), same, world, talk, told=True)
+            result = start(place, source, str(first / "config.json"), same, world, console, told=True)
         evaluations.append(result.evaluation)
     found = {"source": source, **summarise_folds(evaluations)}
     for part, figures in found["parts"].items():
-        talk.info(f"{part} part, mean ± standard deviation over {count} folds:")
+        console.info(f"{part} part, mean ± standard deviation over {count} folds:")
         for name, word in AVERAGED_METRICS.items():
-            talk.info(f"  {word:<28}{percent(name, figures['mean'][name], figures['deviation'][name])}")
+            console.info(f"  {word:<28}{percent(name, figures['mean'][name], figures['deviation'][name])}")
     if world.is_main:
         write_text(folder / "folds.json", json.dumps(found, indent=2) + "\n")
     world.barrier()

@@ -25,7 +25,7 @@ def check_finite(
     losses: list[float],
     norms: list[float],
     model: ViT,
-    stream: TrainLoader,
+    loader: TrainLoader,
     precision: contextlib.AbstractContextManager,
 ) -> None:
     """Raise `NotFinite` with a diagnosis when a step's loss or gradient norm is NaN or infinite.
@@ -38,28 +38,28 @@ def check_finite(
         if math.isfinite(loss) and math.isfinite(norm):
             continue
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        batch = next(iter(stream.batches(step - 1, step)))
+        batch = next(iter(loader.batches(step - 1, step)))
         with precision:
             found = first_broken(model, batch)
-        files = [stream.reader.dataset.location(int(index)) for index in batch.indices[:5]]
+        files = [loader.reader.dataset.location(int(index)) for index in batch.indices[:5]]
         raise NotFinite(
             f"step {step}: {what}. {found}. The batch's files begin with {', '.join(files)}. "
             "The saved state is from before; try a lower --optim.lr, a longer --schedule.warmup or --precision fp32"
         )
 
 
-def check_outputs(step: int, outputs: Outputs, model: ViT, pictures: ImageReader) -> None:
+def check_outputs(step: int, outputs: Outputs, model: ViT, reader: ImageReader) -> None:
     """Raise `NotFinite` with a diagnosis when a judgement met numbers that are NaN or infinite."""
     broken = np.flatnonzero(~np.isfinite(outputs.logits).all(axis=1))
     if not len(broken):
         return
     index = int(outputs.indices[broken[0]])
-    pixels = torch.from_numpy(pictures.read_whole(index))[None].to(next(model.parameters()).device)
-    batch = Batch(pictures.preprocess.normalise(pixels), torch.zeros(1), np.asarray([index]))
+    pixels = torch.from_numpy(reader.read_whole(index))[None].to(next(model.parameters()).device)
+    batch = Batch(reader.preprocess.normalise(pixels), torch.zeros(1), np.asarray([index]))
     with evaluating(model):
         found = first_broken(model, batch)
     raise NotFinite(
-        f"step {step}: for {len(broken)} validation pictures, first {pictures.dataset.location(index)}, the model's output "
+        f"step {step}: for {len(broken)} validation pictures, first {reader.dataset.location(index)}, the model's output "
         f"is not finite. {found}. The saved state is from before; try a lower --optim.lr or a longer --schedule.warmup"
     )
 

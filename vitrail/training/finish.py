@@ -31,7 +31,7 @@ MISTAKES = 24
 _THUMBNAIL = 112  # px
 
 
-def evaluate_best_weights(config: RunConfig, data: TrainData, run: Run, world: World, talk: Console) -> dict[str, Any]:
+def evaluate_best_weights(config: RunConfig, data: TrainData, run: Run, world: World, console: Console) -> dict[str, Any]:
     """Judge the best weights once more, on the validation part and, the first and only time, on the test part.
 
     Can be repeated: a run that was killed in here is finished by `--resume`.
@@ -46,7 +46,7 @@ def evaluate_best_weights(config: RunConfig, data: TrainData, run: Run, world: W
     outputs = {}
     for part in ("val", "test"):
         if part in data.splits.indices:
-            with talk.bar(f"judging the {part} part") as advance:
+            with console.bar(f"judging the {part} part") as advance:
                 outputs[part] = predict_logits(
                     model, data.reader, data.splits.indices[part], device=device, world=world, advance=advance
                 )
@@ -62,14 +62,14 @@ def evaluate_best_weights(config: RunConfig, data: TrainData, run: Run, world: W
         }
         save_model(run.model, model.state_dict(), model_header(config, data, metrics, temperature))
         write_text(run.folder / "evaluation.json", json.dumps(results) + "\n")
-        report_dropped(data, run, talk)
+        report_dropped(data, run, console)
         run.note(status="finished")
         build_report(run.folder)
     world.barrier()
     return results
 
 
-def mistakes(outputs: Outputs, source: Dataset, temperature: float) -> list[dict[str, Any]]:
+def mistakes(outputs: Outputs, dataset: Dataset, temperature: float) -> list[dict[str, Any]]:
     """Describe the wrong predictions that the model was surest of, with their pictures."""
     probabilities = np.exp(log_softmax(outputs.logits / temperature))
     predicted = outputs.logits.argmax(axis=1)
@@ -77,21 +77,21 @@ def mistakes(outputs: Outputs, source: Dataset, temperature: float) -> list[dict
     order = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:MISTAKES]
     return [
         {
-            "path": source.paths[int(outputs.indices[row])],
-            "label": source.labels[outputs.targets[row]],
-            "predicted": source.labels[predicted[row]],
+            "path": dataset.paths[int(outputs.indices[row])],
+            "label": dataset.labels[outputs.targets[row]],
+            "predicted": dataset.labels[predicted[row]],
             "probability": float(probabilities[row, predicted[row]]),
             "true_probability": float(probabilities[row, outputs.targets[row]]),
-            "thumbnail": thumbnail(source, int(outputs.indices[row])),
+            "thumbnail": thumbnail(dataset, int(outputs.indices[row])),
         }
         for row in order
     ]
 
 
-def thumbnail(source: Dataset, index: int) -> str | None:
+def thumbnail(dataset: Dataset, index: int) -> str | None:
     """Return a small PNG of a picture as a data address, or None when it can no longer be read."""
     try:
-        picture = source.read(index, "RGB")
+        picture = dataset.read(index, "RGB")
     except (ImageError, OSError):
         return None
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL), PIL.Image.Resampling.LANCZOS)

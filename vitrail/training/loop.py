@@ -37,7 +37,7 @@ from vitrail.weights.model_file import ModelHeader, save_model, versions
 _SHOW_SECONDS = 0.5
 
 
-def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, talk: Console, start_from: Start) -> Progress:
+def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, console: Console, start_from: Start) -> Progress:
     """Train until the last step; goes on from the run's saved state where there is one.
 
     Afterwards `model.safetensors` in the run's folder holds the weights that did best on the validation part, and
@@ -55,8 +55,8 @@ def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, talk
         OSError: a file could not be written; the state saved before is whole.
     """
     device = pick_device(config.device)
-    rhythm = build_cadence(config, len(data.splits.indices["train"]))
-    schedule = Schedule(config.schedule, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch)
+    cadence = build_cadence(config, len(data.splits.indices["train"]))
+    schedule = Schedule(config.schedule, total_steps=cadence.total, steps_per_epoch=cadence.per_epoch)
     resumed = world.broadcast(run.has_state)
     state = start_state(config, device, fresh=not resumed, start=start_from)
     state.model.kernels = run_kernels(config, device, run, world)
@@ -76,19 +76,19 @@ def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, talk
         torch._dynamo.config.recompile_limit = limit + graphs  # pyright: ignore[reportAttributeAccessIssue]
         objective.compile()
     all_learning, wrapped = trainable_parameters(state.model), objective
-    first = head_warmup_parameters(state.model, config, start_from) if rhythm.head else {}
-    stream = data.loader(config, device, world)
+    first = head_warmup_parameters(state.model, config, start_from) if cadence.head else {}
+    loader = data.loader(config, device, world)
     start = state.progress.step
-    batches = stream.batches(start, rhythm.total)
+    batches = loader.batches(start, cadence.total)
     meter = Meter(state.progress.window)
-    display = TrainingDisplay(talk, total_steps=rhythm.total, steps_per_epoch=rhythm.per_epoch, start=start)
+    display = TrainingDisplay(console, total_steps=cadence.total, steps_per_epoch=cadence.per_epoch, start=start)
     started_at, elapsed_s = time.monotonic(), state.progress.elapsed_s
     shown_at, saved_at = 0.0, started_at
 
     with display, StopRequest() as stop:
-        for step in range(start + 1, rhythm.total + 1):
-            if step in (start + 1, rhythm.head + 1):
-                set_trainable(state.model, all_learning, first if step <= rhythm.head else all_learning)
+        for step in range(start + 1, cadence.total + 1):
+            if step in (start + 1, cadence.head + 1):
+                set_trainable(state.model, all_learning, first if step <= cadence.head else all_learning)
                 wrapped = objective  # ends an earlier wrapping, which counts on other gradients
                 wrapped = world.wrap(objective)
             batch = meter.next(batches)
@@ -103,7 +103,7 @@ def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, talk
             meter.add(losses, len(batch.targets))
             state.progress.step = step
 
-            log, judged = rhythm.is_due(step, rhythm.log), rhythm.is_due(step, rhythm.evaluate)
+            log, judged = cadence.is_due(step, cadence.log), cadence.is_due(step, cadence.evaluate)
             now = time.monotonic()
             late = now - saved_at > 60 * config.log.save_minutes > 0
             stopping, late = (int(number) for number in world.max(stop.number, late))
@@ -111,19 +111,19 @@ def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, talk
             if log or judged or save or now - shown_at > _SHOW_SECONDS:
                 pending = meter.flush()
                 check_finite(
-                    step + 1 - len(pending[0]), *pending, state.model, stream, autocast(config.precision, device)
+                    step + 1 - len(pending[0]), *pending, state.model, loader, autocast(config.precision, device)
                 )
                 means, shown_at = meter.means(), now
-                remaining_s = (rhythm.total - step) * (now - started_at) / (step - start)
+                remaining_s = (cadence.total - step) * (now - started_at) / (step - start)
                 display.update(step, means["train/loss"], means["train/top1"], meter.images_per_s(), remaining_s)
                 state.progress.elapsed_s = elapsed_s + now - started_at
-                report_dropped(data, run, talk)
+                report_dropped(data, run, console)
                 if log:
                     line = {**means, "train/lr": lr, **meter.speed()}
-                    run.log(step=step, epoch=rhythm.epoch(step), **line, **{"time/elapsed_s": state.progress.elapsed_s})
+                    run.log(step=step, epoch=cadence.epoch(step), **line, **{"time/elapsed_s": state.progress.elapsed_s})
                     meter.restart()
             if judged:
-                evaluate_and_save_best(config, data, run, world, state, rhythm, display)
+                evaluate_and_save_best(config, data, run, world, state, cadence, display)
                 meter.restart_clock()
             if save:
                 state.progress.window = meter.window
@@ -136,12 +136,12 @@ def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, talk
     return state.progress
 
 
-def report_dropped(data: TrainData, run: Run, talk: Console) -> None:
+def report_dropped(data: TrainData, run: Run, console: Console) -> None:
     """Say at once which files failed after the first look, to be left out from then on, and that the cache's disk is full."""
     cache = data.reader.cache
     if cache is not None and cache.full and cache.full not in data.reader.reported:
         data.reader.reported.add(cache.full)
-        talk.warn(
+        console.warn(
             f"no more pictures are kept decoded ({cache.full}); training goes on and decodes the others each time"
         )
     dropped, told = data.reader.dropped, data.reader.reported
@@ -149,7 +149,7 @@ def report_dropped(data: TrainData, run: Run, talk: Console) -> None:
     if not new:
         return
     told.update(new)
-    talk.warn(f"{len(new)} files can no longer be read and are left out: {', '.join(new[:5])}")
+    console.warn(f"{len(new)} files can no longer be read and are left out: {', '.join(new[:5])}")
     problems = [{"severity": "warning", "kind": "unreadable", "paths": new, "message": "failed during the run"}]
     run.note(problems=[*run.info().get("problems", []), *problems])
 
@@ -181,7 +181,7 @@ def update(
 
 
 def evaluate_and_save_best(
-    config: RunConfig, data: TrainData, run: Run, world: World, state: State, rhythm: Cadence, display: TrainingDisplay
+    config: RunConfig, data: TrainData, run: Run, world: World, state: State, cadence: Cadence, display: TrainingDisplay
 ) -> None:
     """Judge the weights on the validation part, log it, and keep them where they are the best so far."""
     part = data.splits.indices["val"]
@@ -189,7 +189,7 @@ def evaluate_and_save_best(
     outputs = predict_logits(model, data.reader, part, device=pick_device(config.device), world=world)
     check_outputs(state.progress.step, outputs, model, data.reader)
     figures = headline_metrics(outputs)
-    step, epoch, best = state.progress.step, rhythm.epoch(state.progress.step), state.progress.best
+    step, epoch, best = state.progress.step, cadence.epoch(state.progress.step), state.progress.best
     line = {f"eval/{name}": value for name, value in figures.items()}
     run.log(step=step, epoch=epoch, **line, **{"eval/num_images": len(outputs.targets)})
     better = not best or (figures["top1"], -figures["loss"]) > (best["top1"], -best["loss"])

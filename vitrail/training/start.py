@@ -66,7 +66,7 @@ def required_channels(base: RunConfig | None, given: Mapping[str, Any], source: 
     return int(given.get("model.in_channels", known))
 
 
-def report_start(config: RunConfig, start: Start, talk: Console) -> dict[str, int]:
+def report_start(config: RunConfig, start: Start, console: Console) -> dict[str, int]:
     """Say what became of the weights that a run starts from and how many learn, and raise what is wrong with them.
 
     Returns:
@@ -76,7 +76,7 @@ def report_start(config: RunConfig, start: Start, talk: Console) -> dict[str, in
         ValueError: the encoder's weights cannot be had, or what is to be frozen or to learn first is not in the model.
     """
     for line in start.report.lines() if config.pretrained else ():
-        talk.info(line)
+        console.info(line)
     if not (config.encoder_weights or config.optim.freeze or config.lora.rank or config.warms_head):
         return {}
     model = start_model(config, fresh=True, start=start)
@@ -86,7 +86,7 @@ def report_start(config: RunConfig, start: Start, talk: Console) -> dict[str, in
         head_warmup_parameters(model, config, start)
     if found == total:
         return {}
-    talk.info(f"{found:,} of {total:,} weights learn ({found / total:.1%})")
+    console.info(f"{found:,} of {total:,} weights learn ({found / total:.1%})")
     return {"num_learning": found}
 
 

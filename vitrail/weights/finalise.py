@@ -36,16 +36,16 @@ class RawModel:
     notes: tuple[str, ...] = ()
 
 
-def finalise(found: RawModel, config: ViTConfig, preprocess: Preprocess, labels: tuple[str, ...]) -> ImportedModel:
+def finalise(raw: RawModel, config: ViTConfig, preprocess: Preprocess, labels: tuple[str, ...]) -> ImportedModel:
     """Return the model that a file holds.
 
     Raises:
         ValueError: weights are missing, have no place, or have another shape; all of them are listed.
     """
-    weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.weights.items()}
+    weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in raw.weights.items()}
     resized = []
     if config.positions == "learned" and "pos_embed" in weights:
-        source = table_grid(weights["pos_embed"], config.num_prefix, f"{found.word}: pos_embed")
+        source = table_grid(weights["pos_embed"], config.num_prefix, f"{raw.word}: pos_embed")
         if source != config.grid:
             weights["pos_embed"] = resize_table(weights["pos_embed"], source, config.grid, config.num_prefix)
             resized.append(f"pos_embed: {_grid(source)} → {_grid(config.grid)} patches")
@@ -57,9 +57,9 @@ def finalise(found: RawModel, config: ViTConfig, preprocess: Preprocess, labels:
             weights["patch_embed.proj.weight"] = resize_kernel(kernel, matrix)
             resized.append(f"patch_embed.proj.weight: patches of {side} → {config.patch_size} px")
     # Names that no rule knows are given as well: one error lists all that does not fit.
-    build_model(config, weights, found.word, unknown=found.unexpected)
+    build_model(config, weights, raw.word, unknown=raw.unexpected)
     header = ModelHeader(config, labels, preprocess)
-    report = LoadReport(found.word, len(weights), tuple(resized), unexpected=found.left_out, notes=found.notes)
+    report = LoadReport(raw.word, len(weights), tuple(resized), unexpected=raw.left_out, notes=raw.notes)
     # Cloned: a file's tensors may be parts of one another, which no model file can hold, or lie unaligned.
     whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     return ImportedModel(header, whole, report)

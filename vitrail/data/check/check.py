@@ -70,34 +70,34 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
     if level is not None and level.severity == "error":
         return CheckResult(None, {"num_images": 0, "classes": {}, "form": form}, (level,))
     try:
-        source = list_dataset(config, root, bar)
+        dataset = list_dataset(config, root, bar)
     except ValueError as error:
         if not in_folders:
             raise
         problem = Problem("error", "missing-class", (), str(error))
         return CheckResult(None, {"num_images": 0, "classes": {}, "form": form}, (problem,))
-    forms = FormatStats(len(source.paths), config.limit_pixels)
-    with bar(f"looking at {len(source.paths):,} pictures") as advance:
-        scan = quick_scan(source, config, forms, advance) if quick else full_scan(source, config, forms, advance)
-    problems = [*([level] if level else []), *source.problems, *label_problems(source.labels)]
+    forms = FormatStats(len(dataset.paths), config.limit_pixels)
+    with bar(f"looking at {len(dataset.paths):,} pictures") as advance:
+        scan = quick_scan(dataset, config, forms, advance) if quick else full_scan(dataset, config, forms, advance)
+    problems = [*([level] if level else []), *dataset.problems, *label_problems(dataset.labels)]
     problems += [problem for problem in scan.problems if problem.kind in _BROKEN]
-    problems += duplicate_problems(source, scan)
-    problems += format_problems(source, forms, scan.sizes)
-    facts = check_facts(source, scan, forms) | {"form": form, "near_duplicates": not quick and config.near_duplicates}
-    facts["crops_compared"] = facts["near_duplicates"] and len(source.paths) <= LIMIT
+    problems += duplicate_problems(dataset, scan)
+    problems += format_problems(dataset, forms, scan.sizes)
+    facts = check_facts(dataset, scan, forms) | {"form": form, "near_duplicates": not quick and config.near_duplicates}
+    facts["crops_compared"] = facts["near_duplicates"] and len(dataset.paths) <= LIMIT
     try:
-        splits = split_dataset(source, config, scan.good, scan.groups)
+        splits = split_dataset(dataset, config, scan.good, scan.groups)
         facts |= {"fingerprint": splits.fingerprint, "rule": splits.rule}
         facts["splits"] = {part: len(indices) for part, indices in splits.indices.items()}
-        named = {Path(path).name for each in source.problems if each.kind == "missing-class" for path in each.paths}
+        named = {Path(path).name for each in dataset.problems if each.kind == "missing-class" for path in each.paths}
         problems += [
-            each for each in class_problems(source, splits) if each.kind != "missing-class" or set(each.paths) - named
+            each for each in class_problems(dataset, splits) if each.kind != "missing-class" or set(each.paths) - named
         ]
-        check_trainable(source, splits)
+        check_trainable(dataset, splits)
     except ValueError as error:  # what training would stop at
         problems.append(Problem("error", "missing-class", (), str(error)))
     facts["seconds"] = round(time.perf_counter() - started, 2)
-    return CheckResult(source, facts, tuple(sorted(problems, key=lambda problem: problem.severity)))
+    return CheckResult(dataset, facts, tuple(sorted(problems, key=lambda problem: problem.severity)))
 
 
 def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
@@ -108,29 +108,29 @@ def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
     return open_dataset(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar)
 
 
-def full_scan(source: Dataset, config: DataConfig, forms: FormatStats, advance: Advance) -> Scan:
+def full_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance: Advance) -> Scan:
     """Decode every picture."""
     return scan_dataset(
-        source,
+        dataset,
         damaged=config.damaged,
         near_duplicates=config.near_duplicates,
         memory_bytes=0,
         workers=config.workers,
-        forms=forms,
+        stats=stats,
         advance=advance,
     )
 
 
-def quick_scan(source: Dataset, config: DataConfig, forms: FormatStats, advance: Advance) -> Scan:
+def quick_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance: Advance) -> Scan:
     """Read every header, and compare files byte by byte; pictures that are arrays are compared by their pixels."""
 
     def look(index: int) -> tuple[Any, int, ImageError | OSError | None]:
         try:
-            if isinstance(source, ArrayDataset):
-                content, info = source.read(index, "RGB").tobytes(), None
+            if isinstance(dataset, ArrayDataset):
+                content, info = dataset.read(index, "RGB").tobytes(), None
             else:
-                place = source.location(index)
-                stored = place if isinstance(source, FileDataset) else source.encoded(index)
+                place = dataset.location(index)
+                stored = place if isinstance(dataset, FileDataset) else dataset.encoded(index)
                 info = replace(inspect_image(stored, limit_pixels=config.limit_pixels, decode=False), path=place)
                 with open(place, "rb") if isinstance(stored, str) else io.BytesIO(stored) as file:
                     content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
@@ -139,17 +139,17 @@ def quick_scan(source: Dataset, config: DataConfig, forms: FormatStats, advance:
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
         return info, digest, ImageError(info) if info is not None and info.verdict != "ok" else None
 
-    count = len(source.paths)
+    count = len(dataset.paths)
     good, digests = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.uint64)
     sizes, problems = np.zeros((count, 2), dtype=np.int32), []
     for index, (info, digest, error) in enumerate(ordered_map(look, range(count), config.workers)):
         if index % 256 == 0:
             advance(index, count)
         if info is not None:
-            forms.note(index, info)
+            stats.note(index, info)
             sizes[index] = info.height, info.width
         if error is not None:
-            problems.append(broken_image(source, index, error, config.damaged))
+            problems.append(broken_image(dataset, index, error, config.damaged))
             continue
         good[index], digests[index] = True, digest
     advance(count, count)
@@ -159,15 +159,15 @@ def quick_scan(source: Dataset, config: DataConfig, forms: FormatStats, advance:
     return Scan(good, sizes, True, None, group_numbers(count, exact, near), tuple(problems), exact, near)
 
 
-def check_facts(source: Dataset, scan: Scan, forms: FormatStats) -> dict[str, Any]:
+def check_facts(dataset: Dataset, scan: Scan, stats: FormatStats) -> dict[str, Any]:
     """Return counts and sizes as JSON values."""
-    found = np.bincount(source.targets, minlength=len(source.labels))
+    found = np.bincount(dataset.targets, minlength=len(dataset.labels))
     facts: dict[str, Any] = {
-        "num_images": len(source.paths),
+        "num_images": len(dataset.paths),
         "num_good": int(scan.good.sum()),
-        "classes": dict(zip(source.labels, found.tolist(), strict=True)),
-        "modes": forms.counts("modes"),
-        "formats": forms.counts("formats"),
+        "classes": dict(zip(dataset.labels, found.tolist(), strict=True)),
+        "modes": stats.counts("modes"),
+        "formats": stats.counts("formats"),
     }
     sizes = scan.sizes[scan.good & (scan.sizes.min(axis=1) > 0)]
     if len(sizes):
@@ -178,19 +178,19 @@ def check_facts(source: Dataset, scan: Scan, forms: FormatStats) -> dict[str, An
     return facts
 
 
-def duplicate_problems(source: Dataset, scan: Scan) -> list[Problem]:
+def duplicate_problems(dataset: Dataset, scan: Scan) -> list[Problem]:
     """Describe each group of equal or nearly equal pictures.
 
     The same picture in two parts or under two labels is an error: a figure, or a label, is certainly wrong. For nearly
     equal ones a person must look: it may be a copy, or the next picture of a series.
     """
     problems: list[Problem] = []
-    fate = "Training and validation never get one each" if source.split is None else "It counts as often"
+    fate = "Training and validation never get one each" if dataset.split is None else "It counts as often"
     for pairs, same in ((scan.exact, True), (scan.near, False)):
         for members in grouped(pairs):
-            labels = [source.labels[each] for each in dict.fromkeys(source.targets[members].tolist())]
-            parts = [] if source.split is None else list(dict.fromkeys(source.split[members].tolist()))
-            paths = tuple(source.paths[index] for index in members)
+            labels = [dataset.labels[each] for each in dict.fromkeys(dataset.targets[members].tolist())]
+            parts = [] if dataset.split is None else list(dict.fromkeys(dataset.split[members].tolist()))
+            paths = tuple(dataset.paths[index] for index in members)
             what = "the same picture is" if same else "nearly the same picture is"
             severity = "error" if same else "warning"
             names = _some(paths)

@@ -36,7 +36,7 @@ _WORTH, _SAME = 0.88, 0.95
 
 
 def cropped_pairs(
-    source: Dataset, chosen: np.ndarray, sizes: np.ndarray, thumbnails: np.ndarray, workers: int
+    dataset: Dataset, chosen: np.ndarray, sizes: np.ndarray, thumbnails: np.ndarray, workers: int
 ) -> np.ndarray:
     """Find pairs of pictures of which one is a slight crop of the other, or a rough copy.
 
@@ -57,7 +57,7 @@ def cropped_pairs(
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
 
         def fine(indices: np.ndarray) -> np.ndarray:
-            return np.stack(list(pool.map(lambda index: _fine_copy(source, int(index)), indices)))
+            return np.stack(list(pool.map(lambda index: _fine_copy(dataset, int(index)), indices)))
 
         pairs, _ = _agreeing(pairs, windows, _SAME, fine)
     return np.unique(np.sort(pairs, axis=1), axis=0)
@@ -76,10 +76,10 @@ def _agreeing(
     return pairs[keep], better[keep]
 
 
-def _fine_copy(source: Dataset, index: int) -> np.ndarray:
+def _fine_copy(dataset: Dataset, index: int) -> np.ndarray:
     """Return a grey copy for the closer look; black where the picture cannot be read any more."""
     try:
-        picture = source.read(index, "L")
+        picture = dataset.read(index, "L")
     except (ImageError, OSError):
         return np.zeros((_FINE, _FINE), dtype=np.uint8)
     return np.asarray(picture.resize((_FINE, _FINE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0))

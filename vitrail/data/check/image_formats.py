@@ -48,36 +48,36 @@ def _code(names: list[str], name: str) -> int:
     return names.index(name)
 
 
-def format_problems(source: Dataset, forms: FormatStats, sizes: np.ndarray) -> list[Problem]:
+def format_problems(dataset: Dataset, stats: FormatStats, sizes: np.ndarray) -> list[Problem]:
     """Describe pictures that are stored in an unusual way; what Vitrail makes of them is told too."""
-    ok, modes = forms.ok, np.asarray(forms.modes)[forms.mode]
+    ok, modes = stats.ok, np.asarray(stats.modes)[stats.mode]
     short, long = sizes.min(axis=1), sizes.max(axis=1)
     measured = ok & (short > 0)
     findings: tuple[tuple[Kind, np.ndarray, str], ...] = (
-        ("orientation", ok & (forms.orientation > 1), "turned by their EXIF data, as viewers do and many tools do not"),
+        ("orientation", ok & (stats.orientation > 1), "turned by their EXIF data, as viewers do and many tools do not"),
         ("mode", ok & (modes == "CMYK"), "CMYK, made for print; they become RGB by a plain formula, without profiles"),
-        ("mode", ok & (forms.bits > 8), "of more than 8 bits a channel; they are scaled to 8"),
+        ("mode", ok & (stats.bits > 8), "of more than 8 bits a channel; they are scaled to 8"),
         ("mode", ok & ((modes == "P") | (modes == "PA")), "stored with a palette; they become RGB"),
-        ("mode", ok & forms.alpha, "transparent in part; they are laid on white"),
-        ("mode", ok & (forms.frames > 1), "of several frames or pages; only the first is used"),
+        ("mode", ok & stats.alpha, "transparent in part; they are laid on white"),
+        ("mode", ok & (stats.frames > 1), "of several frames or pages; only the first is used"),
         ("mode", measured & (short < _SHORT_SIDE), f"less than {_SHORT_SIDE} pixels high or wide"),
         ("mode", measured & (long > _ASPECT * short), f"more than {_ASPECT} times as long as wide"),
-        ("name", ok & _misnamed(source, forms), "of another format than their names say; they are read all the same"),
+        ("name", ok & _misnamed(dataset, stats), "of another format than their names say; they are read all the same"),
     )
-    return [_finding(source, kind, np.flatnonzero(which), text) for kind, which, text in findings if which.any()]
+    return [_finding(dataset, kind, np.flatnonzero(which), text) for kind, which, text in findings if which.any()]
 
 
-def _finding(source: Dataset, kind: Kind, indices: np.ndarray, text: str) -> Problem:
-    paths = tuple(source.paths[int(index)] for index in indices)
+def _finding(dataset: Dataset, kind: Kind, indices: np.ndarray, text: str) -> Problem:
+    paths = tuple(dataset.paths[int(index)] for index in indices)
     number = "1 picture is" if len(paths) == 1 else f"{len(paths):,} pictures are"
     return Problem("warning", kind, paths, f"{number} {text}, for instance {paths[0]}")
 
 
-def _misnamed(source: Dataset, forms: FormatStats) -> np.ndarray:
+def _misnamed(dataset: Dataset, stats: FormatStats) -> np.ndarray:
     """Return for each file [N] whether its ending belongs to another format; no ending is no wrong one."""
-    wrong = np.zeros(len(source.paths), dtype=bool)
-    for index in np.flatnonzero(forms.ok):
-        ending = os.path.splitext(source.paths[int(index)])[1][1:].lower()
-        known = ENDINGS_OF.get(forms.formats[forms.format[index]], (ending,))
+    wrong = np.zeros(len(dataset.paths), dtype=bool)
+    for index in np.flatnonzero(stats.ok):
+        ending = os.path.splitext(dataset.paths[int(index)])[1][1:].lower()
+        known = ENDINGS_OF.get(stats.formats[stats.format[index]], (ending,))
         wrong[index] = bool(ending) and ending not in known
     return wrong

@@ -68,7 +68,7 @@ class _ScannedImage(NamedTuple):
 
 
 def scan_dataset(
-    source: Dataset,
+    dataset: Dataset,
     *,
     damaged: str,
     near_duplicates: bool,
@@ -76,7 +76,7 @@ def scan_dataset(
     workers: int,
     channels: int = 0,
     cache: ScanCache | None = None,
-    forms: FormatStats | None = None,
+    stats: FormatStats | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scan:
     """Decode every picture once, or only those of which nothing is kept from an earlier look.
@@ -87,8 +87,8 @@ def scan_dataset(
         channels: 3 or 1 fixes the pixel format; 0 takes grey when the first pictures all are.
         advance: called with the number done and the total, for a progress bar.
     """
-    count = len(source.paths)
-    mode = {3: "RGB", 1: "L", 0: None}[channels] or ("RGB" if has_colour(source) else "L")
+    count = len(dataset.paths)
+    mode = {3: "RGB", 1: "L", 0: None}[channels] or ("RGB" if has_colour(dataset) else "L")
     good = np.zeros(count, dtype=bool)
     sizes = np.zeros((count, 2), dtype=np.int32)
     thumbnails = np.zeros((count, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
@@ -99,16 +99,16 @@ def scan_dataset(
         good, sizes, thumbnails, digests = cache.read()
         keep, rest = not good.any(), np.flatnonzero(~good)
     # A damaged file that is kept is named all the same.
-    strict = source.strict()
-    if forms is None:
-        looks = ordered_map(lambda i: scan_image(source, strict, int(i), mode), rest, workers)
+    strict = dataset.strict()
+    if stats is None:
+        looks = ordered_map(lambda i: scan_image(dataset, strict, int(i), mode), rest, workers)
     else:
-        looks = ordered_map(lambda i: scan_file(source, int(i), mode, forms.limit_pixels, damaged), rest, workers)
+        looks = ordered_map(lambda i: scan_file(dataset, int(i), mode, stats.limit_pixels, damaged), rest, workers)
     for number, (index, look) in enumerate(zip(rest.tolist(), looks, strict=True)):
         if number % 256 == 0:
             advance(count - len(rest) + number, count)
-        if look.info is not None and forms is not None:
-            forms.note(index, look.info)
+        if look.info is not None and stats is not None:
+            stats.note(index, look.info)
         if look.error is not None:
             errors.append((index, look.error))
         if look.size == (0, 0):
@@ -128,15 +128,15 @@ def scan_dataset(
     usable = np.flatnonzero(good)
     exact, near = duplicate_pairs(thumbnails[usable], digests[usable], near=near_duplicates)
     exact, near = usable[exact], usable[near]
-    if forms is not None and near_duplicates:
-        crops = cropped_pairs(source, np.setdiff1d(usable, exact[:, 1]), sizes, thumbnails, workers)
+    if stats is not None and near_duplicates:
+        crops = cropped_pairs(dataset, np.setdiff1d(usable, exact[:, 1]), sizes, thumbnails, workers)
         near = np.unique(np.concatenate([near, crops]), axis=0)
-    problems = [broken_image(source, index, error, damaged) for index, error in errors] + duplicate_warnings(source, exact, near)
-    linked = group_numbers(count, exact, near, group_pairs(source.groups))
+    problems = [broken_image(dataset, index, error, damaged) for index, error in errors] + duplicate_warnings(dataset, exact, near)
+    linked = group_numbers(count, exact, near, group_pairs(dataset.groups))
     return Scan(good, sizes, mode == "RGB", pixels, linked, tuple(problems), exact, near)
 
 
-def scan_image(source: Dataset, strict: Dataset, index: int, mode: Literal["RGB", "L"]) -> _ScannedImage:
+def scan_image(dataset: Dataset, strict: Dataset, index: int, mode: Literal["RGB", "L"]) -> _ScannedImage:
     """Decode one picture and make what the scan needs of it.
 
     Args:
@@ -147,19 +147,19 @@ def scan_image(source: Dataset, strict: Dataset, index: int, mode: Literal["RGB"
     except (ImageError, OSError) as found:
         error = found
         try:
-            picture = source.read(index, mode)
+            picture = dataset.read(index, mode)
         except (ImageError, OSError):
             return _ScannedImage((0, 0), _NOTHING, _NOTHING, 0, error)
     return summarise(picture, error)
 
 
-def scan_file(source: Dataset, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str) -> _ScannedImage:
+def scan_file(dataset: Dataset, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str) -> _ScannedImage:
     """Look at one picture and tell what its file is; a picture that is an array has none."""
-    place = source.location(index)
-    if isinstance(source, ArrayDataset):
-        return scan_image(source, source, index, mode)
+    place = dataset.location(index)
+    if isinstance(dataset, ArrayDataset):
+        return scan_image(dataset, dataset, index, mode)
     try:
-        stored = place if isinstance(source, FileDataset) else source.encoded(index)
+        stored = place if isinstance(dataset, FileDataset) else dataset.encoded(index)
         picture, info = read_described(stored, limit_pixels=limit_pixels)
     except OSError as error:
         return _ScannedImage((0, 0), _NOTHING, _NOTHING, 0, error)
@@ -188,11 +188,11 @@ def summarise(picture: PIL.Image.Image, error: ImageError | OSError | None) -> _
     return _ScannedImage((height, width), pixels, np.asarray(grey), digest, error)
 
 
-def has_colour(source: Dataset) -> bool:
+def has_colour(dataset: Dataset) -> bool:
     """Whether any of a sample of pictures, spread over the source, has colour."""
-    for index in np.linspace(0, len(source.paths) - 1, _SAMPLE).astype(int):
+    for index in np.linspace(0, len(dataset.paths) - 1, _SAMPLE).astype(int):
         try:
-            red, green, blue = source.read(int(index), "RGB").split()
+            red, green, blue = dataset.read(int(index), "RGB").split()
         except (ImageError, OSError):
             continue
         if red.tobytes() != green.tobytes() or green.tobytes() != blue.tobytes():
@@ -200,7 +200,7 @@ def has_colour(source: Dataset) -> bool:
     return False
 
 
-def duplicate_warnings(source: Dataset, exact: np.ndarray, near: np.ndarray) -> list[Problem]:
+def duplicate_warnings(dataset: Dataset, exact: np.ndarray, near: np.ndarray) -> list[Problem]:
     """Describe duplicates: across parts they leak, across labels they contradict, else they are only counted."""
     problems: list[Problem] = []
     kinds: tuple[tuple[np.ndarray, Kind, str], ...] = (
@@ -211,8 +211,8 @@ def duplicate_warnings(source: Dataset, exact: np.ndarray, near: np.ndarray) -> 
         if not len(pairs):
             continue
         left, right = pairs[:, 0], pairs[:, 1]
-        conflict = source.targets[left] != source.targets[right]
-        across = np.zeros(len(pairs), bool) if source.split is None else source.split[left] != source.split[right]
+        conflict = dataset.targets[left] != dataset.targets[right]
+        across = np.zeros(len(pairs), bool) if dataset.split is None else dataset.split[left] != dataset.split[right]
         findings: tuple[tuple[np.ndarray, Kind, str], ...] = (
             (conflict, "label-conflict", f"{word} is in two classes"),
             (across, "leak", f"{word} is in two parts of the data set"),
@@ -220,8 +220,8 @@ def duplicate_warnings(source: Dataset, exact: np.ndarray, near: np.ndarray) -> 
         )
         for chosen, name, message in findings:
             if chosen.any():
-                paths = tuple(source.paths[int(i)] for i in pairs[chosen].reshape(-1))
-                example = f"{source.paths[left[chosen][0]]} and {source.paths[right[chosen][0]]}"
+                paths = tuple(dataset.paths[int(i)] for i in pairs[chosen].reshape(-1))
+                example = f"{dataset.paths[left[chosen][0]]} and {dataset.paths[right[chosen][0]]}"
                 problems.append(
                     Problem("warning", name, paths, f"{message}: {int(chosen.sum())} pairs, for instance {example}")
                 )

@@ -245,7 +245,7 @@ def flip_reason(labels: Sequence[str]) -> str:
     return ""
 
 
-def broken_image(source: Dataset, index: int, error: ImageError | OSError, damaged: str) -> Problem:
+def broken_image(dataset: Dataset, index: int, error: ImageError | OSError, damaged: str) -> Problem:
     """Describe a broken file: an error unless the user chose to go on without it."""
     severity = "error" if damaged == "stop" else "warning"
     verdict = error.info.verdict if isinstance(error, ImageError) else "unreadable"
@@ -253,7 +253,7 @@ def broken_image(source: Dataset, index: int, error: ImageError | OSError, damag
     remedy = "Mend or remove it, or go on without such files by --data.damaged drop"
     fate = {"stop": remedy, "drop": "It is left out", "keep": "What can be decoded is kept; else it is left out"}
     message = f"{error}. {fate[damaged]}"
-    return Problem(severity, verdict, (source.paths[index],), message)
+    return Problem(severity, verdict, (dataset.paths[index],), message)
 
 
 @runtime_checkable

@@ -14,21 +14,21 @@ from vitrail.data.images.decode import ImageError
 from vitrail.threads import ordered_map
 
 
-def image_keys(source: Dataset, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
+def image_keys(dataset: Dataset, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
     """Return what each picture is known by [N] V16: its path and its identity in the source, else its pixels."""
 
     def key(index: int) -> bytes:
-        known = source.identity(index) or _content(source, index, mode)
-        text = f"{source.paths[index]}\0".encode("utf-8", "surrogateescape")
+        known = dataset.identity(index) or _content(dataset, index, mode)
+        text = f"{dataset.paths[index]}\0".encode("utf-8", "surrogateescape")
         return hashlib.blake2b(text + known, digest_size=KEY.itemsize).digest()
 
     return np.frombuffer(b"".join(ordered_map(key, map(int, indices), workers)), dtype=KEY)
 
 
-def _content(source: Dataset, index: int, mode: Literal["RGB", "L"]) -> bytes:
+def _content(dataset: Dataset, index: int, mode: Literal["RGB", "L"]) -> bytes:
     """Return what a picture without an identity is known by: its pixels, or nothing known when it is broken."""
     try:
-        pixels = np.asarray(source.read(index, mode))
+        pixels = np.asarray(dataset.read(index, mode))
     except (ImageError, OSError):
         return os.urandom(KEY.itemsize)
     return f"{pixels.shape}".encode() + pixels.tobytes()

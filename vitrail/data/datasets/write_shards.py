@@ -73,24 +73,24 @@ def write_shards(
     for name, value in (("--size", size), ("--bytes", limit_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: expected at least 1")
-    source = open_dataset(
+    dataset = open_dataset(
         config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar
     )
-    stop_on_errors(source.problems)
-    check_names(source)
-    order = shuffled_splits(source, seed)
-    problems, total = list(source.problems), sum(map(len, order.values()))
+    stop_on_errors(dataset.problems)
+    check_names(dataset)
+    order = shuffled_splits(dataset, seed)
+    problems, total = list(dataset.problems), sum(map(len, order.values()))
     out.parent.mkdir(parents=True, exist_ok=True)
     names, counts, left_out, written = [], {}, 0, 0
     try:
         with new_folder(out) as draft, bar(f"writing {total:,} pictures") as advance:
             for part, indices in order.items():
                 with _Shards(draft, part, size=size, limit_bytes=limit_bytes) as shards:
-                    for index, found in encoded_images(source, indices, config):
+                    for index, found in encoded_images(dataset, indices, config):
                         if found.error is not None:
-                            problems.append(broken_image(source, index, found.error, config.damaged))
+                            problems.append(broken_image(dataset, index, found.error, config.damaged))
                         if found.content and not any(each.severity == "error" for each in problems):
-                            shards.add(sample_files(source, index, found, shards.num_samples))
+                            shards.add(sample_files(dataset, index, found, shards.num_samples))
                         left_out += not found.content
                         if (done := sum(counts.values()) + left_out + shards.num_samples) % 64 == 0:
                             advance(done, total)
@@ -100,8 +100,8 @@ def write_shards(
                     counts[part] = shards.num_samples
             stop_on_errors(problems)
             if not counts:
-                raise ValueError(f"{source.name}: none of {total:,} pictures is whole; nothing is written")
-            about = {"classes": list(source.labels), "flip_reason": source.flip_reason}
+                raise ValueError(f"{dataset.name}: none of {total:,} pictures is whole; nothing is written")
+            about = {"classes": list(dataset.labels), "flip_reason": dataset.flip_reason}
             write_text(draft / CLASSES, json.dumps(about) + "\n")
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -118,41 +118,41 @@ def check_free(out: Path) -> None:
         raise ValueError(f"{out}: is not empty; choose another OUT")
 
 
-def check_names(source: Dataset) -> None:
+def check_names(dataset: Dataset) -> None:
     """Raise a ValueError when a class's name cannot be written as text, or not be read back."""
-    for label in source.labels:
+    for label in dataset.labels:
         if label != label.strip() or not label:
-            raise ValueError(f"{source.name}: class {label!r} begins or ends with a blank; rename it")
+            raise ValueError(f"{dataset.name}: class {label!r} begins or ends with a blank; rename it")
         try:
             label.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{source.name}: class {label!r} is no Unicode text; rename it") from None
+            raise ValueError(f"{dataset.name}: class {label!r} is no Unicode text; rename it") from None
 
 
-def shuffled_splits(source: Dataset, seed: int) -> dict[str, np.ndarray]:
+def shuffled_splits(dataset: Dataset, seed: int) -> dict[str, np.ndarray]:
     """Return the pictures of each part in a shuffled order; in shards of one class, no batch would be mixed."""
-    everything = np.arange(len(source.paths))
+    everything = np.arange(len(dataset.paths))
     parts = {WITHOUT_SPLITS: everything}
-    if source.split is not None:
-        parts = {part: found for part in SPLITS if len(found := everything[source.split == part])}
+    if dataset.split is not None:
+        parts = {part: found for part in SPLITS if len(found := everything[dataset.split == part])}
     return {
         part: np.random.Generator(np.random.Philox(key=[seed, number])).permutation(indices)
         for number, (part, indices) in enumerate(parts.items())
     }
 
 
-def encoded_images(source: Dataset, indices: np.ndarray, config: DataConfig) -> Iterator[tuple[int, _Encoded]]:
+def encoded_images(dataset: Dataset, indices: np.ndarray, config: DataConfig) -> Iterator[tuple[int, _Encoded]]:
     """Yield each picture's number and its bytes, none where it is broken and not to be kept."""
 
     def one(index: int) -> _Encoded:
         try:
-            content = source.encoded(index)
+            content = dataset.encoded(index)
             picture, info = read_described(content, limit_pixels=config.limit_pixels)
         except OSError as error:
             return _Encoded(b"", "", error)
         error = None
         if info.verdict != "ok":
-            error = ImageError(dataclasses.replace(info, path=source.location(index)))
+            error = ImageError(dataclasses.replace(info, path=dataset.location(index)))
         kept = picture is not None and (error is None or config.damaged == "keep")
         return _Encoded(content if kept else b"", ENDINGS_OF.get(info.format, ("",))[0], error)
 
@@ -160,16 +160,16 @@ def encoded_images(source: Dataset, indices: np.ndarray, config: DataConfig) -> 
     yield from zip(numbers, ordered_map(one, numbers, config.workers), strict=True)
 
 
-def sample_files(source: Dataset, index: int, found: _Encoded, number: int) -> dict[str, bytes]:
+def sample_files(dataset: Dataset, index: int, found: _Encoded, number: int) -> dict[str, bytes]:
     """Return the files of one sample, by name."""
-    target = int(source.targets[index])
-    about: dict[str, str | float] = {"label": source.labels[target], "path": source.paths[index]}
-    if source.split is not None:
-        about["split"] = str(source.split[index])
-    if source.groups is not None and source.groups[index] >= 0:
-        about["group"] = str(source.groups[index])
-    if source.weights is not None:
-        about["weight"] = float(source.weights[index])
+    target = int(dataset.targets[index])
+    about: dict[str, str | float] = {"label": dataset.labels[target], "path": dataset.paths[index]}
+    if dataset.split is not None:
+        about["split"] = str(dataset.split[index])
+    if dataset.groups is not None and dataset.groups[index] >= 0:
+        about["group"] = str(dataset.groups[index])
+    if dataset.weights is not None:
+        about["weight"] = float(dataset.weights[index])
     key = f"{number:08d}"
     return {
         f"{key}.{found.ending}": found.content,

@@ -22,27 +22,27 @@ def class_weights(sizes: np.ndarray, optim: OptimConfig) -> np.ndarray:
     return np.divide(1.0, numbers, out=np.zeros(len(sizes)), where=sizes > 0)
 
 
-def loss_weights(source: Dataset, part: np.ndarray, optim: OptimConfig) -> np.ndarray | None:
+def loss_weights(dataset: Dataset, part: np.ndarray, optim: OptimConfig) -> np.ndarray | None:
     """Return what each picture of a source counts in the loss [N], 1 on average over `part`; None where all are 1.
 
     The weight of a picture's class and its own in the table are multiplied.
     """
-    if optim.class_weights == "none" and source.weights is None:
+    if optim.class_weights == "none" and dataset.weights is None:
         return None
-    sizes = np.bincount(source.targets[part], minlength=len(source.labels))
-    weights = class_weights(sizes, optim)[source.targets]
-    if source.weights is not None:
-        weights = weights * source.weights
+    sizes = np.bincount(dataset.targets[part], minlength=len(dataset.labels))
+    weights = class_weights(sizes, optim)[dataset.targets]
+    if dataset.weights is not None:
+        weights = weights * dataset.weights
     return weights / weights[part].mean()
 
 
-def mean_weights(source: Dataset, part: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+def mean_weights(dataset: Dataset, part: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     """Return what a picture of each class counts on average over `part`, for the record."""
-    targets = source.targets[part]
-    sizes = np.bincount(targets, minlength=len(source.labels))
-    sums = np.bincount(targets, weights[part], minlength=len(source.labels))
+    targets = dataset.targets[part]
+    sizes = np.bincount(targets, minlength=len(dataset.labels))
+    sums = np.bincount(targets, weights[part], minlength=len(dataset.labels))
     return {
         label: round(float(total / size), 6)
-        for label, total, size in zip(source.labels, sums, sizes, strict=True)
+        for label, total, size in zip(dataset.labels, sums, sizes, strict=True)
         if size
     }

@@ -56,26 +56,26 @@ class CropReader:
     mode: Literal["RGB", "L"]
     fast: bool = False
 
-    def read(self, source: Dataset, index: int, choose: BoxSampler) -> np.ndarray:
+    def read(self, dataset: Dataset, index: int, box_sampler: BoxSampler) -> np.ndarray:
         """Return a box of one of a source's pictures as uint8 [C, S, S]; errors are those of `Source.read`."""
-        return self.resize(*self.region(source, index, choose), (self.side, self.side))
+        return self.resize(*self.region(dataset, index, box_sampler), (self.side, self.side))
 
-    def region(self, source: Dataset, index: int, choose: BoxSampler) -> tuple[np.ndarray, Box]:
+    def region(self, dataset: Dataset, index: int, box_sampler: BoxSampler) -> tuple[np.ndarray, Box]:
         """Decode what holds a box: uint8 [H, W] or [H, W, 3], good until the thread's next picture, and the box in it."""
-        data = jpeg_of(source, index)
+        data = jpeg_of(dataset, index)
         header = jpeg_header(data)
-        if header is not None and header.width * header.height <= source.limit_pixels:
+        if header is not None and header.width * header.height <= dataset.limit_pixels:
             width, height = header.turned_size
             if header.space == "Gray" or self.mode == "RGB":
-                box = choose(width, height)
+                box = box_sampler(width, height)
                 factor = self.factor(box)
                 pixels = decode_jpeg(data, header, self.mode, factor)
                 if pixels is not None:
                     return pixels, box if factor == 1 else shrunk(box, factor, header, pixels.shape)
-        picture = source.read(index, self.mode)
-        return np.asarray(picture), choose(*picture.size)
+        picture = dataset.read(index, self.mode)
+        return np.asarray(picture), box_sampler(*picture.size)
 
-    def whole(self, source: Dataset, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    def whole(self, dataset: Dataset, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Return an image [H, W] or [H, W, 3], its short side brought to `side`, or as it is where that is shorter.
 
         Also returns the height and width that its file has.
@@ -86,7 +86,7 @@ class CropReader:
             size[:] = height, width
             return Box(0.0, 0.0, width, height)
 
-        pixels, box = self.region(source, index, choose)
+        pixels, box = self.region(dataset, index, choose)
         high, wide = stored_sizes_of(size[None], self.side)[0].tolist()
         listed = (int(size[0]), int(size[1]))
         if pixels.shape[:2] == (high, wide):
@@ -109,13 +109,13 @@ class CropReader:
         return by_pillow(pixels, box, size, self.interpolation)
 
 
-def jpeg_of(source: Dataset, index: int) -> bytes:
+def jpeg_of(dataset: Dataset, index: int) -> bytes:
     """Return a picture's file if it is a JPEG that memory may hold; else nothing."""
-    if isinstance(source, ArrayDataset):
+    if isinstance(dataset, ArrayDataset):
         return b""
-    if not isinstance(source, FileDataset):
-        return source.encoded(index)
-    with open(source.location(index), "rb") as file:
+    if not isinstance(dataset, FileDataset):
+        return dataset.encoded(index)
+    with open(dataset.location(index), "rb") as file:
         start = file.read(len(START))
         if start != START or os.fstat(file.fileno()).st_size > WHOLE_BYTES:
             return b""

@@ -78,13 +78,13 @@ class ImageReader:
         preprocess = self.preprocess
         return CropReader(preprocess.image_size, preprocess.interpolation, preprocess.mode, self.fast)
 
-    def read_crop(self, index: int, choose: BoxSampler) -> np.ndarray:
+    def read_crop(self, index: int, box_sampler: BoxSampler) -> np.ndarray:
         """Return a crop of one picture, uint8 [C, S, S]."""
         cut = self.crop_reader
         if self.cache is None:
-            return cut.read(self.dataset, index, choose)
+            return cut.read(self.dataset, index, box_sampler)
         pixels = self.cache.read(index)
-        return cut.resize(pixels, choose(pixels.shape[1], pixels.shape[0]), (cut.side, cut.side))
+        return cut.resize(pixels, box_sampler(pixels.shape[1], pixels.shape[0]), (cut.side, cut.side))
 
     def require_some(self, read: int, wanted: int) -> None:
         """Raise a ValueError when all of some files have failed."""

@@ -35,7 +35,7 @@ class Splits:
     problems: tuple[Problem, ...] = ()
 
 
-def split_dataset(source: Dataset, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
+def split_dataset(dataset: Dataset, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
     """Divide a source: its own parts where it has them, else a stratified split.
 
     Pictures of one group (duplicates, or what the source calls a group) stay on one side. Pictures that are not `good` are in no part.
@@ -46,15 +46,15 @@ def split_dataset(source: Dataset, config: DataConfig, good: np.ndarray, groups:
         ValueError: there are to be folds, but the source has a validation part of its own.
     """
     usable = np.flatnonzero(good)
-    mark = "/" if source.split_origin == SPLIT_BY_FOLDERS else ""
-    if source.split is None:
+    mark = "/" if dataset.split_origin == SPLIT_BY_FOLDERS else ""
+    if dataset.split is None:
         pool, parts, rule = usable, {}, "a stratified split of all pictures"
     else:
-        parts = {name: usable[source.split[usable] == name] for name in dict.fromkeys(source.split.tolist())}
-        pool, rule = parts.get("train", usable[:0]), f"{source.split_origin} " + ", ".join(name + mark for name in parts)
+        parts = {name: usable[dataset.split[usable] == name] for name in dict.fromkeys(dataset.split.tolist())}
+        pool, rule = parts.get("train", usable[:0]), f"{dataset.split_origin} " + ", ".join(name + mark for name in parts)
     if config.folds and "val" in parts:
         raise ValueError(
-            f"{source.name}: data.folds {config.folds} makes validation parts of the training pictures, but {source.split_origin} "
+            f"{dataset.name}: data.folds {config.folds} makes validation parts of the training pictures, but {dataset.split_origin} "
             f"name one already (val{mark}); move its pictures into train{mark}, or leave data.folds out"
         )
     wanted = {
@@ -62,33 +62,33 @@ def split_dataset(source: Dataset, config: DataConfig, good: np.ndarray, groups:
         "val": 0.0 if "val" in parts or config.folds else config.val_fraction,
     }
     problems: list[Problem] = []
-    if source.split is None or "train" in parts:
+    if dataset.split is None or "train" in parts:
         left = 1.0
         for name, fraction in wanted.items():
-            taken = stratified(pool, source.targets, groups, fraction / left, config.split_seed)
+            taken = stratified(pool, dataset.targets, groups, fraction / left, config.split_seed)
             if len(taken):
                 parts[name], pool, left = taken, np.setdiff1d(pool, taken), left - fraction
-                rule += f"; {name}: a stratified {fraction:.0%} of train{mark}" if source.split is not None else ""
+                rule += f"; {name}: a stratified {fraction:.0%} of train{mark}" if dataset.split is not None else ""
         if config.folds:
-            numbers = fold_numbers(pool, source.targets, groups, config.folds, config.split_seed)
-            refuse_empty(source, numbers, groups[pool], config.folds)
-            problems = fold_problems(source.labels, source.targets[pool], numbers, config.folds)
+            numbers = fold_numbers(pool, dataset.targets, groups, config.folds, config.split_seed)
+            refuse_empty(dataset, numbers, groups[pool], config.folds)
+            problems = fold_problems(dataset.labels, dataset.targets[pool], numbers, config.folds)
             parts["val"], pool = pool[numbers == config.fold], pool[numbers != config.fold]
             rule += f"; val: fold {config.fold} of {config.folds} (from 0), stratified"
         parts["train"] = pool
-    if source.groups is not None and ("stratified" in rule):
-        rule += f"; {len(np.unique(source.groups[source.groups >= 0])):,} groups kept whole"
+    if dataset.groups is not None and ("stratified" in rule):
+        rule += f"; {len(np.unique(dataset.groups[dataset.groups >= 0])):,} groups kept whole"
     parts = {name: parts[name] for name in ("train", "val", "test") if name in parts and len(parts[name])}
-    return Splits(parts, fingerprint(source, parts), rule, tuple(problems))
+    return Splits(parts, fingerprint(dataset, parts), rule, tuple(problems))
 
 
-def refuse_empty(source: Dataset, numbers: np.ndarray, groups: np.ndarray, folds: int) -> None:
+def refuse_empty(dataset: Dataset, numbers: np.ndarray, groups: np.ndarray, folds: int) -> None:
     """Raise a ValueError when a fold would have nothing to judge, before any of them is trained."""
     empty = folds - len(np.unique(numbers[numbers >= 0]))
     if empty:
         what = f"{len(numbers):,} pictures in {len(np.unique(groups)):,} groups (a picture alone is one)"
         raise ValueError(
-            f"data.folds is {folds}, but {empty} of them would have no picture: {source.name} has {what}; lower data.folds"
+            f"data.folds is {folds}, but {empty} of them would have no picture: {dataset.name} has {what}; lower data.folds"
         )
 
 
@@ -155,17 +155,17 @@ def distance_to_quota(filled: np.ndarray, quota: np.ndarray) -> int:
     return int(np.abs(filled - quota).sum() + abs(filled.sum() - quota.sum()))
 
 
-def fingerprint(source: Dataset, parts: dict[str, np.ndarray]) -> str:
+def fingerprint(dataset: Dataset, parts: dict[str, np.ndarray]) -> str:
     """Hash which file, with which label, is in which part; independent of listing order."""
     lines = [
-        f"{part}\t{source.paths[index]}\t{source.labels[source.targets[index]]}\n"
+        f"{part}\t{dataset.paths[index]}\t{dataset.labels[dataset.targets[index]]}\n"
         for part, indices in parts.items()
         for index in indices
     ]
     return hashlib.sha256("".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def check_trainable(source: Dataset, splits: Splits, *, evaluated: str = "val") -> list[Problem]:
+def check_trainable(dataset: Dataset, splits: Splits, *, evaluated: str = "val") -> list[Problem]:
     """Return what training should say of the parts; what makes training or its judgement impossible raises.
 
     Args:
@@ -175,34 +175,34 @@ def check_trainable(source: Dataset, splits: Splits, *, evaluated: str = "val") 
         ValueError: fewer than two classes, or no pictures to train on or to judge by.
     """
     train = splits.indices.get("train", np.zeros(0, dtype=np.int64))
-    if len(source.labels) == 1:
-        raise ValueError(f"{source.name}: only one class ({source.labels[0]!r}); a classifier needs at least two")
-    counts = np.bincount(source.targets[train], minlength=len(source.labels))
+    if len(dataset.labels) == 1:
+        raise ValueError(f"{dataset.name}: only one class ({dataset.labels[0]!r}); a classifier needs at least two")
+    counts = np.bincount(dataset.targets[train], minlength=len(dataset.labels))
     if not len(train) or (counts == 0).any():
-        empty = [source.labels[i] for i in np.flatnonzero(counts == 0)]
-        raise ValueError(f"{source.name}: no pictures to train on for {len(empty)} classes: {', '.join(empty[:10])}")
+        empty = [dataset.labels[i] for i in np.flatnonzero(counts == 0)]
+        raise ValueError(f"{dataset.name}: no pictures to train on for {len(empty)} classes: {', '.join(empty[:10])}")
     if evaluated not in splits.indices:
         why = "add val/ folders, more pictures (at least two a class), or raise --data.val_fraction"
-        if source.groups is not None:
+        if dataset.groups is not None:
             why += "; groups are never divided, and one that holds a whole class must be trained on"
-        raise ValueError(f"{source.name}: no pictures for validation ({len(train)} for training); {why}")
-    return [*splits.problems, *class_problems(source, splits)]
+        raise ValueError(f"{dataset.name}: no pictures for validation ({len(train)} for training); {why}")
+    return [*splits.problems, *class_problems(dataset, splits)]
 
 
-def class_problems(source: Dataset, splits: Splits) -> list[Problem]:
+def class_problems(dataset: Dataset, splits: Splits) -> list[Problem]:
     """Describe classes that a part lacks, that have few pictures, or that are very uneven."""
     counts = np.bincount(
-        source.targets[splits.indices.get("train", np.zeros(0, dtype=np.int64))], minlength=len(source.labels)
+        dataset.targets[splits.indices.get("train", np.zeros(0, dtype=np.int64))], minlength=len(dataset.labels)
     )
     problems = []
     for part in ("val", "test"):
         if part in splits.indices:
-            present = np.bincount(source.targets[splits.indices[part]], minlength=len(source.labels))
-            gone = tuple(source.labels[i] for i in np.flatnonzero(present == 0))
+            present = np.bincount(dataset.targets[splits.indices[part]], minlength=len(dataset.labels))
+            gone = tuple(dataset.labels[i] for i in np.flatnonzero(present == 0))
             if gone:
                 text = f"{part} has no picture of {len(gone)} classes: {', '.join(gone[:10])}"
                 problems.append(Problem("warning", "missing-class", gone, text))
-    small = tuple(source.labels[i] for i in np.flatnonzero((counts > 0) & (counts < 10)))
+    small = tuple(dataset.labels[i] for i in np.flatnonzero((counts > 0) & (counts < 10)))
     if small:
         text = f"{len(small)} classes have fewer than 10 training pictures: {', '.join(small[:10])}"
         problems.append(Problem("warning", "small-class", small, text))
@@ -212,14 +212,14 @@ def class_problems(source: Dataset, splits: Splits) -> list[Problem]:
     return problems
 
 
-def save_splits(source: Dataset, splits: Splits, path: Path) -> None:
+def save_splits(dataset: Dataset, splits: Splits, path: Path) -> None:
     """Write the division: part → paths, with its fingerprint and rule."""
-    parts = {name: [source.paths[index] for index in indices] for name, indices in splits.indices.items()}
-    content = {"fingerprint": splits.fingerprint, "rule": splits.rule, "source": source.name, "splits": parts}
+    parts = {name: [dataset.paths[index] for index in indices] for name, indices in splits.indices.items()}
+    content = {"fingerprint": splits.fingerprint, "rule": splits.rule, "source": dataset.name, "splits": parts}
     write_text(path, json.dumps(content) + "\n")  # ASCII: a name that is not Unicode has no UTF-8
 
 
-def load_splits(source: Dataset, path: Path, good: np.ndarray | None = None) -> Splits:
+def load_splits(dataset: Dataset, path: Path, good: np.ndarray | None = None) -> Splits:
     """Read a division back and find its pictures in the source.
 
     Args:
@@ -231,19 +231,19 @@ def load_splits(source: Dataset, path: Path, good: np.ndarray | None = None) -> 
     content = json.loads(path.read_text(encoding="utf-8"))
     parts = {}
     for part, names in content["splits"].items():
-        parts[part] = positions_of(source.paths, names)
+        parts[part] = positions_of(dataset.paths, names)
         gone = np.flatnonzero(parts[part] < 0)
         if len(gone):
             raise ValueError(
-                f"{source.name}: {len(gone)} pictures of the recorded {part} part are gone, for instance "
+                f"{dataset.name}: {len(gone)} pictures of the recorded {part} part are gone, for instance "
                 f"{names[gone[0]]} (recorded in {path}); restore them, or train anew"
             )
         broken = parts[part][~good[parts[part]]] if good is not None else parts[part][:0]
         if len(broken):
             raise ValueError(
-                f"{source.name}: {len(broken)} pictures of the recorded {part} part are broken now, for instance "
-                f"{source.paths[broken[0]]} (recorded in {path}); restore them, or train anew"
+                f"{dataset.name}: {len(broken)} pictures of the recorded {part} part are broken now, for instance "
+                f"{dataset.paths[broken[0]]} (recorded in {path}); restore them, or train anew"
             )
-    if fingerprint(source, parts) != content["fingerprint"]:
-        raise ValueError(f"{source.name}: the labels of pictures have changed since {path} was written; train anew")
+    if fingerprint(dataset, parts) != content["fingerprint"]:
+        raise ValueError(f"{dataset.name}: the labels of pictures have changed since {path} was written; train anew")
     return Splits(parts, content["fingerprint"], content["rule"])
