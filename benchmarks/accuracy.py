@@ -38,7 +38,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             result = vitrail.train(
-                args.data, out=Path(folder) / "run", model=args.model, console=Console(quiet=True), seed=seed, **settings
+                args.data,
+                out=Path(folder) / "run",
+                model=args.model,
+                console=Console(quiet=True),
+                seed=seed,
+                **settings,
             )
             seconds = time.perf_counter() - started
             lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from vitrail.kernels.dense import attend_matmul
 from vitrail.machine import processor_name
 
-# Batch, heads, tokens, width of a head: what small pictures, ViT-Ti/16, ViT-B/16 and large grids compute.
+# Batch, heads, tokens, width of a head: what small images, ViT-Ti/16, ViT-B/16 and large grids compute.
 SHAPES = ((128, 4, 65, 32), (128, 4, 257, 32), (32, 3, 197, 64), (8, 12, 197, 64), (4, 3, 785, 64), (1, 3, 1601, 64))
 
 

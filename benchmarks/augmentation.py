@@ -1,9 +1,9 @@
-"""Policies, erasing and mixing on a batch, against torchvision's transforms picture by picture: milliseconds a batch.
+"""Policies, erasing and mixing on a batch, against torchvision's transforms image by image: milliseconds a batch.
 
     python benchmarks/augmentation.py [--size 224] [--batch 64] [--rounds 7]
 
 Ours and theirs in turn, each round with other random numbers, in one process. Both begin and end with what they would in a
-training: ours with floats in 0..1 after crop and colour, theirs with 8-bit pictures, and both end with a batch of floats.
+training: ours with floats in 0..1 after crop and colour, theirs with 8-bit images, and both end with a batch of floats.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ def main() -> None:
 
 
 def photographs(count: int, size: int) -> Tensor:
-    """Return pictures with detail at several scales, uint8 [B, 3, S, S]."""
+    """Return images with detail at several scales, uint8 [B, 3, S, S]."""
     generator = torch.Generator().manual_seed(0)
     layers = [torch.rand(count, 3, side, side, generator=generator) for side in (4, 16, size)]
     grown = [torch.nn.functional.interpolate(each, (size, size), mode="bilinear") for each in layers]
     return ((0.5 * grown[0] + 0.3 * grown[1] + 0.2 * grown[2]) * 255).to(torch.uint8)
 
 
-def our_way(config: AugmentConfig, pictures: Tensor) -> Callable[[int], Tensor]:
+def our_way(config: AugmentConfig, images: Tensor) -> Callable[[int], Tensor]:
     """Return a function of the round's number."""
-    count = len(pictures)
+    count = len(images)
     targets, places = torch.arange(count) % 10, np.arange(count)
 
     def change(number: int) -> Tensor:
         draws = draw_changes(0, np.full(count, number), places)
         # In place, as on a training's own batch: where nothing else makes a new one, a copy stands for it.
-        changed = apply_policy(pictures, config, draws) if config.policy != "none" else pictures.clone()
+        changed = apply_policy(images, config, draws) if config.policy != "none" else images.clone()
         changed = erase_(changed, config, draws)
         return mix_pairs_(changed, targets, places, config, draws)[0]
 
@@ -104,9 +104,9 @@ def their_ways(name: str, pixels: Tensor) -> dict[str, Callable[[int], Tensor]]:
     return {"torchvision, one draw a batch": lambda number: seeded(number, lambda: mix(floats, targets)[0])}
 
 
-def batch(pictures: object) -> Tensor:
-    """Return pictures as one tensor."""
-    return torch.stack(list(pictures))  # pyright: ignore[reportArgumentType]
+def batch(images: object) -> Tensor:
+    """Return images as one tensor."""
+    return torch.stack(list(images))  # pyright: ignore[reportArgumentType]
 
 
 def seeded(number: int, do: Callable[[], Tensor]) -> Tensor:

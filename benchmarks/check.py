@@ -1,4 +1,4 @@
-"""Pictures a second of `vitrail check`, full and quick form, on a folder.
+"""Images a second of `vitrail check`, full and quick form, on a folder.
 
     python benchmarks/check.py path/to/photographs [--rounds 5]
 
@@ -34,10 +34,10 @@ def main() -> None:
             findings = len(checked.problems) if form == "full" else findings
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{os.cpu_count()} cores, {count:,} pictures, {findings} findings, n = {args.rounds}, peak memory {peak:,.0f} MiB"
+        f"{os.cpu_count()} cores, {count:,} images, {findings} findings, n = {args.rounds}, peak memory {peak:,.0f} MiB"
     )
     for form, found in rates.items():
-        print(f"{form}: {statistics.median(found):,.0f} pictures/s ({min(found):,.0f} to {max(found):,.0f})")
+        print(f"{form}: {statistics.median(found):,.0f} images/s ({min(found):,.0f} to {max(found):,.0f})")
 
 
 if __name__ == "__main__":

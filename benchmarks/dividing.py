@@ -1,8 +1,8 @@
-"""Dividing a million pictures and recording it: seconds and memory of each step.
+"""Dividing a million images and recording it: seconds and memory of each step.
 
     python benchmarks/dividing.py [--rows N] [--classes C] [--grouped SHARE]
 
-The listing is made up (no files); `--grouped` is the share of pictures that lie in groups of four. Memory is the peak of the
+The listing is made up (no files); `--grouped` is the share of images that lie in groups of four. Memory is the peak of the
 process's resident set in each step, less what it was before the step.
 """
 

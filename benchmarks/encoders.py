@@ -5,7 +5,7 @@ python benchmarks/encoders.py path/to/cifar10 --seconds 120 --seeds 3
 Every run has one core and the same seconds of training; as many run at a time as there are cores. First the training
 speed of each architecture is measured alone, all in turn and several times, and its number of epochs follows from the
 fastest round. The trainings themselves then do not depend on the clock. Everything else is what `vitrail train` chooses.
-The test part is judged once per run, with the last weights (averaged, as by default); no part chooses an epoch.
+The test split is evaluated once per run, with the last weights (averaged, as by default); no part chooses an epoch.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def read_setting(text: str) -> tuple[str, Any]:
 
 
 def open_data(source: str) -> CheckedData:
-    """Return the data with a small validation part: the loop judges on it once, and nothing is chosen by it."""
+    """Return the data with a small validation split: the loop evaluates on it once, and nothing is chosen by it."""
     torch.set_num_threads(1)
     checked = load_data(DataConfig(source=source), Console(quiet=True))
     parts = {part: indices[:500] if part == "val" else indices for part, indices in checked.splits.indices.items()}
@@ -133,18 +133,18 @@ def measure(checked: CheckedData, names: list[str], settings: dict[str, Any], ro
 
 
 def train_and_test(name: str, settings: dict[str, Any]) -> tuple[float, float]:
-    """Train one architecture in a worker; returns its top-1 on the test part and the seconds of training."""
+    """Train one architecture in a worker; returns its top-1 on the test split and the seconds of training."""
     checked = CHECKED
     config = config_of(checked, name, settings)
-    data, talk, world = build_train_data(checked, config), Console(quiet=True), World()
+    data, console, world = build_train_data(checked, config), Console(quiet=True), World()
     with tempfile.TemporaryDirectory() as place:
         create_run(Path(place) / "run", config, lambda path: None, labels=list(checked.dataset.labels))
         run, _ = open_run(Path(place) / "run")
-        progress = train_loop(config, data, run, world, talk)
+        progress = train_loop(config, data, run, world, console)
         model, _ = load_model(run.model)
-    return headline_metrics(predict_logits(model, data.reader, checked.splits.indices["test"], device=torch.device("cpu")))[
-        "top1"
-    ], progress.elapsed_s
+    return headline_metrics(
+        predict_logits(model, data.reader, checked.splits.indices["test"], device=torch.device("cpu"))
+    )["top1"], progress.elapsed_s
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/fast_decode.py DATA [--side 64] [--epochs 20] [--seeds 5]
 
-DATA is a folder with train/ and val/ whose pictures are at least twice as large as `--side`, so that JPEGs are decoded
-smaller. Prints top-1 on val/ for every seed, and the mean difference with its standard error; judging is exact for both.
+DATA is a folder with train/ and val/ whose images are at least twice as large as `--side`, so that JPEGs are decoded
+smaller. Prints top-1 on val/ for every seed, and the mean difference with its standard error; evaluation is exact for both.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Fine-tuning against training from scratch in the same time, on few pictures of classes that the weights never saw.
+"""Fine-tuning against training from scratch in the same time, on few images of classes that the weights never saw.
 
 python benchmarks/finetune.py path/to/cifar10 --seeds 3
 
 `path/to/cifar10` holds train/ and test/ with a folder per class. micro4 is trained on half of the classes; then each way
-learns the other half from a few pictures of each. With --epochs every way takes as many.
+learns the other half from a few images of each. With --epochs every way takes as many.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--few", type=int, default=100, help="training pictures of each new class")
+    parser.add_argument("--few", type=int, default=100, help="training images of each new class")
     parser.add_argument("--epochs", type=float, help="of every way; auto's own for fine-tuning unless given")
     parser.add_argument("--pretrain-epochs", type=float, default=2.4)
     parser.add_argument("--work", type=Path, help="keep data and the trained start here, and use them again")
@@ -51,7 +51,7 @@ def main() -> None:
         work = args.work or Path(folder)
         old, new = halves(args.data, work, args.few)
         start = pretrained(old, work / "start", args.pretrain_epochs)
-        print(f"start: {vitrail.load(start).header.metrics['top1']:.4f} of the validation part of its own classes")
+        print(f"start: {vitrail.load(start).header.metrics['top1']:.4f} of the validation split of its own classes")
         for way in args.ways:
             compare(way, new, start, args)
 
@@ -78,7 +78,7 @@ def compare(way: str, data: Path, start: Path, args: argparse.Namespace) -> None
 
 
 def halves(data: Path, work: Path, few: int) -> tuple[Path, Path]:
-    """Return folders of links: all pictures of the first half of the classes, and a few of each of the second."""
+    """Return folders of links: all images of the first half of the classes, and a few of each of the second."""
     classes = sorted(path.name for path in (data / "train").iterdir())
     middle = len(classes) // 2
     old, new = work / "old", work / f"new-{few}"

@@ -4,7 +4,7 @@ python benchmarks/imbalance.py fashion_mnist.npz --ratio 100 --seeds 3
 python benchmarks/imbalance.py fashion_mnist.npz --ratio 10 --corrections natural sqrt
 
 Any .npz with x_train, y_train, x_test, y_test of ten classes will do. Class sizes fall geometrically from --largest to --largest / --ratio; which class is how rare is drawn anew with each seed, and is
-the same for all corrections. Judged on 300 test pictures of every class: accuracy there is the mean recall of the classes. From the
+the same for all corrections. Evaluated on 300 test images of every class: accuracy there is the mean recall of the classes. From the
 recalls follow the accuracy at the training's own frequencies, and the mean recall of the three largest and the three smallest classes.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def write_folders(arrays: Path, root: Path, largest: int, ratio: float, seed: int) -> dict[str, int]:
-    """Write the long-tailed training pictures and the test pictures as class folders; return the classes' sizes."""
+    """Write the long-tailed training images and the test images as class folders; return the classes' sizes."""
     stored = np.load(arrays)
     ranks = np.random.default_rng(seed).permutation(10)
     sizes = {str(label): round(largest * ratio ** (-ranks[label] / 9)) for label in range(10)}

@@ -6,13 +6,13 @@ DATA is a folder of class folders (without train/ and val/), which both read. Bo
 cropped (random resized crop, area 8 to 100 %), mirrored at random and normalised; interpolation is the same. Ours decodes on as many threads as the
 peer has worker processes. Both run in this process's cores, alternating, a whole pass a round after one to warm up; the
 peer's worker start is not counted (persistent workers). "cached" is what the second epoch and later ones read;
-"memory" are small pictures of one size, which Vitrail keeps decoded.
+"memory" are small images of one size, which Vitrail keeps decoded.
 
     python benchmarks/input_pipeline.py DATA --memory
 
 measures the peak memory of the input path alone: the process and its workers, as the sum of proportional set sizes
 (shared pages counted once), above what is taken after listing; the peer with 8 workers. DATA should hold some thousand
-pictures, or the peer's workers have less to hold than they would.
+images, or the peer's workers have less to hold than they would.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def ours(data: str, side: int, interpolation: str, form: str, workers: int) -> Callable[[int], int]:
-    """Return a function that reads one pass, by its number, and returns how many pictures it got."""
+    """Return a function that reads one pass, by its number, and returns how many images it got."""
     from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
     from vitrail.console import Console
     from vitrail.data.setup import build_train_data, load_data

@@ -1,8 +1,8 @@
-"""Opening a listing of a million pictures: seconds, and memory that stays.
+"""Opening a listing of a million images: seconds, and memory that stays.
 
     python benchmarks/listing.py [--rows N] [--only WORD…]
 
-Makes N empty files in 1,000 folders, a table of them in each form, and 100 tar shards of N samples (100 bytes as picture,
+Makes N empty files in 1,000 folders, a table of them in each form, and 100 tar shards of N samples (100 bytes as image,
 and a .cls); every figure is of a fresh process, the first of each kind with nothing kept from earlier. Memory is the
 process's resident set after opening, less that before it (pyarrow loaded), and its peak.
 """
@@ -67,7 +67,7 @@ def make(root: Path, rows: int) -> list[Path]:
     import pyarrow
     import pyarrow.parquet
 
-    paths = [f"pictures/n{number % 1000:08d}/n{number % 1000:08d}_{number}.JPEG" for number in range(rows)]
+    paths = [f"images/n{number % 1000:08d}/n{number % 1000:08d}_{number}.JPEG" for number in range(rows)]
     for number in range(min(rows, 1000)):
         (root / "pictures" / f"n{number:08d}").mkdir(parents=True)
     for path in paths:
@@ -85,7 +85,7 @@ def make(root: Path, rows: int) -> list[Path]:
 
 
 def make_shards(folder: Path, rows: int, number: int = 100) -> Path:
-    """Write shards whose pictures are no pictures."""
+    """Write shards whose images are no images."""
     folder.mkdir()
     for shard in range(number):
         with (folder / f"train-{shard:06d}.tar").open("wb") as file:

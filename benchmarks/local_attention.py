@@ -1,6 +1,6 @@
 """Local attention on this machine: time and peak memory against the grid, for every way to compute it.
 
-One picture, 3 heads of 64, window 7 or other, on grids of 14² to 112² patches, without a class token unless `--prefix` says so:
+One image, 3 heads of 64, window 7 or other, on grids of 14² to 112² patches, without a class token unless `--prefix` says so:
 
 - `ours`: what Vitrail's rule takes (`vitrail/kernels/registry.py`): tiles, or a dense form on small grids;
 - `masked`: the article's way, PyTorch's fused attention with a dense N×N mask;
@@ -60,7 +60,7 @@ def main() -> None:
         print(peak_bytes(args.one[0], getattr(torch, args.one[1]), *map(int, args.one[2:])))
         return
     print(
-        f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 picture, {HEADS} heads of "
+        f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 image, {HEADS} heads of "
         f"{WIDTH}, {args.prefix} prefix tokens" + ("" if args.memory else f", n = {args.rounds} rounds")
     )
     found: list[dict[str, Any]] = []

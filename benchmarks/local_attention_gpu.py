@@ -57,7 +57,7 @@ def main() -> None:
         for training in (False, True):
             torch._dynamo.reset()  # its limit of variants is one program's, not one shape's
             print(
-                f"\n{str(dtype)[6:]}  {side}×{side}, window {window}, {batch} pictures, {HEADS} heads of {WIDTH}, ",
+                f"\n{str(dtype)[6:]}  {side}×{side}, window {window}, {batch} images, {HEADS} heads of {WIDTH}, ",
                 end="",
             )
             print("forward + backward" if training else "forward")

@@ -1,6 +1,6 @@
-"""A whole model at large pictures: a training step with local attention against one with global attention.
+"""A whole model at large images: a training step with local attention against one with global attention.
 
-ViT-S/16 at 896 px (56×56 patches), window 7, one picture: forward, cross-entropy, backward, AdamW step.
+ViT-S/16 at 896 px (56×56 patches), window 7, one image: forward, cross-entropy, backward, AdamW step.
 
 - `local`: tiles, as Vitrail's rule takes them;
 - `masked`: the article's way, the same model by PyTorch's fused attention under a dense N×N mask;
@@ -53,7 +53,7 @@ def main() -> None:
         return
     print(
         f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.model} at "
-        f"{args.image_size} px, window {args.window}, 1 picture, training step"
+        f"{args.image_size} px, window {args.window}, 1 image, training step"
         + ("" if args.memory else f", n = {args.rounds} rounds")
     )
     for dtype in ("float32", "bfloat16"):

@@ -1,9 +1,9 @@
-"""Pictures of mixed sizes: packed into one row, against one after the other, and against padding to the largest.
+"""Images of mixed sizes: packed into one row, against one after the other, and against padding to the largest.
 
 python benchmarks/packing.py [--count 32] [--rounds 5]
 
-Inference of a ViT-Ti/16 with random weights on pictures whose aspect ratios are drawn from 1:2 to 2:1 at about 224² pixels,
-and whose area is that or half of it. All ways give a picture's own tokens the same work; padding adds tokens (and would
+Inference of a ViT-Ti/16 with random weights on images whose aspect ratios are drawn from 1:2 to 2:1 at about 224² pixels,
+and whose area is that or half of it. All ways give an image's own tokens the same work; padding adds tokens (and would
 change the logits without a mask, so it is a lower bound of what a padded batch costs). Prints images/s, and the ratio of
 packing to each, paired by round.
 """
@@ -45,7 +45,7 @@ def main() -> None:
     }
     distinct = len({image.shape for image in images})
     print(f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.model}")
-    print(f"{args.count} pictures of {distinct} sizes, padded to {height}×{width}")
+    print(f"{args.count} images of {distinct} sizes, padded to {height}×{width}")
     for bf16 in (False, True) if supports_bf16(torch.device("cpu")) else (False,):
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():

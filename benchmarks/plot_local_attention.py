@@ -28,7 +28,7 @@ FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def main(path: Path) -> None:
-    """Draw one picture for time, one for memory."""
+    """Draw one image for time, one for memory."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     windows = sorted({row["window"] for row in rows})
     timed = [row for row in rows if "ms" in row]
@@ -66,7 +66,7 @@ def draw(axis: Axes, rows: list[dict[str, Any]], windows: list[int], of: Callabl
 
 
 def finish(figure: Any, axes: Any, unit: str, name: str) -> None:
-    """Label the outer axes, put one legend below, write the picture."""
+    """Label the outer axes, put one legend below, write the image."""
     for row in axes:
         row[0].set_ylabel(unit)
     for axis in axes[-1]:

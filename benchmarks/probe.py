@@ -2,7 +2,7 @@
 
     python benchmarks/probe.py ti16 path/to/photos [--rounds 5]
 
-In each round, one after the other: the forward pass over all pictures it uses, decoded and in memory; ridge and logistic regression on its
+In each round, one after the other: the forward pass over all images it uses, decoded and in memory; ridge and logistic regression on its
 features; a whole probe with nothing kept (`--fresh`); the same probe again as a new process, start included. Then
 scikit-learn's LogisticRegression with the same penalty, and with its own defaults, on the same standardised features.
 """
@@ -49,8 +49,8 @@ def main() -> None:
     parts, _ = split_for_probe(args.model, classifier, source, scan, data)
     train, judged = parts.indices["train"], parts.indices["test" if "test" in parts.indices else "val"]
     wanted = np.concatenate([train, judged])
-    pictures = ImageReader(source, source.targets, classifier.preprocess, None)
-    ready = np.stack([pictures.read_whole(int(index)) for index in wanted])
+    images = ImageReader(source, source.targets, classifier.preprocess, None)
+    ready = np.stack([images.read_whole(int(index)) for index in wanted])
     memory = ImageReader(source, source.targets[wanted], classifier.preprocess, ready, is_ready=True)
     out = predict_logits(classifier.model, memory, np.arange(len(wanted)), device=device)
     values, targets = torch.from_numpy(out.logits), torch.from_numpy(out.targets)
@@ -67,7 +67,9 @@ def main() -> None:
         ridge = fit_ridge(known, truth, spectrum)
         logistic = fit_logistic(known, truth, spectrum, ridge)
         weight, bias = spectrum.fold(logistic.weight, logistic.bias)
-        fitted.update(spectrum=spectrum, logistic=logistic, top1=share_correct(linear_classes(asked, weight, bias), answers))
+        fitted.update(
+            spectrum=spectrum, logistic=logistic, top1=share_correct(linear_classes(asked, weight, bias), answers)
+        )
 
     ways: dict[str, Callable[[], Any]] = {
         "forward pass": lambda: predict_logits(classifier.model, memory, np.arange(len(wanted)), device=device),
@@ -85,7 +87,7 @@ def main() -> None:
         f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.model}, {source.name}"
     )
     print(
-        f"{len(train):,} pictures to fit, {len(judged):,} to judge, {values.shape[1]} features, {len(source.labels)} classes"
+        f"{len(train):,} images to fit, {len(evaluated):,} to evaluate, {values.shape[1]} features, {len(source.labels)} classes"
     )
     for name, values_s in taken.items():
         shares = [100 * ours / forward for ours, forward in zip(values_s, taken["forward pass"], strict=True)]

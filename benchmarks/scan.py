@@ -1,4 +1,4 @@
-"""The look at every picture before training, on a folder: seconds for listing, decoding, hashing, duplicates.
+"""The look at every image before training, on a folder: seconds for listing, decoding, hashing, duplicates.
 
     python benchmarks/scan.py path/to/cifar10 [--rounds 5]
 
@@ -36,7 +36,7 @@ def main() -> None:
         started = time.perf_counter()
         hashes(copies)
         hashing.append(time.perf_counter() - started)
-    print(f"{processor_name()}, {count:,} pictures, n = {args.rounds}")
+    print(f"{processor_name()}, {count:,} images, n = {args.rounds}")
     for name, values in (("list, decode, hash, find duplicates, divide", whole), ("of it, the hash", hashing)):
         print(f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})")
 

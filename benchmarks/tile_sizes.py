@@ -1,6 +1,6 @@
 """Sides of a tile and sizes of a chunk for local attention on the CPU (`vitrail/kernels/tiles.py`), on this machine.
 
-Forward + backward of one picture, 3 heads of 64, window 7: every tile with the chunk as it is, then every chunk with the
+Forward + backward of one image, 3 heads of 64, window 7: every tile with the chunk as it is, then every chunk with the
 tile as it is. Each round lets all take one turn; prints milliseconds, the median with minimum and maximum.
 
     python -m benchmarks.tile_sizes [--rounds 7] [--grids 28 56 112] [--window 7]
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=7)
     args = parser.parse_args()
     print(
-        f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 picture, {HEADS} heads of "
+        f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 image, {HEADS} heads of "
         f"{WIDTH}, window {args.window}, n = {args.rounds} rounds"
     )
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,6 +1,6 @@
 """Training step of a ViT: Vitrail against timm, transformers and vit-pytorch on this machine.
 
-Forward, cross-entropy, backward, clip, AdamW step, on random pictures that are in memory already. Same architecture,
+Forward, cross-entropy, backward, clip, AdamW step, on random images that are in memory already. Same architecture,
 batch and number format; the libraries take turns, round by round. Prints images/s (median over rounds, minimum and
 maximum) and the ratio of Vitrail to each peer, paired by round.
 
@@ -39,7 +39,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     print(f"{processor_name()}, {torch.get_num_threads()} threads, {platform.system()}; {versions}")
     print(
-        f"picture {args.size}, patch {args.patch}, width {args.width}, depth {args.depth}, batch {args.batch}, drop path {args.drop_path}\n"
+        f"image {args.size}, patch {args.patch}, width {args.width}, depth {args.depth}, batch {args.batch}, drop path {args.drop_path}\n"
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for bf16 in (False, True):

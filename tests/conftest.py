@@ -38,15 +38,15 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real pictures beside the repository; tests that want them are skipped where they are not."""
+    """Real images beside the repository; tests that want them are skipped where they are not."""
     root = Path(os.environ.get("VITRAIL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not root.is_dir():
-        pytest.skip(f"no real pictures at {root}; set VITRAIL_SHARED_DATA")
+        pytest.skip(f"no real images at {root}; set VITRAIL_SHARED_DATA")
     return root
 
 
-def draw_picture(label: int, number: int, side: int = 16) -> PIL.Image.Image:
-    """Return a small colour picture whose class can be learned: a bright bar whose angle is the class, in noise."""
+def draw_image(label: int, number: int, side: int = 16) -> PIL.Image.Image:
+    """Return a small colour image whose class can be learned: a bright bar whose angle is the class, in noise."""
     random = np.random.default_rng([label, number])
     pixels = random.integers(0, 90, (side, side, 3), dtype=np.uint8)
     place = int(random.integers(side // 4, 3 * side // 4))
@@ -63,7 +63,7 @@ def draw_picture(label: int, number: int, side: int = 16) -> PIL.Image.Image:
 
 @pytest.fixture(scope="session")
 def make_folder() -> Callable[..., Path]:
-    """Write class folders of learnable pictures; returns their root."""
+    """Write class folders of learnable images; returns their root."""
 
     def make(
         root: Path, *, classes: tuple[str, ...] = ("flat", "steep", "slant"), count: int = 20, side: int = 16
@@ -71,7 +71,7 @@ def make_folder() -> Callable[..., Path]:
         for label, name in enumerate(classes):
             (root / name).mkdir(parents=True)
             for number in range(count):
-                draw_picture(label, number, side).save(root / name / f"{number:03d}.png")
+                draw_image(label, number, side).save(root / name / f"{number:03d}.png")
         return root
 
     return make

@@ -1,4 +1,4 @@
-"""Small random models in folders as transformers writes them, and what transformers makes of a picture file."""
+"""Small random models in folders as transformers writes them, and what transformers makes of an image file."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from transformers import AutoImageProcessor
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
 PLAIN = {**SHAPE, "intermediate_size": 56, "image_size": 32, "patch_size": 8}
 LABELS = {"id2label": {0: "cat", 1: "dog", 2: "unknown bird"}, "label2id": {"cat": 0, "dog": 1, "unknown bird": 2}}
-VIT_PICTURES = {"size": {"height": 32, "width": 32}}
+VIT_IMAGES = {"size": {"height": 32, "width": 32}}
 CROPPED = {"size": {"shortest_edge": 37}, "crop_size": {"height": 28, "width": 28}}
 
 # name → (class, configuration, image processor, its settings)
 FAMILIES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
-    "vit": ("ViTForImageClassification", {**PLAIN, **LABELS}, "ViTImageProcessor", VIT_PICTURES),
+    "vit": ("ViTForImageClassification", {**PLAIN, **LABELS}, "ViTImageProcessor", VIT_IMAGES),
     "vit-relu-no-bias": (
         "ViTForImageClassification",
         {**PLAIN, **LABELS, "hidden_act": "relu", "qkv_bias": False, "layer_norm_eps": 1e-3},
         "ViTImageProcessor",
-        {**VIT_PICTURES, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+        {**VIT_IMAGES, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
     ),
     "vit-quick-gelu": (
         "ViTForImageClassification",
         {**PLAIN, **LABELS, "hidden_act": "quick_gelu", "head_dim": 4},
         "ViTImageProcessor",
-        {**VIT_PICTURES, "resample": 1, "do_normalize": False},
+        {**VIT_IMAGES, "resample": 1, "do_normalize": False},
     ),
     "vit-gelu-tanh": (
         "ViTForImageClassification",
         {**PLAIN, **LABELS, "hidden_act": "gelu_pytorch_tanh"},
         "ViTImageProcessor",
-        {**VIT_PICTURES, "resample": 4, "rescale_factor": 1 / 127.5},
+        {**VIT_IMAGES, "resample": 4, "rescale_factor": 1 / 127.5},
     ),
-    "vit-base": ("ViTModel", PLAIN, "ViTImageProcessor", VIT_PICTURES),
-    "vit-mim": ("ViTForMaskedImageModeling", {**PLAIN, "encoder_stride": 8}, "ViTImageProcessor", VIT_PICTURES),
+    "vit-base": ("ViTModel", PLAIN, "ViTImageProcessor", VIT_IMAGES),
+    "vit-mim": ("ViTForMaskedImageModeling", {**PLAIN, "encoder_stride": 8}, "ViTImageProcessor", VIT_IMAGES),
     "vit-larger-pictures": (
         "ViTForImageClassification",
         {**PLAIN, **LABELS},
@@ -97,13 +97,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "DINOv3ViTModel",
         {**PLAIN, "use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False},
         "DINOv3ViTImageProcessor",
-        VIT_PICTURES,
+        VIT_IMAGES,
     ),
     "dinov3-fewer-biases": (
         "DINOv3ViTModel",
         {**PLAIN, "mlp_bias": False, "proj_bias": False, "value_bias": False, "key_bias": True},
         "DINOv3ViTImageProcessor",
-        VIT_PICTURES,
+        VIT_IMAGES,
     ),
     "mae": (
         "ViTMAEForPreTraining",
@@ -116,9 +116,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
             "decoder_intermediate_size": 16,
         },
         "ViTImageProcessor",
-        VIT_PICTURES,
+        VIT_IMAGES,
     ),
-    "msn": ("ViTMSNForImageClassification", {**PLAIN, **LABELS}, "ViTImageProcessor", VIT_PICTURES),
+    "msn": ("ViTMSNForImageClassification", {**PLAIN, **LABELS}, "ViTImageProcessor", VIT_IMAGES),
 }
 
 
@@ -133,20 +133,20 @@ def redrawn(model: nn.Module) -> Any:
 
 def save_family(name: str, folder: Path, **how: Any) -> Any:
     """Save a random model of a family with its image processor; returns the model."""
-    class_name, settings, processor, pictures = FAMILIES[name]
+    class_name, settings, processor, images = FAMILIES[name]
     model_class = getattr(transformers, class_name)
     model = redrawn(model_class(model_class.config_class(**settings)))
     model.save_pretrained(folder, **how)
-    getattr(transformers, processor)(**pictures).save_pretrained(folder)
+    getattr(transformers, processor)(**images).save_pretrained(folder)
     return model
 
 
 def their_pixels(folder: Path, path: Path, *, backend: str) -> Tensor:
-    """Return a picture file as transformers' image processor sees it: turned by its EXIF, transparency on white."""
+    """Return an image file as transformers' image processor sees it: turned by its EXIF, transparency on white."""
     processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
     with PIL.Image.open(path) as opened:
-        picture = PIL.ImageOps.exif_transpose(opened)
-    return processor(images=picture, do_convert_rgb=True, return_tensors="pt")["pixel_values"]
+        image = PIL.ImageOps.exif_transpose(opened)
+    return processor(images=image, do_convert_rgb=True, return_tensors="pt")["pixel_values"]
 
 
 @torch.no_grad()
@@ -163,10 +163,10 @@ def their_answer(model: Any, pixels: Tensor) -> Tensor:
 
 
 def _photograph(name: str, size: tuple[int, int], mode: str = "RGB") -> PIL.Image.Image:
-    picture = PIL.Image.fromarray(_sample(name)).resize(size, PIL.Image.Resampling.BICUBIC)
+    image = PIL.Image.fromarray(_sample(name)).resize(size, PIL.Image.Resampling.BICUBIC)
     if mode == "RGBA":
-        picture.putalpha(PIL.Image.fromarray(np.uint8(255) * (np.arange(size[0]) % 7 > 1)[None].repeat(size[1], 0)))
-    return picture.convert(mode)
+        image.putalpha(PIL.Image.fromarray(np.uint8(255) * (np.arange(size[0]) % 7 > 1)[None].repeat(size[1], 0)))
+    return image.convert(mode)
 
 
 @functools.cache
@@ -174,7 +174,7 @@ def _sample(name: str) -> np.ndarray:
     return load_sample_image(name)
 
 
-def write_pictures(folder: Path) -> list[Path]:
+def write_images(folder: Path) -> list[Path]:
     """Write ten photographs of different sizes, modes and EXIF orientations."""
 
     def turned(orientation: int) -> dict[str, Any]:
@@ -195,8 +195,8 @@ def write_pictures(folder: Path) -> list[Path]:
         "exact.webp": (_photograph("flower.jpg", (32, 32)), {"lossless": True}),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (picture, how) in drawn.items():
-        picture.save(folder / name, **how)
+    for name, (image, how) in drawn.items():
+        image.save(folder / name, **how)
     return [folder / name for name in drawn]
 
 

@@ -20,7 +20,7 @@ from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.model_file import build_model
 
 # name → (sample of scikit-learn, width, height, mode, EXIF orientation)
-PICTURES = {
+IMAGES = {
     "plain.jpg": ("china.jpg", 320, 213, "RGB", 1),
     "tiny.png": ("flower.jpg", 19, 31, "RGB", 1),
     "strip.jpg": ("china.jpg", 310, 40, "RGB", 1),
@@ -37,12 +37,12 @@ PICTURES = {
 def write_photographs(folder: Path) -> list[Path]:
     """Write ten photographs of different sizes, modes and EXIF orientations."""
     folder.mkdir(exist_ok=True)
-    for name, (sample, width, height, mode, turn) in PICTURES.items():
+    for name, (sample, width, height, mode, turn) in IMAGES.items():
         exif = PIL.Image.Exif()
         exif[274] = turn
-        picture = PIL.Image.fromarray(load_sample_image(sample)).resize((width, height), PIL.Image.Resampling.BICUBIC)
-        picture.convert(mode).save(folder / name, **({"exif": exif} if turn > 1 else {}), **_how(name))
-    return [folder / name for name in PICTURES]
+        image = PIL.Image.fromarray(load_sample_image(sample)).resize((width, height), PIL.Image.Resampling.BICUBIC)
+        image.convert(mode).save(folder / name, **({"exif": exif} if turn > 1 else {}), **_how(name))
+    return [folder / name for name in IMAGES]
 
 
 def _how(name: str) -> dict[str, Any]:
@@ -50,13 +50,13 @@ def _how(name: str) -> dict[str, Any]:
 
 
 def opened(path: Path) -> PIL.Image.Image:
-    """Return a picture as Pillow has it, turned by its EXIF: timm and torchvision do not turn it themselves."""
-    with PIL.Image.open(path) as picture:
-        return PIL.ImageOps.exif_transpose(picture).convert("RGB")
+    """Return an image as Pillow has it, turned by its EXIF: timm and torchvision do not turn it themselves."""
+    with PIL.Image.open(path) as image:
+        return PIL.ImageOps.exif_transpose(image).convert("RGB")
 
 
 def our_logits(imported: ImportedModel, paths: list[Path]) -> Tensor:
-    """Return the logits of picture files, from file to logits as `predict` does."""
+    """Return the logits of image files, from file to logits as `predict` does."""
     header = imported.header
     model = build_model(header.architecture, imported.weights, "test")
     classifier = Classifier(model, header)
@@ -66,14 +66,14 @@ def our_logits(imported: ImportedModel, paths: list[Path]) -> Tensor:
 
 @torch.no_grad()
 def their_logits(model: nn.Module, transform: Callable[[PIL.Image.Image], Tensor], paths: list[Path]) -> Tensor:
-    """Return the logits of picture files by a library's model and transform."""
+    """Return the logits of image files by a library's model and transform."""
     return model.eval()(torch.stack([transform(opened(path)) for path in paths]))
 
 
 def assert_same_logits(imported: ImportedModel, model: nn.Module, transform: Any, paths: list[Path]) -> None:
-    """Assert that an imported model answers as its source does, picture files in, logits out."""
+    """Assert that an imported model answers as its source does, image files in, logits out."""
     expected = their_logits(model, transform, paths)
-    assert expected.std(dim=0).max() > 0.01  # the pictures make a difference
+    assert expected.std(dim=0).max() > 0.01  # the images make a difference
     assert_close(our_logits(imported, paths), expected, atol=1e-4, rtol=1e-4)
 
 

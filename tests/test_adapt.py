@@ -51,7 +51,7 @@ def test_nothing_changed_is_nothing_said():
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope2d", "none"])
-def test_another_picture_size_computes_what_the_old_model_does_at_that_size(positions):
+def test_another_image_size_computes_what_the_old_model_does_at_that_size(positions):
     imported = trained(dataclasses.replace(SMALL, positions=positions, num_registers=2))
     model, start = started(imported, image_size=48)
     images = torch.rand(2, 3, 48, 48)
@@ -86,7 +86,7 @@ def test_another_patch_size_computes_what_the_old_model_does_with_such_patches()
 
 @pytest.mark.parametrize("encoder", ["patch", "conv"])
 @pytest.mark.parametrize(("of", "to"), [(3, 1), (1, 3)])
-def test_grey_pictures_get_the_same_answer_through_other_channels(encoder, of, to):
+def test_grey_images_get_the_same_answer_through_other_channels(encoder, of, to):
     imported = trained(dataclasses.replace(SMALL, encoder=encoder, in_channels=of))
     model, start = started(imported, in_channels=to)
     grey = torch.rand(2, 1, 32, 32)

@@ -230,8 +230,8 @@ def test_the_run_keeps_the_best_of_validation_only(page):
     trained = [line["step"] for line in lines if "train/loss" in line]
     assert trained[:3] == [5, 10, 15]
     assert all({"step", "epoch", "eval/loss"} <= line.keys() for line in lines if "eval/top1" in line)
-    assert len(page["judged"]) == 2
-    assert page["best"]["top1"] == max(page["judged"])
+    assert len(page["evaluated"]) == 2
+    assert page["best"]["top1"] == max(page["evaluated"])
     assert {"top1", "loss", "step", "epoch"} <= page["best"].keys()
     assert page["accuracy"] == page["best"]["top1"]
 

@@ -1,4 +1,4 @@
-"""Random changes: drawn from (seed, epoch, picture) alone, and each exactly what its name says."""
+"""Random changes: drawn from (seed, epoch, image) alone, and each exactly what its name says."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def draws(count: int = 1, **given: float) -> dict[str, np.ndarray]:
     return {name: np.full(count, given.get(name, MIDDLE)) for name in names}
 
 
-def pictures(count: int = 2, channels: int = 3, height: int = 8, width: int = 8) -> torch.Tensor:
+def images(count: int = 2, channels: int = 3, height: int = 8, width: int = 8) -> torch.Tensor:
     return torch.rand(count, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def smooth(height: int, width: int, channels: int = 3) -> np.ndarray:
-    """A picture without fine detail, [height, width, channels] uint8."""
+    """An image without fine detail, [height, width, channels] uint8."""
     coarse = np.random.default_rng(1).integers(0, 256, (4, 4, channels), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def as_batch(picture: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(picture.transpose(2, 0, 1).copy())[None].float() / 255
+def as_batch(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float() / 255
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**63), st.integers(0, 2**31), st.lists(st.integers(0, 2**40), min_size=1, max_size=8))
-def test_draws_are_a_pure_function_of_seed_epoch_and_picture(seed, epoch, indices):
+def test_draws_are_a_pure_function_of_seed_epoch_and_image(seed, epoch, indices):
     indices = np.asarray(indices)
     together = draw_changes(seed, np.full(len(indices), epoch), indices)
     for place in range(len(indices)):
@@ -73,7 +73,7 @@ def test_the_first_draws_are_those_that_earlier_versions_drew():
     assert {name: found[name].tolist() for name in golden} == golden
 
 
-def test_draws_differ_between_seeds_epochs_pictures_and_purposes():
+def test_draws_differ_between_seeds_epochs_images_and_purposes():
     seen = set()
     for seed in range(3):
         for epoch in range(3):
@@ -82,7 +82,7 @@ def test_draws_differ_between_seeds_epochs_pictures_and_purposes():
     assert len(seen) == 3 * 3 * 50 * len(draws())
 
 
-@pytest.mark.parametrize("vary", ["seed", "epoch", "picture"])
+@pytest.mark.parametrize("vary", ["seed", "epoch", "image"])
 def test_draws_are_uniform_and_independent(vary):
     n, counts = 4000, np.arange(4000)
     zeros = np.zeros(n, int)
@@ -102,25 +102,25 @@ def test_draws_are_uniform_and_independent(vary):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_no_change_asked_for_is_the_identical_picture(channels):
-    batch = pictures(channels=channels)
+def test_no_change_asked_for_is_the_identical_image(channels):
+    batch = images(channels=channels)
     before = batch.clone()
     out = augment_batch(batch, AugmentConfig(), draw_changes(0, np.zeros(2, int), np.arange(2)), None, 8)
     assert torch.equal(out, before)
     assert torch.equal(batch, before)
 
 
-def test_changes_that_drew_their_middle_are_the_same_picture():
+def test_changes_that_drew_their_middle_are_the_same_image():
     config = AugmentConfig(
         rotation=30.0, shift=0.2, brightness=0.4, contrast=0.4, saturation=0.4, flip=0.5, vertical_flip=0.5
     )
-    batch = pictures()
+    batch = images()
     torch.testing.assert_close(augment_batch(batch, config, draws(2), None, 8), batch, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("setting", "name", "axis"), [("flip", "flip", 3), ("vertical_flip", "vertical", 2)])
-def test_a_flip_is_numpys_flip_of_the_chosen_pictures(setting, name, axis):
-    batch = pictures(4)
+def test_a_flip_is_numpys_flip_of_the_chosen_images(setting, name, axis):
+    batch = images(4)
     chance = draws(4)
     chance[name] = np.asarray([0.0, 0.49, 0.5, 0.99])
     out = augment_batch(batch, replace(AugmentConfig(), **{setting: 0.5}), chance, None, 8).numpy()
@@ -130,7 +130,7 @@ def test_a_flip_is_numpys_flip_of_the_chosen_pictures(setting, name, axis):
 
 @pytest.mark.parametrize(("setting", "name", "axis"), [("flip", "flip", 3), ("vertical_flip", "vertical", 2)])
 def test_a_flip_inside_the_affine_map_is_the_same_flip(setting, name, axis):
-    batch = pictures(2)
+    batch = images(2)
     out = augment_batch(
         batch, replace(AugmentConfig(rotation=10.0), **{setting: 0.5}), draws(2, **{name: 0.0}), None, 8
     )
@@ -140,16 +140,16 @@ def test_a_flip_inside_the_affine_map_is_the_same_flip(setting, name, axis):
 @pytest.mark.parametrize(("rotation", "drawn", "turns"), [(90.0, 1.0, 1), (90.0, 0.0, -1), (180.0, 1.0, 2)])
 @pytest.mark.parametrize("fill", ["black", "edge", "mirror"])
 def test_right_angles_are_numpys_rot90(rotation, drawn, turns, fill):
-    batch = pictures(1)
+    batch = images(1)
     config = AugmentConfig(rotation=rotation, fill=fill)
     out = augment_batch(batch, config, draws(angle=drawn), None, 8).numpy()
     np.testing.assert_allclose(out, np.rot90(batch.numpy(), turns, axes=(2, 3)), atol=1e-5)
 
 
 def test_a_rotation_is_torchvisions():
-    picture = as_batch(smooth(32, 32))
-    ours = augment_batch(picture, AugmentConfig(rotation=30.0, fill="black"), draws(angle=1.0), None, 32)
-    theirs = tv.rotate(picture, 30.0, interpolation=InterpolationMode.BILINEAR)
+    image = as_batch(smooth(32, 32))
+    ours = augment_batch(image, AugmentConfig(rotation=30.0, fill="black"), draws(angle=1.0), None, 32)
+    theirs = tv.rotate(image, 30.0, interpolation=InterpolationMode.BILINEAR)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
@@ -159,7 +159,7 @@ def test_a_rotation_is_torchvisions():
 )
 def test_a_shift_moves_the_view_by_its_share_of_the_side(name, drawn, shift):
     """`right` and `down` say where the view goes; what is seen moves the other way."""
-    batch = pictures(1)
+    batch = images(1)
     out = augment_batch(batch, AugmentConfig(shift=0.25, fill="black"), draws(**{name: drawn}), None, 8).numpy()
     down, right = shift
     wanted = np.zeros_like(batch.numpy())
@@ -171,7 +171,7 @@ def test_a_shift_moves_the_view_by_its_share_of_the_side(name, drawn, shift):
 
 @pytest.mark.parametrize(("fill", "mode"), [("edge", "edge"), ("mirror", "symmetric")])
 def test_what_comes_in_from_outside_is_numpys_padding(fill, mode):
-    batch = pictures(1)
+    batch = images(1)
     out = augment_batch(batch, AugmentConfig(shift=0.25, fill=fill), draws(right=0.0), None, 8).numpy()
     np.testing.assert_allclose(
         out, np.pad(batch.numpy(), ((0, 0), (0, 0), (0, 0), (2, 0)), mode=mode)[..., :8], atol=1e-5
@@ -179,21 +179,21 @@ def test_what_comes_in_from_outside_is_numpys_padding(fill, mode):
 
 
 def test_a_crop_is_a_resize_of_the_box():
-    picture = smooth(48, 64)
+    image = smooth(48, 64)
     boxes = np.asarray([[10.0, 6.0, 32.0, 24.0]])
-    out = augment_batch(as_batch(picture), AugmentConfig(crop_scale=0.2), draws(), boxes, 32)[0].numpy() * 255
-    wanted = Image.fromarray(picture).resize((32, 32), Image.Resampling.BILINEAR, box=(10, 6, 42, 30))
+    out = augment_batch(as_batch(image), AugmentConfig(crop_scale=0.2), draws(), boxes, 32)[0].numpy() * 255
+    wanted = Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR, box=(10, 6, 42, 30))
     np.testing.assert_allclose(out.transpose(1, 2, 0), np.asarray(wanted), atol=1.0)
 
 
 def test_a_crop_in_whole_pixels_is_a_slice():
-    batch = pictures(1, height=12, width=16)
+    batch = images(1, height=12, width=16)
     out = augment_batch(batch, AugmentConfig(crop_scale=0.2), draws(), np.asarray([[5.0, 3.0, 8.0, 8.0]]), 8)
     torch.testing.assert_close(out, batch[:, :, 3:11, 5:13], rtol=0, atol=1e-5)
 
 
 def test_crop_flip_and_rotation_are_applied_in_this_order():
-    batch = pictures(1, height=12, width=16)
+    batch = images(1, height=12, width=16)
     config = AugmentConfig(crop_scale=0.2, flip=1.0, rotation=90.0)
     out = augment_batch(batch, config, draws(angle=1.0), np.asarray([[5.0, 3.0, 8.0, 8.0]]), 8).numpy()
     crop = batch.numpy()[:, :, 3:11, 5:13]
@@ -252,7 +252,7 @@ def test_crops_spread_over_the_area_the_ratio_and_the_place():
     ],
 )
 def test_colour_changes_are_torchvisions(setting, name, reference, drawn):
-    batch = pictures(3)
+    batch = images(3)
     out = augment_batch(batch, replace(AugmentConfig(), **{setting: 0.6}), draws(3, **{name: drawn}), None, 8)
     wanted = reference(batch, 1 + (2 * drawn - 1) * 0.6)
     torch.testing.assert_close(out, wanted, rtol=0, atol=2e-4)  # torchvision rounds the weight of red to 0.2989
@@ -261,21 +261,21 @@ def test_colour_changes_are_torchvisions(setting, name, reference, drawn):
 
 
 def test_colour_changes_come_in_torchvisions_order():
-    batch = pictures(2)
+    batch = images(2)
     config = AugmentConfig(brightness=0.5, contrast=0.5, saturation=0.5)
     out = augment_batch(batch, config, draws(2, bright=0.9, contrast=0.9, saturation=0.1), None, 8)
     wanted = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(batch, 1.4), 1.4), 0.6)
     torch.testing.assert_close(out, wanted, rtol=0, atol=2e-3)
 
 
-def test_grey_pictures_have_no_saturation():
-    batch = pictures(2, channels=1)
+def test_grey_images_have_no_saturation():
+    batch = images(2, channels=1)
     assert torch.equal(augment_batch(batch, AugmentConfig(saturation=1.0), draws(2, saturation=0.0), None, 8), batch)
 
 
-def test_each_picture_of_a_batch_is_changed_by_its_own_draws():
+def test_each_image_of_a_batch_is_changed_by_its_own_draws():
     config = AugmentConfig(flip=0.5, rotation=20.0, shift=0.1, brightness=0.3, contrast=0.3, saturation=0.3)
-    batch, drawn = pictures(5), draw_changes(1, np.zeros(5, int), np.arange(5))
+    batch, drawn = images(5), draw_changes(1, np.zeros(5, int), np.arange(5))
     together = augment_batch(batch, config, drawn, None, 8)
     for place in range(5):
         one = {name: values[place : place + 1] for name, values in drawn.items()}

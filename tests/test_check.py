@@ -1,4 +1,4 @@
-"""`vitrail check`: every kind of finding on pictures made here, the JSON, the page, and files broken at random."""
+"""`vitrail check`: every kind of finding on images made here, the JSON, the page, and files broken at random."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def photo(number: int, width: int = 144, height: int = 108) -> PIL.Image.Image:
     return whole.crop((column * 150, row * 140, column * 150 + 144, row * 140 + 108)).resize((width, height))
 
 
-def put(path: Path, picture: PIL.Image.Image, **options) -> Path:
+def put(path: Path, image: PIL.Image.Image, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **options)
+    image.save(path, **options)
     return path
 
 
 def fill(root: Path, labels: tuple[str, ...] = ("a", "b"), count: int = 13) -> Path:
-    """Different pictures in class folders; a class has every other one of `photo`."""
+    """Different images in class folders; a class has every other one of `photo`."""
     for which, label in enumerate(labels):
         for each in range(count):
             put(root / label / f"{each}.png", photo(each * len(labels) + which))
@@ -160,12 +160,12 @@ def test_forms_are_told(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda picture: (picture, {"quality": 40}),
-        lambda picture: (picture.resize((72, 54)), {"quality": 90}),
-        lambda picture: (picture.resize((288, 216)), {"quality": 90}),
-        lambda picture: (picture.crop((7, 5, 137, 103)), {"quality": 80}),
-        lambda picture: (picture.crop((14, 0, 144, 108)), {"quality": 80}),
-        lambda picture: (picture.crop((0, 10, 130, 108)).resize((144, 108)), {"quality": 60}),
+        lambda image: (image, {"quality": 40}),
+        lambda image: (image.resize((72, 54)), {"quality": 90}),
+        lambda image: (image.resize((288, 216)), {"quality": 90}),
+        lambda image: (image.crop((7, 5, 137, 103)), {"quality": 80}),
+        lambda image: (image.crop((14, 0, 144, 108)), {"quality": 80}),
+        lambda image: (image.crop((0, 10, 130, 108)).resize((144, 108)), {"quality": 60}),
     ],
     ids=["re-encoded", "halved", "doubled", "cropped all round", "cropped left", "cropped corner, enlarged"],
 )
@@ -176,8 +176,8 @@ def test_a_changed_copy_leaks_from_part_to_part(tmp_path, change):
         path.unlink()
     originals = [("a", 0), ("b", 1), ("a", 4)]
     for label, number in originals:
-        picture, options = change(photo(number))
-        put(tmp_path / "val" / label / f"{number}.jpg", picture, **options)
+        image, options = change(photo(number))
+        put(tmp_path / "val" / label / f"{number}.jpg", image, **options)
     put(tmp_path / "val" / "b" / "own.png", photo(41))
     leaks = found(check(tmp_path), "leak")
     assert leaks == [
@@ -186,7 +186,7 @@ def test_a_changed_copy_leaks_from_part_to_part(tmp_path, change):
     assert found(check(tmp_path, near_duplicates=False), "leak") == []
 
 
-def test_equal_pictures_in_two_parts_or_classes_are_errors(tmp_path):
+def test_equal_images_in_two_parts_or_classes_are_errors(tmp_path):
     fill(tmp_path / "train")
     put(tmp_path / "val" / "a" / "x.png", photo(0))
     put(tmp_path / "val" / "b" / "y.bmp", photo(2))
@@ -220,7 +220,7 @@ def test_alignment_finds_the_window_to_half_a_percent():
     assert scores.min() > 0.98
 
 
-def test_crop_candidates_stay_few_where_all_pictures_look_alike():
+def test_crop_candidates_stay_few_where_all_images_look_alike():
     base = np.asarray(photo(0).convert("L").resize((32, 32)), dtype=np.int16)
     noise = np.random.default_rng(0).integers(-8, 9, (200, 32, 32))
     alike = np.clip(base + noise, 0, 255).astype(np.uint8)
@@ -306,18 +306,18 @@ def test_exit_codes_and_files(tmp_path, capsys):
 
 
 class Page(HTMLParser):
-    """Tags that must be closed are; pictures are inline."""
+    """Tags that must be closed are; images are inline."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.pictures: list[str] = []
+        self.images: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         values = dict(attrs)
         assert not any(str(values.get(key, "")).startswith(("http", "//")) for key in ("src", "href"))
         if tag == "img":
-            self.pictures.append(values["src"])
+            self.images.append(values["src"])
         elif tag != "meta":
             self.open.append(tag)
 
@@ -325,7 +325,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_one_offline_file_with_bounded_pictures(tmp_path):
+def test_the_page_is_one_offline_file_with_bounded_images(tmp_path):
     root = fill(tmp_path / "<b>data")
     for number in range(40):
         put(root / "a" / f"copy <i>{number}.png", photo(0))
@@ -338,8 +338,8 @@ def test_the_page_is_one_offline_file_with_bounded_pictures(tmp_path):
     assert page.open == []
     assert "<i>" not in text and "copy &lt;i&gt;" in text
     assert "cannot be decoded" in text and "more findings" in text
-    assert len(page.pictures) == 6  # of 41 equal ones
-    kind, content = page.pictures[0].split(",", 1)
+    assert len(page.images) == 6  # of 41 equal ones
+    kind, content = page.images[0].split(",", 1)
     assert kind == "data:image/jpeg;base64"
     assert max(PIL.Image.open(io.BytesIO(base64.b64decode(content))).size) <= 160
     assert re.search(r"width: 100\.0%", text)
@@ -370,10 +370,10 @@ FORMATS = [
 @pytest.mark.slow
 def test_files_broken_at_random_never_end_the_process(tmp_path):
     random = np.random.default_rng(0)
-    picture = photo(1, 40, 30)
+    image = photo(1, 40, 30)
     for which, (ending, options) in enumerate(FORMATS):
         buffer = io.BytesIO()
-        picture.save(buffer, {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}.get(ending, ending), **options)
+        image.save(buffer, {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}.get(ending, ending), **options)
         whole = buffer.getvalue()
         for number in range(150):
             content = bytearray(whole)

@@ -312,7 +312,7 @@ def test_doctor_says_what_the_machine_can_do(tmp_path, monkeypatch, capfd):
         "GPU",
         "numbers",
         "compile",
-        "pictures",
+        "images",
         "packages",
         "attention",
     }

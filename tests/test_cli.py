@@ -15,7 +15,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import tyro
-from conftest import draw_picture
+from conftest import draw_image
 
 from vitrail.cli import COMMANDS, run, train
 from vitrail.cli.options import given_settings
@@ -122,7 +122,7 @@ def folder(root: Path, **counts: int) -> Path:
     return root
 
 
-def break_picture(root: Path) -> Path:
+def break_image(root: Path) -> Path:
     path = root / "cat" / "0.jpg"
     path.write_bytes(path.read_bytes()[:300])
     return path
@@ -131,13 +131,13 @@ def break_picture(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("counts", "spoil", "message"),
     [
-        ({"cat": 5, "dog": 0}, None, "class 'dog' has no pictures"),
+        ({"cat": 5, "dog": 0}, None, "class 'dog' has no images"),
         ({"cat": 5}, None, "only one class ('cat')"),
         ({}, None, "no class folders found"),
         ({"cat": 5, "dog": 5}, "truncated", "cat/0.jpg: "),
         ({"cat": 5, "dog": 5}, "text", "cat/0.jpg: unreadable"),
         ({"cat": 5, "dog": 5}, "empty", "cat/0.jpg: unreadable"),
-        ({"cat": 1, "dog": 1}, None, "no pictures for validation"),
+        ({"cat": 1, "dog": 1}, None, "no images for validation"),
     ],
 )
 def test_bad_data_gets_one_clear_message(counts, spoil, message, tmp_path, capsys):
@@ -145,7 +145,7 @@ def test_bad_data_gets_one_clear_message(counts, spoil, message, tmp_path, capsy
     data.mkdir()
     folder(data, **counts)
     if spoil == "truncated":
-        break_picture(data)
+        break_image(data)
     elif spoil:
         (data / "cat" / "0.jpg").write_bytes(b"I am a text" if spoil == "text" else b"")
     assert run(["train", str(data), "--out", str(tmp_path / "run")]) == 1
@@ -156,16 +156,16 @@ def test_bad_data_gets_one_clear_message(counts, spoil, message, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
-def test_broken_pictures_can_be_left_out_or_kept(make_folder, tmp_path, capsys):
+def test_broken_images_can_be_left_out_or_kept(make_folder, tmp_path, capsys):
     data = make_folder(tmp_path / "data")
     path = data / "flat" / "004.png"
     path.write_bytes(path.read_bytes()[:-30])
-    (data / "steep" / "notes.txt").write_text("not a picture")
+    (data / "steep" / "notes.txt").write_text("not an image")
     words = ["train", str(data), "--model", "nano8", "--model.depth", "1", "--epochs", "1"]
     assert run([*words, "--out", str(tmp_path / "drop"), "--data.damaged", "drop"]) == 0
     text = said(capsys)
     assert "flat/004.png" in text
-    assert "notes.txt" in text or "1 files that are not pictures" in text
+    assert "notes.txt" in text or "1 files that are not images" in text
     split = json.loads((tmp_path / "drop" / "split.json").read_text())
     assert "flat/004.png" not in split["splits"]["train"] + split["splits"]["val"]
     assert run([*words, "--out", str(tmp_path / "keep"), "--data.damaged", "keep"]) == 0
@@ -181,7 +181,7 @@ def test_a_run_is_never_overwritten(tiny_run, capsys):
     assert (done / "model.safetensors").read_bytes() == before
 
 
-def test_eval_repeats_the_runs_own_judgement(tiny_run, tmp_path, capsys):
+def test_eval_repeats_the_runs_own_evaluation(tiny_run, tmp_path, capsys):
     done, data = tiny_run
     own = json.loads((done / "evaluation.json").read_text())["val"]
     assert run(["eval", str(done), str(data), "--out", str(tmp_path / "e.json")]) == 0
@@ -189,7 +189,7 @@ def test_eval_repeats_the_runs_own_judgement(tiny_run, tmp_path, capsys):
     keys = ("top1", "top5", "loss", "ece", "num_images", "labels", "per_class", "confusion", "split", "fingerprint")
     assert {key: again[key] for key in keys} == {key: own[key] for key in keys}
     lines = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
-    assert again["loss"] in [line.get("eval/loss") for line in lines], "training judged by the same numbers"
+    assert again["loss"] in [line.get("eval/loss") for line in lines], "training evaluated by the same numbers"
     # The model file alone makes the same split again.
     alone = tmp_path / "model.safetensors"
     alone.write_bytes((done / "model.safetensors").read_bytes())
@@ -199,7 +199,7 @@ def test_eval_repeats_the_runs_own_judgement(tiny_run, tmp_path, capsys):
     assert "did you mean 'test'" in said(capsys)
 
 
-def test_eval_never_takes_training_pictures_for_unseen_ones(tiny_run, tmp_path, capsys):
+def test_eval_never_takes_training_images_for_unseen_ones(tiny_run, tmp_path, capsys):
     done, data = tiny_run
     copy = shutil.copytree(data, tmp_path / data.name)
     gone = json.loads((done / "split.json").read_text())["splits"]["train"][0]
@@ -217,7 +217,7 @@ def test_eval_never_takes_training_pictures_for_unseen_ones(tiny_run, tmp_path, 
 def test_eval_counts_the_broken_files_it_leaves_out(tiny_run, make_folder, tmp_path, capsys):
     done, _ = tiny_run
     other = make_folder(tmp_path / "other", count=4)
-    (other / "flat" / "001.png").write_bytes(b"no picture")
+    (other / "flat" / "001.png").write_bytes(b"no image")
     assert run(["eval", str(done), str(other)]) == 1
     assert "flat/001.png" in said(capsys)
     words = ["--data.damaged", "drop", "--out", str(tmp_path / "e.json")]
@@ -235,7 +235,7 @@ def test_eval_maps_labels_by_name_and_refuses_unknown_ones(tiny_run, make_folder
     assert result["labels"] == ["flat", "slant", "steep"]
     assert [sum(row) for row in result["confusion"]] == [5, 0, 5]
     assert result["split"] == "all"
-    assert "no picture here: slant" in said(capsys)
+    assert "no image here: slant" in said(capsys)
     (other / "steep").rename(other / "steeep")
     assert run(["eval", str(done), str(other)]) == 1
     assert "did you mean 'steep'" in said(capsys)
@@ -244,7 +244,7 @@ def test_eval_maps_labels_by_name_and_refuses_unknown_ones(tiny_run, make_folder
 def test_predict_writes_a_row_for_every_path_in_order(tiny_run, tmp_path, capsys):
     done, data = tiny_run
     bad = tmp_path / "bad.jpg"
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     paths = [str(data / "steep" / "001.png"), str(bad), str(tmp_path / "gone.jpg"), str(data / "flat" / "002.png")]
     for ending in ("csv", "jsonl", "parquet"):
         out = tmp_path / f"p.{ending}"
@@ -282,10 +282,10 @@ def test_models_and_report(tiny_run, capsys):
 
 def test_the_terminal_ranks_as_many_labels_as_asked_for(tiny_run, capsys):
     done, data = tiny_run
-    picture = str(next(data.rglob("*.png")))
-    assert run(["predict", str(done), picture]) == 0
+    image = str(next(data.rglob("*.png")))
+    assert run(["predict", str(done), image]) == 0
     assert capsys.readouterr().out.count("%") == 1
-    assert run(["predict", str(done), picture, "--top", "3"]) == 0
+    assert run(["predict", str(done), image, "--top", "3"]) == 0
     assert capsys.readouterr().out.count("%") == 3
 
 
@@ -297,7 +297,7 @@ def test_a_figure_that_flatters_says_so(tiny_run, make_folder, tmp_path, capsys)
     assert run(["eval", str(done), str(data)]) == 0
     assert "was trained on" not in said(capsys)
     more = shutil.copytree(data, tmp_path / data.name)
-    draw_picture(1, 999).save(more / "steep" / "999.png")
+    draw_image(1, 999).save(more / "steep" / "999.png")
     assert run(["eval", str(done), str(more)]) == 0
     assert "came after the division that the model was trained with: 1" in said(capsys)
 

@@ -152,7 +152,7 @@ def test_uneven_classes_are_sampled_by_the_root_of_their_size_unless_the_user_co
     config, choices = build_config("auto", uneven, {"data.source": "x"})
     assert config.data.sampling == "sqrt"
     (reason,) = [choice.reason for choice in choices if choice.setting == "data.sampling"]
-    assert reason.startswith("classes have 50 to 500 pictures")
+    assert reason.startswith("classes have 50 to 500 images")
     for fixed, sampling in (({"data.sampling": "natural"}, "natural"), ({"optim.class_weights": "inverse"}, "natural")):
         config, choices = build_config("auto", uneven, {"data.source": "x", **fixed})
         assert config.data.sampling == sampling
@@ -170,7 +170,7 @@ def test_weights_of_classes_that_nothing_uses_are_refused():
     assert config.optim.effective_beta == 0.9
 
 
-def test_auto_decodes_large_pictures_smaller_from_scratch():
+def test_auto_decodes_large_images_smaller_from_scratch():
     facts = Facts(1000, 2, 300, False, 3, "", "cpu", False, (500, 500))
     config, choices = build_config("auto", facts, {})
     assert (config.model.image_size, config.data.decode) == (128, "fast")

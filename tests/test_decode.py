@@ -1,4 +1,4 @@
-"""Decoding, on pictures that the tests make: every mode, every orientation, every way to be broken."""
+"""Decoding, on images that the tests make: every mode, every orientation, every way to be broken."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def rng():
 
 @pytest.fixture
 def photo(rng):
-    """A smooth picture, 48 wide and 32 high, that JPEG compresses like a photograph."""
+    """A smooth image, 48 wide and 32 high, that JPEG compresses like a photograph."""
     coarse = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))
     return coarse.resize((48, 32), Image.Resampling.BICUBIC)
 
 
-def saved(picture: Image.Image, file_format: str, **options) -> bytes:
+def saved(image: Image.Image, file_format: str, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, file_format, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -65,7 +65,7 @@ def exif(orientation: int) -> bytes:
     return tags.tobytes()
 
 
-# ---- good pictures ----
+# ---- good images ----
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
@@ -87,9 +87,9 @@ def test_orientation_is_applied_once(photo, file_format, orientation):
     if file_format == "JPEG":
         stored = np.asarray(Image.open(io.BytesIO(data)))
     expected = ORIENTED[orientation](stored)
-    picture = read_image(data)
-    np.testing.assert_array_equal(np.asarray(picture), expected)
-    assert 274 not in picture.getexif()
+    image = read_image(data)
+    np.testing.assert_array_equal(np.asarray(image), expected)
+    assert 274 not in image.getexif()
     for info in (inspect_image(data), inspect_image(data, decode=False)):
         assert (info.orientation, info.height, info.width) == (orientation, *expected.shape[:2])
 
@@ -101,7 +101,7 @@ def test_an_orientation_that_does_not_exist_is_none(photo, orientation):
     assert inspect_image(data).orientation == 1
 
 
-def test_broken_exif_does_not_cost_the_picture(photo):
+def test_broken_exif_does_not_cost_the_image(photo):
     data = saved(photo, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert inspect_image(data).verdict == "ok"
     np.testing.assert_array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(saved(photo, "JPEG")))))
@@ -132,10 +132,10 @@ def test_grey_with_alpha_stays_grey():
 
 @pytest.mark.parametrize("transparency", [1, b"\xff\x00\x80"])
 def test_transparent_palette_is_composed_on_white(transparency):
-    picture = Image.new("P", (3, 1))
-    picture.putpalette([0, 0, 0, 200, 0, 0, 0, 0, 100])
-    picture.putdata([0, 1, 2])
-    got = pixels(saved(picture, "PNG", transparency=transparency))[0]
+    image = Image.new("P", (3, 1))
+    image.putpalette([0, 0, 0, 200, 0, 0, 0, 0, 100])
+    image.putdata([0, 1, 2])
+    got = pixels(saved(image, "PNG", transparency=transparency))[0]
     last = [0, 0, 100] if isinstance(transparency, int) else [127, 127, 177]
     np.testing.assert_allclose(got.astype(int), [[0, 0, 0], [255, 255, 255], last], atol=1)
 
@@ -148,10 +148,10 @@ def test_a_transparent_colour_is_white(mode, key, colour):
 
 def test_16_bit_grey_is_scaled_and_its_transparent_value_is_white():
     values = np.array([[0, 257, 32768, 40000, 65535]], dtype=np.uint16)
-    picture = Image.fromarray(values)
+    image = Image.fromarray(values)
     for file_format in ("PNG", "TIFF"):
-        np.testing.assert_array_equal(pixels(saved(picture, file_format), mode="L"), [[0, 1, 128, 156, 255]])
-    np.testing.assert_array_equal(pixels(saved(picture, "PNG", transparency=40000), mode="L"), [[0, 1, 128, 255, 255]])
+        np.testing.assert_array_equal(pixels(saved(image, file_format), mode="L"), [[0, 1, 128, 156, 255]])
+    np.testing.assert_array_equal(pixels(saved(image, "PNG", transparency=40000), mode="L"), [[0, 1, 128, 255, 255]])
     pgm = b"P5 5 1 65535\n" + values.astype(">u2").tobytes()
     np.testing.assert_array_equal(pixels(pgm, mode="L"), [[0, 1, 128, 156, 255]])
 
@@ -180,10 +180,10 @@ def test_cmyk_is_converted(photo):
 
 
 def test_one_bit_and_grey_come_in_both_modes():
-    picture = Image.new("1", (2, 1))
-    picture.putpixel((1, 0), 255)
-    np.testing.assert_array_equal(pixels(saved(picture, "PNG"), mode="L"), [[0, 255]])
-    np.testing.assert_array_equal(pixels(saved(picture, "PNG")), [[[0] * 3, [255] * 3]])
+    image = Image.new("1", (2, 1))
+    image.putpixel((1, 0), 255)
+    np.testing.assert_array_equal(pixels(saved(image, "PNG"), mode="L"), [[0, 255]])
+    np.testing.assert_array_equal(pixels(saved(image, "PNG")), [[[0] * 3, [255] * 3]])
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -203,7 +203,7 @@ def test_the_content_decides_not_the_name(tmp_path, photo):
     assert inspect_image(str(path)).format == "PNG"
 
 
-# ---- bad pictures ----
+# ---- bad images ----
 
 
 def test_jpeg_without_its_end_is_damaged_wherever_it_was_cut(photo):
@@ -218,8 +218,8 @@ def test_jpeg_without_its_end_is_damaged_wherever_it_was_cut(photo):
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "PPM", "TGA", "GIF"])
 def test_keep_returns_the_part_before_the_damage(rng, file_format):
-    picture = Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).resize((256, 256))
-    data = saved(picture, file_format, **({"interlace": 0} if file_format == "GIF" else {}))
+    image = Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).resize((256, 256))
+    data = saved(image, file_format, **({"interlace": 0} if file_format == "GIF" else {}))
     half = data[: len(data) * 6 // 10]
     with pytest.raises(ImageError, match="keep") as caught:
         read_image(half, name="half")
@@ -266,7 +266,7 @@ def test_png_with_a_broken_stream_is_damaged(photo):
     ],
     ids=["empty", "byte", "html", "pdf", "zeros", "start", "count"],
 )
-def test_no_picture_at_all_is_unreadable(tmp_path, data):
+def test_no_image_at_all_is_unreadable(tmp_path, data):
     path = tmp_path / "named.jpg"
     path.write_bytes(data)
     for keep in ("refuse", "keep"):
@@ -312,7 +312,7 @@ def test_raised_limit_reads_what_pillow_alone_would_refuse():
     assert inspect_image(data, limit_pixels=10**9, decode=False).verdict == "ok"
 
 
-def test_a_text_bomb_does_not_take_memory_and_leaves_the_picture():
+def test_a_text_bomb_does_not_take_memory_and_leaves_the_image():
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))
     data = png(1, 1, text, chunk(b"IDAT", zlib.compress(b"\0\x01\x02\x03")))
     assert inspect_image(data).verdict == "damaged"
@@ -356,9 +356,7 @@ def test_pillow_warnings_stay_inside(photo):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         inspect_image(broken_tiff)
-        inspect_image(
-            saved(photo, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\xff\x7f\0\0\0\0")
-        )
+        inspect_image(saved(photo, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\xff\x7f\0\0\0\0"))
         inspect_image(png(10_000, 9_500, chunk(b"IDAT", b""), bits=1, colour=0), decode=False)
     assert caught == []
 
@@ -367,7 +365,7 @@ def test_pillow_warnings_stay_inside(photo):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "A.JpEg", "x.y.PNG", "é 漢字.webp", "folder/a.tiff", "a.jfif", "a.avif"])
-def test_names_of_pictures(name):
+def test_names_of_images(name):
     assert is_image_name(name)
 
 
@@ -387,7 +385,7 @@ def test_names_of_pictures(name):
         "",
     ],
 )
-def test_names_that_are_no_pictures(name):
+def test_names_that_are_no_images(name):
     assert not is_image_name(name)
 
 

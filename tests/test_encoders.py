@@ -1,4 +1,4 @@
-"""CNN encoders and patch sizes through a whole training: frozen parts, statistics, weights, resume, judgement."""
+"""CNN encoders and patch sizes through a whole training: frozen parts, statistics, weights, resume, evaluation."""
 
 import dataclasses
 import json
@@ -154,12 +154,10 @@ def test_statistics_move_per_step_as_without_accumulation():
     torch.manual_seed(0)
     whole, parts = (nn.Sequential(nn.BatchNorm2d(3)).train() for _ in range(2))
     scale_bn_momentum(parts, 4)
-    picture = torch.randn(1, 3, 4, 4).expand(
-        8, -1, -1, -1
-    )  # alike everywhere, so that parts have the batch's statistics
-    whole(picture)
+    image = torch.randn(1, 3, 4, 4).expand(8, -1, -1, -1)  # alike everywhere, so that parts have the batch's statistics
+    whole(image)
     for _ in range(4):
-        parts(picture)
+        parts(image)
     torch.testing.assert_close(running_statistics(parts)[0], running_statistics(whole)[0])
 
 
@@ -229,7 +227,7 @@ def test_weights_that_cannot_be_had_are_refused(make_folder, tmp_path, settings,
             {"encoder": "resnet18", "image_size": 35, "patch_size": 7},
             "stride 2, 4, 8, 16, 32, not 7; try --model.patch_size 8",
         ),
-        ({"encoder": "maxvit_tiny_rw_224", "image_size": 96, "patch_size": 16}, "cannot take pictures of 96 px"),
+        ({"encoder": "maxvit_tiny_rw_224", "image_size": 96, "patch_size": 16}, "cannot take images of 96 px"),
         ({"encoder": "hrnet_w18_small", "image_size": 64, "patch_size": 16}, "layers behind the map"),
     ],
 )
@@ -270,7 +268,7 @@ def test_published_sizes_of_the_hybrid_and_of_h14():
     assert num_macs(h14) == pytest.approx(167.4e9, rel=0.002)
 
 
-def test_a_cnn_is_cut_after_its_map_and_takes_grey_pictures():
+def test_a_cnn_is_cut_after_its_map_and_takes_grey_images():
     assert feature_strides("efficientnet_b0") == (2, 4, 8, 16, 32)
     whole = sum(parameter.numel() for parameter in timm.create_model("efficientnet_b0", num_classes=0).parameters())
     net, channels = build_cnn("efficientnet_b0", 4, 1)
@@ -345,7 +343,7 @@ def test_every_step_has_its_patch_size(make_folder, tmp_path, tiny):
     assert sizes(0, 40, rank=1) == whole, "all processes cut alike"
 
 
-def test_whole_pictures_in_their_own_aspect_ratio(tmp_path, make_folder, tiny, capsys):
+def test_whole_images_in_their_own_aspect_ratio(tmp_path, make_folder, tiny, capsys):
     run = train(make_folder(tmp_path / "data"), out=tmp_path / "run", console=QUIET, **tiny).folder
     random, folder = np.random.default_rng(0), tmp_path / "mixed"
     for number, (width, height) in enumerate([(40, 20), (16, 16), (20, 40), (300, 3), (40, 20)]):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_folders import FAMILIES, redrawn, save_family, their_answer, their_pixels, write_pictures
+from hf_folders import FAMILIES, redrawn, save_family, their_answer, their_pixels, write_images
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
@@ -44,8 +44,8 @@ def _quiet_and_alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def saved(folder: Path, preprocess: dict[str, Any] | None = None, temperature: float = 1.0, **fields: Any) -> Path:
@@ -76,10 +76,10 @@ def opened(folder: Path, base: type = AutoModelForImageClassification) -> Any:
     return model.eval()
 
 
-def agree(ours: Path | str, folder: Path, pictures: list[Path], *, backend: str = "pil", atol: float = 1e-4) -> None:
+def agree(ours: Path | str, folder: Path, images: list[Path], *, backend: str = "pil", atol: float = 1e-4) -> None:
     classifier, model = vitrail.load(ours), opened(folder)
     assert [model.config.id2label[i] for i in range(len(classifier.labels))] == list(classifier.labels)
-    for path in pictures:
+    for path in images:
         mine = classifier.logits([classifier.preprocess.apply(read_image(path))])
         with torch.no_grad():
             theirs = model(their_pixels(folder, path, backend=backend)).logits
@@ -105,7 +105,7 @@ def agree(ours: Path | str, folder: Path, pictures: list[Path], *, backend: str 
     ],
     ids=str,
 )
-def test_transformers_gives_our_logits(fields, model_type, tmp_path, pictures):
+def test_transformers_gives_our_logits(fields, model_type, tmp_path, images):
     ours = saved(tmp_path, **fields)
     made = export(ours, "hf", out=tmp_path / "folder")
     assert json.loads((made.path / "config.json").read_text())["model_type"] == model_type
@@ -114,7 +114,7 @@ def test_transformers_gives_our_logits(fields, model_type, tmp_path, pictures):
         "model.safetensors",
         "preprocessor_config.json",
     ]
-    agree(ours, made.path, pictures)
+    agree(ours, made.path, images)
 
 
 PREPROCESSINGS = [
@@ -125,24 +125,24 @@ PREPROCESSINGS = [
 
 
 @pytest.mark.parametrize("preprocess", PREPROCESSINGS, ids=str)
-def test_preprocessing_goes_out_too(preprocess, tmp_path, pictures):
+def test_preprocessing_goes_out_too(preprocess, tmp_path, images):
     ours = saved(tmp_path, preprocess)
-    agree(ours, export(ours, "hf", out=tmp_path / "folder").path, pictures)
+    agree(ours, export(ours, "hf", out=tmp_path / "folder").path, images)
 
 
 @pytest.mark.parametrize("preprocess", PREPROCESSINGS, ids=str)
-def test_with_torchvisions_resampler_the_default_processor_agrees_too(preprocess, tmp_path, pictures):
+def test_with_torchvisions_resampler_the_default_processor_agrees_too(preprocess, tmp_path, images):
     ours = saved(tmp_path, {**preprocess, "resampler": "torchvision"})
     folder = export(ours, "hf", out=tmp_path / "folder").path
     assert AutoImageProcessor.from_pretrained(folder).backend == "torchvision"
-    agree(ours, folder, pictures, backend="torchvision")
+    agree(ours, folder, images, backend="torchvision")
 
 
-def test_with_pillows_the_default_processor_differs_by_single_levels_which_is_told(tmp_path, pictures):
+def test_with_pillows_the_default_processor_differs_by_single_levels_which_is_told(tmp_path, images):
     ours = saved(tmp_path)
     made = export(ours, "hf", out=tmp_path / "folder")
     assert any('backend="pil") gives the very pixels' in note for note in made.notes)
-    for path in pictures:
+    for path in images:
         fast, slow = (their_pixels(made.path, path, backend=backend) for backend in ("torchvision", "pil"))
         levels = (fast - slow).abs() * 0.3 * 255
         assert levels.max() < 1.01
@@ -151,16 +151,16 @@ def test_with_pillows_the_default_processor_differs_by_single_levels_which_is_to
 
 @pytest.mark.parametrize("backend", ["pil", "torchvision"])
 @pytest.mark.parametrize("resize", ["squash", "crop"])
-def test_grey_pictures(resize, backend, tmp_path, pictures):
+def test_grey_images(resize, backend, tmp_path, images):
     resampler = "pillow" if backend == "pil" else "torchvision"
     ours = saved(tmp_path, {"resize": resize, "resampler": resampler, "crop_offset": "down"}, in_channels=1)
     made = export(ours, "hf", out=tmp_path / "folder")
     assert any("open them as mode L" in note for note in made.notes)
     classifier, model = vitrail.load(ours), opened(made.path)
-    picture = read_image(pictures[2], mode="L")
+    image = read_image(images[2], mode="L")
     processor = AutoImageProcessor.from_pretrained(made.path, backend=backend)
-    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
-    assert_close(classifier.logits([classifier.preprocess.apply(picture)]), model(pixels).logits, atol=1e-4, rtol=0)
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+    assert_close(classifier.logits([classifier.preprocess.apply(image)]), model(pixels).logits, atol=1e-4, rtol=0)
 
 
 def test_labels_that_stand_twice_are_told(tmp_path):
@@ -182,7 +182,7 @@ def test_labels_that_stand_twice_are_told(tmp_path):
     ],
     ids=str,
 )
-def test_without_a_classifier_the_base_model_is_written(fields, model_type, tmp_path, pictures):
+def test_without_a_classifier_the_base_model_is_written(fields, model_type, tmp_path, images):
     ours = saved(tmp_path, num_classes=0, **fields)
     made = export(ours, "hf", out=tmp_path / "folder")
     model, told = AutoModel.from_pretrained(made.path, output_loading_info=True)
@@ -190,7 +190,7 @@ def test_without_a_classifier_the_base_model_is_written(fields, model_type, tmp_
     assert all("pooler" in name for name in told["missing_keys"])
     assert not told["unexpected_keys"]
     classifier = vitrail.load(ours)
-    pixels = classifier.preprocess.apply(read_image(pictures[0]))
+    pixels = classifier.preprocess.apply(read_image(images[0]))
     theirs = their_answer(model.eval(), classifier.preprocess.normalise(torch.from_numpy(pixels[None])))
     assert_close(classifier.logits([pixels]), theirs, atol=1e-4, rtol=0)
 
@@ -260,7 +260,7 @@ def test_what_transformers_cannot_express_is_refused_with_the_reason(fields, mes
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_whole_pictures_in_their_aspect_ratio_are_refused(tmp_path):
+def test_whole_images_in_their_aspect_ratio_are_refused(tmp_path):
     ours = saved(tmp_path, {"resize": "aspect", "multiple": 8})
     with pytest.raises(ValueError, match="preprocessing 'aspect'"):
         export(ours, "hf", out=tmp_path / "folder")
@@ -318,7 +318,7 @@ def test_a_bare_folder_becomes_a_model_file_by_description(tmp_path, capsys):
     assert "did you mean 'mean'" in capsys.readouterr().err
 
 
-def test_a_trained_run_is_judged_alike_by_transformers(tiny_run, tmp_path):
+def test_a_trained_run_is_evaluated_alike_by_transformers(tiny_run, tmp_path):
 
     _, data = tiny_run
     settings = {
@@ -368,7 +368,7 @@ def test_transformers_itself_is_not_needed(tmp_path):
     assert opened(tmp_path / "out").config.model_type == "vit"
 
 
-def test_transformers_opens_what_is_written_for_timm(tmp_path, pictures):
+def test_transformers_opens_what_is_written_for_timm(tmp_path, images):
     # What `auto` trains from scratch; transformers' own families all want a class token.
     fields = {"decoder": "mean", "class_token": False, "positions": "sincos2d", "mlp_ratio": 2.0}
     ours = saved(tmp_path, {"resize": "crop", "crop_offset": "nearest"}, **fields)
@@ -377,9 +377,9 @@ def test_transformers_opens_what_is_written_for_timm(tmp_path, pictures):
     folder = export(ours, "timm", out=tmp_path / "out").path
     model, processor = opened(folder), AutoImageProcessor.from_pretrained(folder)
     classifier = vitrail.load(ours)
-    for path in pictures:
-        picture = read_image(path)
+    for path in images:
+        image = read_image(path)
         with torch.no_grad():
-            theirs = model(**processor(picture, return_tensors="pt")).logits
-        assert_close(theirs, classifier.logits([classifier.preprocess.apply(picture)]), atol=1e-4, rtol=0)
+            theirs = model(**processor(image, return_tensors="pt")).logits
+        assert_close(theirs, classifier.logits([classifier.preprocess.apply(image)]), atol=1e-4, rtol=0)
     assert tuple(model.config.id2label[i] for i in range(len(classifier.labels))) == classifier.labels

@@ -35,7 +35,7 @@ GENTLE = {"optim.layer_decay": 0.5, "optim.head_warmup": "4 steps", "schedule.wa
 
 
 def write_digits(root: Path, digits: tuple[int, ...], each: int, *, skip: int = 0) -> Path:
-    """Write scikit-learn's digits as class folders of 8-pixel pictures."""
+    """Write scikit-learn's digits as class folders of 8-pixel images."""
     found = load_digits()
     for digit in digits:
         folder = root / str(digit)

@@ -1,4 +1,4 @@
-"""Cross-validation: every picture judged once, groups whole, runs that stand alone, figures that add up."""
+"""Cross-validation: every image evaluated once, groups whole, runs that stand alone, figures that add up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUIET = Console(quiet=True)
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_single_pictures_are_spread_to_one_picture(data):
+def test_single_images_are_spread_to_one_image(data):
     sizes = data.draw(st.lists(st.integers(2, 60), min_size=1, max_size=6))
     folds, seed = data.draw(st.integers(2, 7)), data.draw(st.integers(0, 9))
     targets = np.repeat(np.arange(len(sizes)), sizes)
@@ -89,26 +89,26 @@ def test_each_fold_is_a_division_of_its_own_and_together_they_are_all():
         assert len(each.indices["train"]) + len(each.indices["val"]) == 72
         assert each.problems == ()
     assert len({each.fingerprint for each in parts}) == 5
-    assert parts[3].rule == "a stratified split of all pictures; val: fold 3 of 5 (from 0), stratified"
+    assert parts[3].rule == "a stratified split of all images; val: fold 3 of 5 (from 0), stratified"
     other = divided(source, folds=5, fold=0, test_fraction=0.1, split_seed=1)
     assert other.indices["val"].tolist() != parts[0].indices["val"].tolist()
 
 
-def test_classes_that_not_every_fold_can_judge_are_named():
+def test_classes_that_not_every_fold_can_evaluate_are_named():
     source = listing(20, 3, 1)
     found = divided(source, folds=4, fold=0)
     assert [(each.kind, each.severity, each.paths) for each in found.problems] == [
         ("small-class", "warning", ("c1", "c2")),
         ("small-class", "warning", ("c2",)),
     ]
-    assert "2 classes have fewer pictures than there are folds (4)" in found.problems[0].message
-    assert "1 pictures are judged in no fold" in found.problems[1].message
+    assert "2 classes have fewer images than there are folds (4)" in found.problems[0].message
+    assert "1 images are evaluated in no fold" in found.problems[1].message
     assert all(23 in divided(source, folds=4, fold=fold).indices["train"] for fold in range(4))
 
 
 def test_a_source_with_its_own_validation_part_is_refused_and_its_test_part_kept_apart():
     source = listing(8, 8, split=(["train"] * 6 + ["val"] * 2) * 2)
-    with pytest.raises(ValueError, match=r"folders name one already \(val/\); move its pictures into train/"):
+    with pytest.raises(ValueError, match=r"folders name one already \(val/\); move its images into train/"):
         divided(source, folds=2, fold=0)
     source = listing(8, 8, split=(["train"] * 6 + ["test"] * 2) * 2)
     splits = [divided(source, folds=3, fold=fold) for fold in range(3)]
@@ -155,7 +155,7 @@ def test_figures_are_those_of_the_folds_together(crossed):
     assert result.top1 == pooled["top1"] == pytest.approx(np.trace(pooled["confusion"]) / 30)
 
 
-def test_every_picture_is_judged_once_and_every_fold_is_a_run(crossed):
+def test_every_image_is_evaluated_once_and_every_fold_is_a_run(crossed):
     result, data = crossed
     judged = []
     for fold in range(3):
@@ -210,11 +210,13 @@ def test_what_cannot_be_resumed_or_begun_is_refused(crossed, tiny):
     with pytest.raises(ValueError, match="is not empty; choose another --out"):
         train(data, out=result.folder, console=QUIET, **tiny, **{"data.folds": 3})
     with pytest.raises(ValueError, match="data.val_fraction 0.3 has no effect with data.folds 3"):
-        train(data, out=result.folder.parent / "new", console=QUIET, **tiny, **{"data.folds": 3, "data.val_fraction": 0.3})
+        train(
+            data, out=result.folder.parent / "new", console=QUIET, **tiny, **{"data.folds": 3, "data.val_fraction": 0.3}
+        )
     assert not (result.folder.parent / "new").exists()
 
 
-def test_a_folds_model_judges_other_data_by_its_own_parts(crossed, make_folder, tmp_path):
+def test_a_folds_model_evaluates_other_data_by_its_own_parts(crossed, make_folder, tmp_path):
     for part in ("train", "val"):
         make_folder(tmp_path / "other" / part, count=4)
     model = str(crossed[0].folder / "fold-1")
@@ -257,7 +259,7 @@ def test_folds_stay_what_they_are():
 
 
 def test_a_group_that_is_taken_out_for_one_class_is_out_for_the_others():
-    """Three groups, of which two share three rare classes: none of their pictures can be judged in every fold."""
+    """Three groups, of which two share three rare classes: none of their images can be evaluated in every fold."""
     common = [(group, label, count) for group, count in ((0, 4), (1, 2), (2, 2)) for label in range(20)]
     rare = [(group, label, 1) for group in (1, 2) for label in (20, 21, 22)]
     groups, targets = (
@@ -277,6 +279,6 @@ def test_more_folds_than_can_be_filled_are_refused_before_one_is_trained(make_fo
     source = open_dataset(str(root))
     good, alone = np.ones(9, dtype=bool), np.arange(9)
     with pytest.raises(
-        ValueError, match=r"data\.folds is 10, but \d+ of them .* 9 pictures in 9 groups .*; lower data\.folds"
+        ValueError, match=r"data\.folds is 10, but \d+ of them .* 9 images in 9 groups .*; lower data\.folds"
     ):
         split_dataset(source, DataConfig(source=str(root), folds=10), good, alone)

@@ -24,7 +24,7 @@ TIMM_SIZE = {"img_size": 32, "patch_size": 8}
 SQUASH = Compose([Resize((32, 32)), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)])
 CROP = Compose([Resize(37, InterpolationMode.BILINEAR), CenterCrop(32), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)])
 
-# our architecture, timm's, whether the layout is big_vision's, and what its evaluation does with pictures
+# our architecture, timm's, whether the layout is big_vision's, and what its evaluation does with images
 KINDS = {
     "original": ({}, {}, False, SQUASH),
     "token": ({}, {"no_embed_class": True}, True, CROP),
@@ -40,7 +40,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    return write_photographs(tmp_path_factory.mktemp("pictures"))
+    return write_photographs(tmp_path_factory.mktemp("images"))
 
 
 def npz(path: Path, tensors: dict, prefix: str = "") -> Path:
@@ -86,7 +86,7 @@ def test_stacked_blocks_become_a_model_file(tmp_path):
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in imported.weights.items())
 
 
-def test_two_towers_give_the_one_of_pictures(tmp_path, photographs):
+def test_two_towers_give_the_one_of_images(tmp_path, photographs):
     file = random_file(tmp_path / "a.npz", "map", "params/img/")
     with np.load(file) as content:
         np.savez(

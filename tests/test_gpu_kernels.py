@@ -38,7 +38,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int, n
 
 
 def draw(grid: tuple[int, int], num_prefix: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return q, k, v as views of one packed projection, 2 pictures and 2 heads, and a gradient laid out otherwise."""
+    """Return q, k, v as views of one packed projection, 2 images and 2 heads, and a gradient laid out otherwise."""
     tokens = num_prefix + grid[0] * grid[1]
     packed = torch.randn(2, tokens, 3, 2, width, device=DEVICE)
     grad = torch.randn(2, tokens, 2, width, device=DEVICE).transpose(1, 2)

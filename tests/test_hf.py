@@ -1,4 +1,4 @@
-"""Folders of transformers: the logits of the picture file are transformers' own, and nothing is left out unsaid."""
+"""Folders of transformers: the logits of the image file are transformers' own, and nothing is left out unsaid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import PIL.ImageOps
 import pytest
 import torch
 import transformers
-from hf_folders import FAMILIES, save_family, their_answer, their_pixels, write_pictures
+from hf_folders import FAMILIES, save_family, their_answer, their_pixels, write_images
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -44,8 +44,8 @@ def _quiet_and_alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +73,25 @@ def answer(classifier: vitrail.Classifier, path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_of_picture_files_are_transformers(name, tmp_path, pictures):
+def test_logits_of_image_files_are_transformers(name, tmp_path, images):
     model = save_family(name, tmp_path / "model")
     classifier = vitrail.load(f"hf:{tmp_path / 'model'}")
-    assert len(pictures) == 10
-    for path in pictures:
+    assert len(images) == 10
+    for path in images:
         wanted = their_answer(model, their_pixels(tmp_path / "model", path, backend="pil"))
         assert_close(answer(classifier, path), wanted, atol=1e-4, rtol=0)
         assert wanted.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "dinov2"])
-def test_a_processor_called_fast_is_torchvisions(name, tmp_path, pictures):
+def test_a_processor_called_fast_is_torchvisions(name, tmp_path, images):
     model = save_family(name, tmp_path)
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     settings["image_processor_type"] += "Fast"
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     classifier = vitrail.load(tmp_path)
     assert classifier.preprocess.resampler == "torchvision"
-    for path in pictures:
+    for path in images:
         wanted = their_answer(model, their_pixels(tmp_path, path, backend="torchvision"))
         assert_close(answer(classifier, path), wanted, atol=1e-4, rtol=0)
 
@@ -307,13 +307,13 @@ def _spoil(folder: Path, how: str) -> None:
         ("a tensor in no shard", "has no vit.extra, which model.safetensors.index.json says it holds"),
     ],
 )
-def test_a_broken_folder_is_one_clear_error(broken, capsys, pictures, how, message):
+def test_a_broken_folder_is_one_clear_error(broken, capsys, images, how, message):
     folder = broken()
     _spoil(folder, how)
     with pytest.raises(ValueError, match=message) as caught:
         open_weights(f"hf:{folder}")
     assert str(folder) in str(caught.value)
-    assert run(["predict", str(folder), str(pictures[0])]) == 1
+    assert run(["predict", str(folder), str(images[0])]) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert message.split(";")[0].split(":")[0] in error
@@ -343,18 +343,18 @@ def test_code_in_a_pickle_is_not_executed(broken, tmp_path, zipped):
     assert not place.exists()
 
 
-def test_a_model_without_classifier_says_so(tmp_path, pictures, make_folder, capsys):
+def test_a_model_without_classifier_says_so(tmp_path, images, make_folder, capsys):
     save_family("dinov2-swiglu", tmp_path / "model")
     data = make_folder(tmp_path / "data", count=2)
-    assert answer(vitrail.load(tmp_path / "model"), pictures[0]).shape == (1, 24)
-    for words in (["predict", str(pictures[0])], ["eval", str(data)]):
+    assert answer(vitrail.load(tmp_path / "model"), images[0]).shape == (1, 24)
+    for words in (["predict", str(images[0])], ["eval", str(data)]):
         assert run([words[0], str(tmp_path / "model"), *words[1:]]) == 1
         assert "this model has no classifier" in capsys.readouterr().err
 
 
-def test_what_is_resized_and_left_out_is_said_by_predict(tmp_path, pictures, capsys):
+def test_what_is_resized_and_left_out_is_said_by_predict(tmp_path, images, capsys):
     save_family("dinov2", tmp_path)
-    assert run(["predict", f"hf:{tmp_path}", str(pictures[0])]) == 0
+    assert run(["predict", f"hf:{tmp_path}", str(images[0])]) == 0
     told = "".join(capsys.readouterr())
     assert "10×10 → 4×4 patches" in told
     assert "unexpected (left out): embeddings.mask_token" in told

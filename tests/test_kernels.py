@@ -247,7 +247,9 @@ def test_a_layer_alone_says_what_it_needs():
         LocalAttention(32, 4, window=4)
     with pytest.raises(ValueError, match="17 tokens are no square; give a Layout"):
         LocalAttention(32, 4, window=3)(torch.randn(1, 17, 32))
-    assert LocalAttention(32, 4, window=3)(torch.randn(1, 17, 32), TokenLayout(grids=((4, 4),), num_prefix=1)).shape == (
+    assert LocalAttention(32, 4, window=3)(
+        torch.randn(1, 17, 32), TokenLayout(grids=((4, 4),), num_prefix=1)
+    ).shape == (
         1,
         17,
         32,
@@ -444,7 +446,7 @@ print("agreed")
 
 
 @pytest.mark.slow
-def test_compiles_pictures_of_changing_size_without_a_graph_break():
+def test_compiles_images_of_changing_size_without_a_graph_break():
     command = [sys.executable, "-W", "ignore", "-c", SIZES, "", "tiles", "plain", "fused", "matmul"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "agreed", done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Batches: every picture in its turn, the same ones whoever reads them, and the model's preprocessing."""
+"""Batches: every image in its turn, the same ones whoever reads them, and the model's preprocessing."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def photo(seed: int, width: int, height: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 pictures of 20 × 16 pixels in two classes."""
-    root = tmp_path_factory.mktemp("pictures")
+    """23 images of 20 × 16 pixels in two classes."""
+    root = tmp_path_factory.mktemp("images")
     for number in range(23):
         folder = root / "ab"[number % 2]
         folder.mkdir(exist_ok=True)
@@ -116,14 +116,14 @@ def joined(*batches: Batch) -> Batch:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 3), st.sampled_from([1, 2, 3]))
-def test_each_picture_comes_exactly_once_an_epoch(count, share, seed, ranks):
-    """Positions alone decide: over every border of epochs, batches are full and no picture is left out or repeated."""
+def test_each_image_comes_exactly_once_an_epoch(count, share, seed, ranks):
+    """Positions alone decide: over every border of epochs, batches are full and no image is left out or repeated."""
     digits, preprocess = all_digits(), Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
     part = np.arange(100, 100 + count)
-    pictures = ImageReader(digits, digits.targets, preprocess, digits.arrays[0][:, None], is_ready=True, workers=1)
+    images = ImageReader(digits, digits.targets, preprocess, digits.arrays[0][:, None], is_ready=True, workers=1)
     each = [
         TrainLoader(
-            pictures,
+            images,
             part,
             batch_size=share * ranks,
             seed=seed,
@@ -154,7 +154,7 @@ def test_another_seed_is_another_order(files):
     assert sorted(first) == sorted(second) == list(range(len(data.splits.indices["train"])))
 
 
-def test_targets_belong_to_their_pictures(files):
+def test_targets_belong_to_their_images(files):
     data, config = load(files, AugmentConfig(), memory=False)
     for batch in stream((data, config)).batches(0, 8):
         assert batch.images.shape == (6, 3, 24, 24)
@@ -189,7 +189,7 @@ def test_without_crops_memory_and_files_give_the_same_batches(files, preprocess)
     assert all(same(one, other) for one, other in zip(*judged, strict=True))
 
 
-def test_with_crops_memory_and_files_give_the_same_pictures_within_the_filters_difference(files):
+def test_with_crops_memory_and_files_give_the_same_images_within_the_filters_difference(files):
     augment = AugmentConfig(crop_scale=0.3, flip=0.5)
     stored, read = (load(files, augment, memory=memory, interpolation="bilinear") for memory in (True, False))
     for one, other in zip(stream(stored).batches(0, 5), stream(read).batches(0, 5), strict=True):
@@ -232,7 +232,7 @@ def test_the_number_of_threads_changes_nothing(files, memory):
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_judging_gives_each_picture_once_over_all_processes(files, memory, ranks, batch_size):
+def test_evaluation_gives_each_image_once_over_all_processes(files, memory, ranks, batch_size):
     data, _ = load(files, EVERYTHING, memory=memory)
     part = data.splits.indices["val"]
     seen: dict[int, torch.Tensor] = {}
@@ -285,7 +285,7 @@ def test_the_partner_of_a_lost_file_stays_unmixed_and_all_others_are_as_before(f
     assert torch.equal(left.images[2], alone.images[2])
 
 
-def test_a_file_broken_after_the_scan_is_left_out_of_the_judgement_alone_in_its_batch_too(files, tmp_path):
+def test_a_file_broken_after_the_scan_is_left_out_of_the_evaluation_alone_in_its_batch_too(files, tmp_path):
     data, _ = load(copied(files, tmp_path), AugmentConfig(), memory=False)
     part = data.splits.indices["val"]
     assert len(part) == 4
@@ -308,7 +308,7 @@ def test_when_no_file_is_left_reading_stops(files, tmp_path):
         list(eval_batches(data.reader, data.splits.indices["val"], batch_size=3, device=CPU))
 
 
-def test_pictures_larger_than_the_input_are_read_from_files(files):
+def test_images_larger_than_the_input_are_read_from_files(files):
     assert load(files, AugmentConfig(), memory=False, side=16)[0].reader.stored is None
     data, config = load(files, AugmentConfig(), memory=True)
     smaller = replace(config, model=replace(config.model, image_size=16))
@@ -317,7 +317,7 @@ def test_pictures_larger_than_the_input_are_read_from_files(files):
     assert data.reader.stored.shape == (23, 3, 24, 24)
 
 
-def test_a_prepared_picture_is_not_prepared_twice(files):
+def test_a_prepared_image_is_not_prepared_twice(files):
     data, _ = load(files, AugmentConfig(), memory=True)
     assert data.reader.is_ready
     for index in range(3):
@@ -325,15 +325,15 @@ def test_a_prepared_picture_is_not_prepared_twice(files):
         np.testing.assert_array_equal(data.reader.read_whole(index), wanted)
 
 
-def test_prepared_pictures_stay_on_disk_when_they_do_not_fit(files):
+def test_prepared_images_stay_on_disk_when_they_do_not_fit(files):
     _, config = load(files, AugmentConfig(), memory=True)
     stored = 23 * 3 * 20 * 16
     for limit, fits in ((23 * 3 * 24 * 24, True), (stored, False)):
         tight = replace(config, data=replace(config.data, memory_bytes=limit))
         checked = load_data(tight.data, Console(quiet=True))
         assert checked.scan.pixels is not None
-        pictures = build_train_data(checked, tight).reader
-        assert pictures.is_ready == (pictures.stored is not None) == fits
+        images = build_train_data(checked, tight).reader
+        assert images.is_ready == (images.stored is not None) == fits
 
 
 @pytest.mark.parametrize(
@@ -350,9 +350,9 @@ def test_prepared_pictures_stay_on_disk_when_they_do_not_fit(files):
 def test_preprocessing_that_changes_nothing_is_known(resize, fraction, size, identity):
     preprocess = Preprocess(image_size=24, resize=resize, crop_fraction=fraction)
     assert is_identity(preprocess, size) == identity
-    picture = photo(0, size[1], size[0])
-    pixels = np.asarray(picture).transpose(2, 0, 1)
-    assert np.array_equal(preprocess.apply(picture), pixels) == identity
+    image = photo(0, size[1], size[0])
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    assert np.array_equal(preprocess.apply(image), pixels) == identity
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
@@ -363,10 +363,10 @@ def test_preprocessing_that_changes_nothing_is_known(resize, fraction, size, ide
 def test_preprocessing_is_torchvisions_resize_and_centre_crop(interpolation, mode, fraction, width, height):
     values = (0.5,) * len(mode)
     preprocess = Preprocess(28, len(mode), "crop", fraction, interpolation, values, values)
-    picture = photo(width, width, height).convert(mode)
-    ours = preprocess.apply(picture)
+    image = photo(width, width, height).convert(mode)
+    ours = preprocess.apply(image)
     resize = v2.Resize(int(28 / fraction), InterpolationMode[interpolation.upper()], antialias=True)
-    theirs = np.asarray(v2.Compose([resize, v2.CenterCrop(28)])(picture))
+    theirs = np.asarray(v2.Compose([resize, v2.CenterCrop(28)])(image))
     np.testing.assert_array_equal(ours, theirs[None] if mode == "L" else theirs.transpose(2, 0, 1))
 
 
@@ -374,9 +374,9 @@ def test_preprocessing_is_torchvisions_resize_and_centre_crop(interpolation, mod
 @pytest.mark.parametrize("size", [(40, 30), (30, 77), (28, 28), (3, 5)])
 def test_squashing_is_a_resize_of_both_sides(interpolation, size):
     preprocess = Preprocess(image_size=28, resize="squash", crop_fraction=0.5, interpolation=interpolation)
-    picture = photo(1, *size)
-    theirs = v2.Resize((28, 28), InterpolationMode[interpolation.upper()], antialias=True)(picture)
-    np.testing.assert_array_equal(preprocess.apply(picture), np.asarray(theirs).transpose(2, 0, 1))
+    image = photo(1, *size)
+    theirs = v2.Resize((28, 28), InterpolationMode[interpolation.upper()], antialias=True)(image)
+    np.testing.assert_array_equal(preprocess.apply(image), np.asarray(theirs).transpose(2, 0, 1))
 
 
 def test_normalising_is_torchvisions():
@@ -408,9 +408,9 @@ def test_digits_train_from_memory_in_grey():
     source = open_dataset("digits")
     assert isinstance(source, ArrayDataset)
     preprocess = Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
-    pictures = ImageReader(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
+    images = ImageReader(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
     part = np.arange(50)
-    train = TrainLoader(pictures, part, batch_size=10, seed=0, augment=AugmentConfig(), device=CPU)
+    train = TrainLoader(images, part, batch_size=10, seed=0, augment=AugmentConfig(), device=CPU)
     batch = next(train.batches(3, 4))
     wanted = torch.from_numpy(source.arrays[0][batch.indices][:, None]).float() / 127.5 - 1
     torch.testing.assert_close(batch.images, wanted, rtol=0, atol=1e-6)

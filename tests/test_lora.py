@@ -130,7 +130,7 @@ def test_only_adapters_and_head_learn(lora_run, tiny_run):
     assert info["num_learning"] < info["num_parameters"] / 5
 
 
-def test_the_model_file_is_plain_and_is_what_was_judged(lora_run, tiny_run, tmp_path):
+def test_the_model_file_is_plain_and_is_what_was_evaluated(lora_run, tiny_run, tmp_path):
     model, header = load_model(lora_run / "model.safetensors")
     assert model.state_dict().keys() == load_file(lora_run / "model.safetensors").keys()
     base = load_file(tiny_run[0] / "model.safetensors")

@@ -72,12 +72,12 @@ def test_undefined_figures_are_null_not_zero():
 def test_a_model_that_says_nan_is_an_error():
     out = outputs(10)
     out.logits[3, 2] = np.nan
-    with pytest.raises(ValueError, match="picture number 3"):
+    with pytest.raises(ValueError, match="image number 3"):
         headline_metrics(out)
 
 
 def test_calibration_error_by_hand():
-    # Two pictures of confidence 0.8, one right: gap 0.3. Two of confidence 0.6, both right: gap 0.4.
+    # Two images of confidence 0.8, one right: gap 0.3. Two of confidence 0.6, both right: gap 0.4.
     logits = np.log(np.array([[0.8, 0.2], [0.8, 0.2], [0.6, 0.4], [0.6, 0.4]]))
     targets = np.array([0, 1, 0, 0])
     assert calibration_error(logits, targets) == pytest.approx(0.5 * 0.3 + 0.5 * 0.4)

@@ -62,7 +62,7 @@ def test_a_tiny_alpha_mixes_nothing_but_still_gives_numbers():
     assert (np.minimum(shares, 1 - shares) < 1e-6).mean() > 0.95
 
 
-def test_off_is_the_same_pictures_and_no_mix():
+def test_off_is_the_same_images_and_no_mix():
     images, targets, drawn = some()
     out, mix = mix_pairs_(images.clone(), targets, np.arange(16), AugmentConfig(), drawn)
     assert torch.equal(out, images)
@@ -70,7 +70,7 @@ def test_off_is_the_same_pictures_and_no_mix():
 
 
 def test_mixup_is_torchvisions_of_a_pair():
-    """torchvision rolls the batch by one; of two pictures that is the partner."""
+    """torchvision rolls the batch by one; of two images that is the partner."""
     images, targets, drawn = some()
     out, mix = mixed(AugmentConfig(mixup=0.8))
     for first in range(0, 16, 2):
@@ -78,8 +78,8 @@ def test_mixup_is_torchvisions_of_a_pair():
         share = float(beta(0.8, {name: values[first : first + 1] for name, values in drawn.items()})[0])
         theirs = v2.MixUp(num_classes=CLASSES)
         theirs.make_params = lambda flat, share=share: {"lam": share}
-        pictures, labels = theirs(images[pair], targets[pair])
-        torch.testing.assert_close(out[pair], pictures)
+        mixed_images, labels = theirs(images[pair], targets[pair])
+        torch.testing.assert_close(out[pair], mixed_images)
         torch.testing.assert_close(soft(targets, mix)[pair], labels)
 
 
@@ -93,8 +93,8 @@ def test_cutmix_is_torchvisions_of_a_pair_with_the_share_of_the_real_box():
         theirs = v2.CutMix(num_classes=CLASSES)
         box = (left, top, right, bottom)
         theirs.make_params = lambda flat, box=box, share=share: {"box": box, "lam_adjusted": share}
-        pictures, labels = theirs(images[pair], targets[pair])
-        assert torch.equal(out[pair], pictures)
+        mixed_images, labels = theirs(images[pair], targets[pair])
+        assert torch.equal(out[pair], mixed_images)
         torch.testing.assert_close(soft(targets, mix)[pair], labels)
 
 
@@ -116,7 +116,7 @@ def test_a_cut_box_is_that_of_torchvision(monkeypatch):
     "config", [AugmentConfig(mixup=0.4), AugmentConfig(cutmix=1.0), AugmentConfig(mixup=0.8, cutmix=1.0)]
 )
 def test_label_mass_is_conserved(config):
-    """Two pictures hold two labels' worth in all, each as much of one as of the other."""
+    """Two images hold two labels' worth in all, each as much of one as of the other."""
     images, targets, _ = some(64)
     out, mix = mixed(config, 64)
     before, after = F.one_hot(targets, CLASSES).float(), soft(targets, mix)
@@ -145,7 +145,7 @@ def test_with_both_on_each_takes_about_half_and_the_chance_leaves_the_rest_alone
     assert (kept[chosen & ~cut] < 0.01).all()
 
 
-def test_a_picture_whose_partner_failed_stays_as_it_is():
+def test_a_image_whose_partner_failed_stays_as_it_is():
     images, targets, drawn = some(8)
     whole, wanted = mixed(AugmentConfig(mixup=1.0), 8)
     for lost in range(8):

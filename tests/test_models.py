@@ -230,7 +230,7 @@ def test_what_cannot_work_is_refused_with_a_remedy(changes, message):
         dataclasses.replace(SMALL, **changes)
 
 
-def test_wrong_pictures_are_refused_clearly():
+def test_wrong_images_are_refused_clearly():
     model = small()
     with pytest.raises(ValueError, match="1 channels, but model.in_channels is 3"):
         model.encode(torch.rand(1, 1, 32, 32))

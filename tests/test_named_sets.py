@@ -1,4 +1,4 @@
-"""Data sets by name: torchvision's in their own files on disk, and what the Hugging Face hub holds."""
+"""Datasets by name: torchvision's in their own files on disk, and what the Hugging Face hub holds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 
 def bars(count: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Grey pictures whose class, 0 to 9, is where a bright bar stands."""
+    """Grey images whose class, 0 to 9, is where a bright bar stands."""
     random = np.random.default_rng(seed)
     targets = np.arange(count) % 10
     pixels = random.integers(0, 90, (count, side, side), dtype=np.uint8)
@@ -149,8 +149,8 @@ def test_sets_that_are_files_are_read_as_files(cache):
     for number, name in enumerate(("Forest", "River")):
         folder = cache / "torchvision" / "EuroSAT" / "eurosat" / "2750" / name
         folder.mkdir(parents=True)
-        for picture in range(3):
-            Image.new("RGB", (8, 8), (picture, number, 0)).save(folder / f"{name}_{picture}.jpg")
+        for image in range(3):
+            Image.new("RGB", (8, 8), (image, number, 0)).save(folder / f"{name}_{image}.jpg")
     source = open_dataset("torchvision:EuroSAT")
     assert isinstance(source, FileDataset)
     assert source.split is None
@@ -186,7 +186,7 @@ def test_without_network_the_error_is_short_and_nothing_is_left(cache, monkeypat
 
 
 def test_unknown_names_have_a_nearest_known():
-    with pytest.raises(ValueError, match=r"unknown data set 'cifar-10'; did you mean 'CIFAR10'\?"):
+    with pytest.raises(ValueError, match=r"unknown dataset 'cifar-10'; did you mean 'CIFAR10'\?"):
         open_dataset("torchvision:cifar-10")
 
 
@@ -200,7 +200,7 @@ def encoded(level: int, form: str = "PNG") -> bytes:
 
 
 def hub_file(path: Path, levels: list[int], names: list[str] | None = None) -> None:
-    """Write a Parquet file as the hub's library does: pictures as {bytes, path}, class names in the metadata."""
+    """Write a Parquet file as the hub's library does: images as {bytes, path}, class names in the metadata."""
     table = pyarrow.table(
         {
             "image": [{"bytes": encoded(level), "path": f"{level}.png"} for level in levels],
@@ -214,7 +214,7 @@ def hub_file(path: Path, levels: list[int], names: list[str] | None = None) -> N
     pyarrow.parquet.write_table(table, path, row_group_size=2)
 
 
-def test_a_folder_of_parquet_with_pictures(cache, tmp_path):
+def test_a_folder_of_parquet_with_images(cache, tmp_path):
     root = tmp_path / "beans"
     for part, levels in (("train-00000-of-00002", [10, 11]), ("train-00001-of-00002", [12, 13, 14])):
         hub_file(root / "data" / f"{part}.parquet", levels, ["rust", "healthy"])
@@ -234,7 +234,7 @@ def test_a_folder_of_parquet_with_pictures(cache, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (cache / "packed").iterdir()} == first
 
 
-def test_one_parquet_file_with_pictures_and_without_class_names(cache, tmp_path):
+def test_one_parquet_file_with_images_and_without_class_names(cache, tmp_path):
     hub_file(tmp_path / "all.parquet", [3, 4, 5])
     source = open_dataset(str(tmp_path / "all.parquet"))
     assert isinstance(source, ParquetDataset)
@@ -243,8 +243,8 @@ def test_one_parquet_file_with_pictures_and_without_class_names(cache, tmp_path)
     assert source.targets.tolist() == [1, 0, 1]
 
 
-def test_a_broken_picture_in_parquet_is_named(cache, tmp_path):
-    table = pyarrow.table({"image": [encoded(1), b"no picture"], "label": ["a", "b"]})
+def test_a_broken_image_in_parquet_is_named(cache, tmp_path):
+    table = pyarrow.table({"image": [encoded(1), b"no image"], "label": ["a", "b"]})
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
     source = open_dataset(str(tmp_path / "p.parquet"))
     assert source.read(0, "L").size == (5, 4)
@@ -256,9 +256,9 @@ def test_a_broken_picture_in_parquet_is_named(cache, tmp_path):
     ("columns", "name", "message"),
     [
         ({"image": [b"x"], "label": [None]}, "a.parquet", r"a\.parquet, row 1: no label; write one"),
-        ({"image": [None], "label": ["a"]}, "a.parquet", r"a\.parquet, row 1: no bytes of a picture"),
+        ({"image": [None], "label": ["a"]}, "a.parquet", r"a\.parquet, row 1: no bytes of an image"),
         ({"image": [b"x"], "answer": ["a"]}, "a.parquet", "has no column 'label', but image, answer"),
-        ({"text": ["x"], "label": ["a"]}, "a.parquet", "has no column of pictures"),
+        ({"text": ["x"], "label": ["a"]}, "a.parquet", "has no column of images"),
     ],
 )
 def test_parquet_that_cannot_be_used(cache, tmp_path, columns, name, message):
@@ -270,7 +270,7 @@ def test_parquet_that_cannot_be_used(cache, tmp_path, columns, name, message):
         open_dataset(f"hf:{tmp_path / 'set'}")
 
 
-def test_train_and_probe_on_parquet_with_pictures(cache, make_folder, tmp_path, capsys):
+def test_train_and_probe_on_parquet_with_images(cache, make_folder, tmp_path, capsys):
     folder = make_folder(tmp_path / "shapes", count=12)
     rows = sorted(folder.rglob("*.png"))
     pixels = [{"bytes": path.read_bytes(), "path": path.name} for path in rows]

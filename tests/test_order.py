@@ -1,4 +1,4 @@
-"""Which picture comes when: exact counts by class and picture, the same for any number of processes, from any step."""
+"""Which image comes when: exact counts by class and image, the same for any number of processes, from any step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def samples(order: Sampler, start: int, stop: int, ranks: int = 1) -> tuple[np.n
 
 
 def test_the_default_order_and_its_draws_are_what_they_always_were():
-    # Made on commit 9595d9e, before there was a choice: a recorded run must go on with the same pictures.
+    # Made on commit 9595d9e, before there was a choice: a recorded run must go on with the same images.
     order = Sampler(np.zeros(13, int), batch_size=6, seed=5)
     golden = {
         0: ([0, 0, 0], [7, 11, 5], [0.48645471453765865, 0.28887341550144663, 0.6156207928900951]),
@@ -70,7 +70,7 @@ def test_no_class_is_without_a_share(sizes):
 
 
 @pytest.mark.parametrize(("sampling", "wanted"), [("balanced", [25, 25, 25, 25]), ("sqrt", [43, 28, 19, 10])])
-def test_every_epoch_has_each_classs_share_and_pictures_of_a_class_come_as_often(sampling, wanted):
+def test_every_epoch_has_each_classs_share_and_images_of_a_class_come_as_often(sampling, wanted):
     order = Sampler(TARGETS, batch_size=20, seed=3, sampling=sampling)
     total = np.zeros(100, int)
     for epoch in range(13):
@@ -79,15 +79,15 @@ def test_every_epoch_has_each_classs_share_and_pictures_of_a_class_come_as_often
         total += np.bincount(places, minlength=100)
         for label in range(4):
             own = total[np.equal(TARGETS, label)]
-            assert own.max() - own.min() <= 1, "a picture came more often than another of its class"
-    assert total.min() >= 1, "a picture was left out"
+            assert own.max() - own.min() <= 1, "an image came more often than another of its class"
+    assert total.min() >= 1, "an image was left out"
     other = samples(Sampler(TARGETS, batch_size=20, seed=4, sampling=sampling), 0, 5)
     assert other[1].tolist() != samples(order, 0, 5)[1].tolist()
 
 
 @pytest.mark.parametrize("sampling", ["natural", "balanced", "sqrt"])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_a_picture_never_comes_twice_on_one_occasion(sampling, repeats):
+def test_a_image_never_comes_twice_on_one_occasion(sampling, repeats):
     order = Sampler(TARGETS, batch_size=12, seed=3, sampling=sampling, repeats=repeats)
     occasions, places = samples(order, 0, 80)
     pairs = set(zip(occasions.tolist(), places.tolist(), strict=True))
@@ -108,7 +108,7 @@ def test_the_order_does_not_depend_on_processes_or_on_where_it_starts(data):
         assert all_of_it[start * batch :].tolist() == end.tolist()
 
 
-def test_repeated_pictures_are_spread_over_their_batch():
+def test_repeated_images_are_spread_over_their_batch():
     order, single = (Sampler(TARGETS, batch_size=b, seed=3, repeats=r) for b, r in ((12, 3), (4, 1)))
     for step in range(60):
         occasions, places = order.samples(step)
@@ -120,10 +120,10 @@ def test_repeated_pictures_are_spread_over_their_batch():
 def test_repeats_are_augmented_differently():
     source = digits()
     preprocess = Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
-    pictures = ImageReader(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
+    images = ImageReader(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
     augment = AugmentConfig(rotation=20.0, repeats=4)
     stream = TrainLoader(
-        pictures, np.arange(50), batch_size=8, seed=0, augment=augment, device=torch.device("cpu"), sampling="balanced"
+        images, np.arange(50), batch_size=8, seed=0, augment=augment, device=torch.device("cpu"), sampling="balanced"
     )
     for batch in stream.batches(0, 3):
         assert batch.indices.tolist() == batch.indices[:2].tolist() * 4

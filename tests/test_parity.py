@@ -85,9 +85,9 @@ def with_prefix_rows(table: Tensor, at: int, count: int) -> Tensor:
 def drawn(peer: nn.Module, std: float = 0.2) -> Any:
     """Draw every parameter of a peer again; returns it in evaluation mode.
 
-    The weights of norms vary around one, else the pictures would hardly reach the class token and a mistake on their way
+    The weights of norms vary around one, else the images would hardly reach the class token and a mistake on their way
     would not show. A CNN's kernels are random already, at a scale that its depth can bear; for the same reason batch norm
-    gets the statistics of some pictures.
+    gets the statistics of some images.
     """
     for name, module in peer.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
@@ -130,12 +130,12 @@ def hf_twin(peer: Any, config: ViTConfig) -> ViT:
 
 
 def agree(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], images: Tensor) -> None:
-    """Assert that two models give equal outputs and equal gradients of the pictures."""
+    """Assert that two models give equal outputs and equal gradients of the images."""
     mine, other = images.clone().requires_grad_(), images.clone().requires_grad_()
     got, expected = ours(mine), theirs(other)
     assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert expected.abs().max() > 0.1
-    # A sum of squares of normalised tokens hardly depends on the pictures; weights make each output count for itself.
+    # A sum of squares of normalised tokens hardly depends on the images; weights make each output count for itself.
     weights = torch.randn_like(expected)
     (got.square() * weights).sum().backward()
     (expected.square() * weights).sum().backward()

@@ -30,7 +30,7 @@ def named(theirs: str) -> str:
 
 
 def levels(count: int = 6, channels: int = 3) -> torch.Tensor:
-    """Pictures with detail and contrast, uint8."""
+    """Images with detail and contrast, uint8."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, channels, 6, 6, generator=generator)
     fine = torch.rand(count, channels, *SIZE, generator=generator)
@@ -59,9 +59,9 @@ def test_every_operation_at_every_strength_is_torchvisions(policy, channels):
             for negative in (False, True):
                 strength = strength_of(policy, named(name), step, negative, SIZE)
                 ours = OPERATIONS[named(name)](tv, pixels, strength)
-                for one, picture in zip(ours, pixels, strict=True):
+                for one, image in zip(ours, pixels, strict=True):
                     wanted = theirs._apply_image_or_video_transform(
-                        picture, name, strength, interpolation=InterpolationMode.NEAREST, fill=theirs._fill
+                        image, name, strength, interpolation=InterpolationMode.NEAREST, fill=theirs._fill
                     )
                     assert torch.equal(one, wanted), (name, step)
 
@@ -76,18 +76,18 @@ def test_every_operation_at_every_strength_is_torchvisions(policy, channels):
         AugmentConfig(policy="three_augment"),
     ],
 )
-def test_a_batch_is_each_of_its_pictures_changed_one_after_the_other(config, channels):
+def test_a_batch_is_each_of_its_images_changed_one_after_the_other(config, channels):
     pixels = levels(40, channels)
     drawn = draw_changes(3, np.full(40, 2), np.arange(40))
     out = apply_policy(pixels.float() / 255, config, drawn)
     turns = decide(config, drawn, channels=channels, size=SIZE)
     assert len(turns) == (config.policy_ops if config.policy == "randaugment" else 1)
     wanted = []
-    for place, picture in enumerate(pixels):
+    for place, image in enumerate(pixels):
         for turn in turns:
             name, strength = turn[place]
-            picture = OPERATIONS[name](tv, picture[None], strength)[0]
-        wanted.append(picture)
+            image = OPERATIONS[name](tv, image[None], strength)[0]
+        wanted.append(image)
     assert torch.equal(out, torch.stack(wanted).float() / 255)
     assert not torch.equal(out, pixels.float() / 255)
     for place in range(40):
@@ -109,7 +109,7 @@ def test_three_augment_is_deits_grey_solarised_or_blurred():
     assert (SIGMAS[0], SIGMAS[-1]) == (0.1, 2.0)
 
 
-def test_a_blur_of_a_picture_smaller_than_its_kernel():
+def test_a_blur_of_a_image_smaller_than_its_kernel():
     pixels = levels(1)[..., :3, :2]
     out = OPERATIONS["blur"](tv, pixels, 2.0)
     assert out.shape == pixels.shape
@@ -118,7 +118,7 @@ def test_a_blur_of_a_picture_smaller_than_its_kernel():
 
 @pytest.mark.parametrize("policy", STRONGEST)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_operation_comes_as_often_and_grey_pictures_get_none_on_colour(policy, channels):
+def test_each_operation_comes_as_often_and_grey_images_get_none_on_colour(policy, channels):
     n = 6000
     config = AugmentConfig(policy=policy)
     [first, *_] = decide(config, draw_changes(0, np.zeros(n, int), np.arange(n)), channels=channels, size=SIZE)
@@ -135,7 +135,7 @@ def test_each_operation_comes_as_often_and_grey_pictures_get_none_on_colour(poli
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_colour_operations_do_to_grey_pictures_is_nothing(channels):
+def test_what_colour_operations_do_to_grey_images_is_nothing(channels):
     pixels = levels(2, 1).expand(-1, channels, -1, -1)
     for name in ("color", "greyscale"):
         if channels == 1 or name == "color":
@@ -192,7 +192,7 @@ def test_erased_boxes_have_the_area_the_ratio_and_the_places_of_the_paper():
     assert (tuple(theirs.scale), tuple(theirs.ratio)) == (ERASED_AREA, ERASED_RATIO)
 
 
-def test_noise_is_of_unit_deviation_and_each_pictures_own():
+def test_noise_is_of_unit_deviation_and_each_images_own():
     n = 12
     config = AugmentConfig(erasing=1.0, erasing_fill="noise")
     drawn, images = draw_changes(0, np.zeros(n, int), np.arange(n)), torch.full((n, 3, 64, 64), 9.0)

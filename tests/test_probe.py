@@ -1,4 +1,4 @@
-"""Probes: against brute force and scikit-learn; features on disk that are never stale, never of another picture."""
+"""Probes: against brute force and scikit-learn; features on disk that are never stale, never of another image."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_votes_do_not_depend_on_the_chunks(monkeypatch):
         assert int(votes.argmax()) == int(answer)
 
 
-def test_no_more_neighbours_than_a_usual_class_has_pictures():
+def test_no_more_neighbours_than_a_usual_class_has_images():
     assert neighbours(torch.arange(10).repeat(50)) == 20
     assert neighbours(torch.arange(10).repeat(5)) == 5
     assert neighbours(torch.tensor([0] * 500 + [1] * 7 + [2] * 6)) == 7
@@ -262,7 +262,7 @@ def test_two_processes_add_at_once(tmp_path):
     assert found.mean() > 0.5
 
 
-def test_a_picture_is_known_by_its_file_or_its_pixels(make_folder, tmp_path, monkeypatch):
+def test_a_image_is_known_by_its_file_or_its_pixels(make_folder, tmp_path, monkeypatch):
     root = make_folder(tmp_path / "data", count=3)
     source = open_dataset(str(root))
     before = image_keys(source, np.arange(9), "RGB")
@@ -422,7 +422,7 @@ def test_a_kept_look_finds_what_a_look_finds(model, make_folder, tmp_path, cache
     words = ["probe", str(model), str(data), "--out", str(tmp_path / "p.json")]
     assert run(words) == 0
     first, found = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
-    assert "the same picture is in two classes" in first
+    assert "the same image is in two classes" in first
     assert run(words) == 0
     second = capsys.readouterr().out
     assert [line for line in first.splitlines() if "warning" in line] == [
@@ -498,11 +498,11 @@ def test_photographs_in_their_own_parts(tmp_path, cache, capsys):
     assert (judged["top1"], judged["split"]) == (found["logistic"], "test")
 
 
-def test_what_is_judged_was_never_fitted(model, make_folder, tmp_path, cache, monkeypatch):
+def test_what_is_evaluated_was_never_fitted(model, make_folder, tmp_path, cache, monkeypatch):
     from vitrail.evaluation import probe as module
 
     data = make_folder(tmp_path / "data")
-    for number in range(20):  # every picture twice: the copies must stay on one side
+    for number in range(20):  # every image twice: the copies must stay on one side
         for label in ("flat", "steep", "slant"):
             shutil.copy(data / label / f"{number:03d}.png", data / label / f"copy{number:03d}.png")
     seen = {}
@@ -510,14 +510,14 @@ def test_what_is_judged_was_never_fitted(model, make_folder, tmp_path, cache, mo
     found = probed(model, data)
     known, asked = seen["given"][0], seen["given"][2]
     assert (len(known), len(asked)) == (found["num_train"], found["num_images"]) == (96, 24)
-    assert torch.cdist(known, asked).min() > 1e-4, "a picture that is judged was fitted"
+    assert torch.cdist(known, asked).min() > 1e-4, "an image that is evaluated was fitted"
 
 
 def test_the_parts_that_are_not_reported_change_nothing(model, tmp_path, cache):
     data = photographs(tmp_path / "photos", train=12, test=10)
     without = probed(model, data)
     shutil.copytree(data / "test", data / "val")
-    for path in (data / "val").rglob("*.jpg"):  # a val/ of pictures that contradict everything
+    for path in (data / "val").rglob("*.jpg"):  # a val/ of images that contradict everything
         PIL.Image.open(path).rotate(90).resize((100, 100)).save(path)
     (data / "val" / "china").rename(data / "val" / "x")
     (data / "val" / "flower").rename(data / "val" / "china")
@@ -533,10 +533,10 @@ def test_the_parts_that_are_not_reported_change_nothing(model, tmp_path, cache):
     [
         ("no classes", "no class folders found"),
         ("one class", "only one class ('cat')"),
-        ("one picture", "no pictures for validation"),
-        ("empty class", "class 'dog' has no pictures"),
+        ("one image", "no images for validation"),
+        ("empty class", "class 'dog' has no images"),
         ("unknown class", "unknown class 'bird'"),
-        ("no train", "no pictures to train on"),
+        ("no train", "no images to train on"),
         ("broken", "--data.damaged drop"),
         ("missing", "no such folder"),
     ],
@@ -545,7 +545,7 @@ def test_bad_data_gets_one_clear_message(spoil, message, model, tmp_path, cache,
     root = tmp_path / "data"
     part = {"unknown class": "train", "no train": "val"}.get(spoil, ".")
     names = {"no classes": (), "one class": ("cat",)}.get(spoil, ("cat", "dog"))
-    counts = {"one picture": 1, "empty class": 4}
+    counts = {"one image": 1, "empty class": 4}
     root.mkdir()
     for number, name in enumerate(names):
         (root / part / name).mkdir(parents=True)
@@ -557,7 +557,7 @@ def test_bad_data_gets_one_clear_message(spoil, message, model, tmp_path, cache,
     if spoil == "no train":
         shutil.copytree(root / "val", root / "test")
     if spoil == "broken":
-        (root / "cat" / "3.png").write_bytes(b"no picture")
+        (root / "cat" / "3.png").write_bytes(b"no image")
     data = tmp_path / "nowhere" if spoil == "missing" else root
     assert run(["probe", str(model), str(data)]) == 1
     error = " ".join(capsys.readouterr().err.split())
@@ -581,12 +581,12 @@ def test_bad_words_get_one_clear_message(model, make_folder, tmp_path, cache, ca
         assert message in " ".join((said.out + said.err).split())
 
 
-def test_a_class_with_one_picture_is_fitted_and_named(model, make_folder, tmp_path, cache, capsys):
+def test_a_class_with_one_image_is_fitted_and_named(model, make_folder, tmp_path, cache, capsys):
     data = make_folder(tmp_path / "data", count=8)
     (data / "lone").mkdir()
     PIL.Image.new("RGB", (16, 16), (9, 200, 90)).save(data / "lone" / "1.png")
     assert run(["probe", str(model), str(data), "--out", str(tmp_path / "p.json")]) == 0
-    assert "val has no picture of 1 classes: lone" in capsys.readouterr().out
+    assert "val has no image of 1 classes: lone" in capsys.readouterr().out
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["labels"] == ["flat", "lone", "slant", "steep"]
 

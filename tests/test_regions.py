@@ -35,28 +35,28 @@ def photo(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def jpeg(picture: Image.Image, orientation: int = 0, **options) -> bytes:
+def jpeg(image: Image.Image, orientation: int = 0, **options) -> bytes:
     buffer = io.BytesIO()
     tags = Image.Exif()
     if orientation:
         tags[274] = orientation
-    picture.save(buffer, "JPEG", exif=tags.tobytes(), **{"quality": 90, **options})
+    image.save(buffer, "JPEG", exif=tags.tobytes(), **{"quality": 90, **options})
     return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JPEGs of several sizes and orientations, grey ones, and PNGs, in two classes."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     for number in range(16):
         place = root / "ab"[number % 2]
         place.mkdir(exist_ok=True)
-        picture = photo(number, 90 + 7 * number, 160 - 5 * number)
+        image = photo(number, 90 + 7 * number, 160 - 5 * number)
         if number == 3:
-            picture.save(place / f"{number:02d}.png")
+            image.save(place / f"{number:02d}.png")
         else:
-            picture = picture.convert("L") if number == 5 else picture
-            (place / f"{number:02d}.jpg").write_bytes(jpeg(picture, number % 9))
+            image = image.convert("L") if number == 5 else image
+            (place / f"{number:02d}.jpg").write_bytes(jpeg(image, number % 9))
     return root
 
 
@@ -69,10 +69,10 @@ def middle(width: int, height: int) -> Box:
 def test_exact_crops_have_the_bits_of_pillows_decoding(folder, mode, interpolation):
     source, cut = open_dataset(str(folder)), CropReader(24, interpolation, mode)
     for index in range(len(source.paths)):
-        picture = source.read(index, mode)
+        image = source.read(index, mode)
         with Image.open(source.location(index)) as opened:  # another decoder than the one under test
             own = ImageOps.exif_transpose(opened).convert("RGB").convert(mode)
-        expected = by_pillow(np.asarray(own), middle(*picture.size), (24, 24), interpolation)
+        expected = by_pillow(np.asarray(own), middle(*image.size), (24, 24), interpolation)
         np.testing.assert_array_equal(cut.read(source, index, middle), expected)
 
 
@@ -84,23 +84,23 @@ def test_exact_crops_have_the_bits_of_pillows_decoding(folder, mode, interpolati
     st.sampled_from(sorted(INTERPOLATIONS)),
 )
 def test_a_part_gives_pillow_all_that_its_filter_reaches(seed, size, side, interpolation):
-    """Against Pillow's resizing of the whole picture, up to the rounding between its two passes."""
+    """Against Pillow's resizing of the whole image, up to the rounding between its two passes."""
     random = np.random.default_rng(seed)
-    picture = photo(seed, *size)
+    image = photo(seed, *size)
     width, height = (max(1.0, extent * share) for extent, share in zip(size, random.random(2), strict=True))
     left, top = random.random() * (size[0] - width), random.random() * (size[1] - height)
-    got = by_pillow(np.asarray(picture), Box(left, top, width, height), (side, side), interpolation)
+    got = by_pillow(np.asarray(image), Box(left, top, width, height), (side, side), interpolation)
     corners = (left, top, min(left + width, size[0]), min(top + height, size[1]))
-    whole = np.asarray(picture.resize((side, side), INTERPOLATIONS[interpolation], box=corners)).transpose(2, 0, 1)
+    whole = np.asarray(image.resize((side, side), INTERPOLATIONS[interpolation], box=corners)).transpose(2, 0, 1)
     difference = np.abs(got.astype(int) - whole)
-    # Smooth pictures: a filter that missed a pixel would be off everywhere; overshoot is cut off between the passes.
+    # Smooth images: a filter that missed a pixel would be off everywhere; overshoot is cut off between the passes.
     assert difference.max() <= (3 if interpolation in ("bicubic", "lanczos") else 1)
 
 
 def test_fast_crops_differ_little_and_come_from_smaller_decoding():
     random = np.random.default_rng(0)
-    picture = photo(1, 640, 480)
-    data = jpeg(picture)
+    image = photo(1, 640, 480)
+    data = jpeg(image)
     header = jpeg_header(data)
     assert header is not None
     exact, fast = CropReader(48, "bilinear", "RGB"), CropReader(48, "bilinear", "RGB", fast=True)
@@ -191,7 +191,7 @@ def batches(config: RunConfig, checked: CheckedData, start: int = 0, stop: int =
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
 def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, tmp_path):
-    """An empty cache, a half full one and a full one, threads or not, and one without a place for most pictures."""
+    """An empty cache, a half full one and a full one, threads or not, and one without a place for most images."""
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "one"))
     config, checked = loaded(folder, decode=decode, cache_side=32)
     data, first = batches(config, checked)
@@ -215,7 +215,7 @@ def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, 
 
 
 def test_what_was_kept_badly_is_decoded_again(folder, monkeypatch, tmp_path):
-    """A process that was killed, or a disk that lies: a place whose checksum does not hold is no picture."""
+    """A process that was killed, or a disk that lies: a place whose checksum does not hold is no image."""
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     config, checked = loaded(folder, cache_side=32)
     data, first = batches(config, checked)
@@ -260,7 +260,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_training(folder, monkeypatch, 
     np.testing.assert_array_equal(cache.read(int(part[0])), before)
     report_dropped(data, None, Console())  # type: ignore[arg-type]
     report_dropped(data, None, Console())  # type: ignore[arg-type]
-    assert capsys.readouterr().out.count("no more pictures are kept decoded") == 1
+    assert capsys.readouterr().out.count("no more images are kept decoded") == 1
 
 
 def test_threads_share_a_cache(folder, monkeypatch, tmp_path):
@@ -308,15 +308,15 @@ def test_a_training_gives_the_same_weights_from_an_empty_and_from_a_full_cache(
     ways = {**tiny, "batch_size": 4, "model.image_size": 32, "data.cache_side": 40, "data.decode": "fast"}
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
     whole = train(folder, out=tmp_path / "whole", console=Console(), **ways)
-    assert "training pictures are kept decoded in" in " ".join(capsys.readouterr().out.split())
+    assert "training images are kept decoded in" in " ".join(capsys.readouterr().out.split())
     again = train(folder, out=tmp_path / "again", console=Console(quiet=True), **ways)
     one, other = (load_tensors(each.folder / "model.safetensors")[0] for each in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
-def test_small_turned_pictures_are_kept_as_they_are(decode, tmp_path, monkeypatch):
-    """A turned picture that is not resized is a view with its axes swapped."""
+def test_small_turned_images_are_kept_as_they_are(decode, tmp_path, monkeypatch):
+    """A turned image that is not resized is a view with its axes swapped."""
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
     for number in range(16):
         place = tmp_path / "data" / "ab"[number % 2]
@@ -343,7 +343,7 @@ def test_exif_behind_padding_is_found(padding):
     assert read_image(padded).size == read_image(data).size == (20, 40)
 
 
-def test_a_picture_of_one_pixel_can_be_cropped_fast(tmp_path):
+def test_a_image_of_one_pixel_can_be_cropped_fast(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         photo(0, 1, 1).save(tmp_path / name / "one.png")

@@ -196,7 +196,7 @@ def opened(word: str) -> TarDataset:
 
 
 def check_equal(source: TarDataset, shards: Path) -> None:
-    """Every shard's bytes, every picture and label are those of the local shards."""
+    """Every shard's bytes, every image and label are those of the local shards."""
     local = opened(f"{shards}/{WORD}")
     assert [Path(each.file).read_bytes() for each in source.shards] == [
         Path(each.file).read_bytes() for each in local.shards

@@ -25,7 +25,7 @@ HOSTILE = [
 
 
 def thumbnail(seed: int, side: int = 8) -> str:
-    """A small picture as the run stores it."""
+    """A small image as the run stores it."""
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
@@ -33,7 +33,7 @@ def thumbnail(seed: int, side: int = 8) -> str:
 
 
 def evaluation(labels: Sequence[str], num_images: int, seed: int = 0, skill: float = 0.97, side: int = 8) -> dict:
-    """The judgement of a model that is right `skill` of the time and errs towards the next class."""
+    """The evaluation of a model that is right `skill` of the time and errs towards the next class."""
     rng, classes = np.random.default_rng(seed), len(labels)
     true = np.arange(num_images) % classes
     slip = np.minimum(rng.geometric(0.5, num_images), classes - 1)
@@ -89,7 +89,7 @@ def metric_lines(steps: int, every: int) -> list[dict]:
 def make_run(folder: Path, labels: Sequence[str], splits: dict[str, dict], steps: int = 900, every: int = 5) -> Path:
     """Writes a run folder as training leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
-    choices = [("model.patch_size", "2", "8-pixel pictures: a patch of 2 gives 16 tokens"),
+    choices = [("model.patch_size", "2", "8-pixel images: a patch of 2 gives 16 tokens"),
                ("optim.lr", "0.001", "the usual rate for AdamW at this batch size"),
                ("run.epochs", "90", "small data: more rounds, about one minute on this machine")]  # fmt: skip
     facts = {
@@ -102,7 +102,7 @@ def make_run(folder: Path, labels: Sequence[str], splits: dict[str, dict], steps
         "choices": [dict(zip(("setting", "value", "reason"), choice, strict=True)) for choice in choices],
         "problems": [{"severity": "warning", "kind": "duplicate",
                       "paths": [f"{labels[0]}/{i:03}.png" for i in range(5)],
-                      "message": "5 pictures are the same; kept on one side of the split"}],
+                      "message": "5 images are the same; kept on one side of the split"}],
     }  # fmt: skip
     config = {
         "model": {"image_size": 8, "patch_size": 2, "encoder": "conv"},
@@ -161,7 +161,7 @@ class Page(HTMLParser):
 
 def test_the_headline_says_what_the_files_say(digits: Path):
     page, result = Page(digits / "report.html"), json.loads((digits / "evaluation.json").read_text())["val"]
-    assert f"{percent_text(result['top1'])} of 360 validation pictures right" in page.text
+    assert f"{percent_text(result['top1'])} of 360 validation images right" in page.text
     figures = ["99.9 %", "0.071", "1.2 %", "1 min 3 s", "804 k", "4,21", "9f2c51ab"]
     for words in [*figures, "slightly optimistic", "vitrail train digits", "vitrail predict"]:
         assert words in page.text
@@ -172,8 +172,8 @@ def test_the_headline_says_what_the_files_say(digits: Path):
 def test_a_test_split_is_the_headline_and_validation_is_said_to_have_chosen(tmp_path: Path):
     splits = {"val": evaluation(DIGITS, 360), "test": evaluation(DIGITS, 500, seed=2)}
     text = Page(build_report(make_run(tmp_path, DIGITS, splits))).text
-    assert f"{percent_text(splits['test']['top1'])} of 500 test pictures right" in text
-    assert "The validation pictures chose the best epoch" in text and "optimistic" not in text
+    assert f"{percent_text(splits['test']['top1'])} of 500 test images right" in text
+    assert "The validation images chose the best epoch" in text and "optimistic" not in text
 
 
 def test_every_count_of_the_confusion_matrix_is_on_the_page(digits: Path):

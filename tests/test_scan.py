@@ -1,4 +1,4 @@
-"""The look at every picture: broken files, duplicates, and pixels that stay in memory."""
+"""The look at every image: broken files, duplicates, and pixels that stay in memory."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from vitrail.threads import ordered_map
 
 
 def photo(seed: int, width: int = 48, height: int = 32) -> Image.Image:
-    """A smooth colour picture, another for each seed, the same scene at every size."""
+    """A smooth colour image, another for each seed, the same scene at every size."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def put(path: Path, picture: Image.Image, **options) -> Path:
+def put(path: Path, image: Image.Image, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **options)
+    image.save(path, **options)
     return path
 
 
 def fill(root: Path, labels: str = "ab", count: int = 4, **size: int) -> Path:
-    """`count` different pictures in each of some class folders."""
+    """`count` different images in each of some class folders."""
     for number, label in enumerate(labels):
         for each in range(count):
             put(root / label / f"{each}.png", photo(100 * number + each, **size))
@@ -69,7 +69,7 @@ def test_pixels_in_memory_are_the_decoded_files(tmp_path, channels, mode):
     assert len(set(scan.groups)) == 8
 
 
-def test_grey_is_chosen_when_every_picture_is_grey(tmp_path):
+def test_grey_is_chosen_when_every_image_is_grey(tmp_path):
     for number in range(6):
         put(tmp_path / "ab"[number % 2] / f"{number}.png", photo(number).convert("L").convert("RGB"))
     source, scan = scanned(tmp_path)
@@ -83,7 +83,7 @@ def test_grey_is_chosen_when_every_picture_is_grey(tmp_path):
     assert scan.colour
 
 
-def test_sizes_are_those_of_turned_pictures(tmp_path):
+def test_sizes_are_those_of_turned_images(tmp_path):
     fill(tmp_path)
     exif = Image.Exif()
     exif[274] = 8
@@ -93,13 +93,13 @@ def test_sizes_are_those_of_turned_pictures(tmp_path):
     assert scan.pixels is None  # of another size than the rest
 
 
-def test_pictures_of_several_sizes_stay_on_disk(tmp_path):
+def test_images_of_several_sizes_stay_on_disk(tmp_path):
     fill(tmp_path)
     put(tmp_path / "b" / "z.png", photo(50, 48, 33))
     assert scanned(tmp_path)[1].pixels is None
 
 
-def test_large_pictures_stay_on_disk(tmp_path):
+def test_large_images_stay_on_disk(tmp_path):
     assert scanned(fill(tmp_path / "fits", count=1, width=256, height=8))[1].pixels is not None
     assert scanned(fill(tmp_path / "large", count=1, width=257, height=8))[1].pixels is None
 
@@ -115,7 +115,7 @@ def test_the_memory_limit_is_kept_to_the_byte(tmp_path):
 def break_some(root: Path) -> None:
     """One file of nonsense, one JPEG cut in half, one link to nowhere."""
     fill(root)
-    (root / "a" / "nonsense.jpg").write_bytes(b"this is no picture")
+    (root / "a" / "nonsense.jpg").write_bytes(b"this is no image")
     buffer = io.BytesIO()
     photo(60, 128, 128).resize((48, 32)).save(buffer, "JPEG", quality=95)
     (root / "b" / "cut.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) * 2 // 3])
@@ -153,7 +153,7 @@ def test_a_damaged_file_is_kept_when_asked_and_still_named(tmp_path):
     np.testing.assert_array_equal(scan.pixels[place], kept.transpose(2, 0, 1))
 
 
-def test_pictures_of_too_many_pixels_are_refused_by_name(tmp_path):
+def test_images_of_too_many_pixels_are_refused_by_name(tmp_path):
     fill(tmp_path)
     put(tmp_path / "a" / "huge.png", photo(70, 60, 60))
     source = open_dataset(str(tmp_path), limit_pixels=48 * 32)
@@ -163,12 +163,12 @@ def test_pictures_of_too_many_pixels_are_refused_by_name(tmp_path):
 
 def test_checking_data_stops_at_broken_files_and_tells_all(tmp_path):
     break_some(tmp_path)
-    talk = Console(quiet=True)
+    console = Console(quiet=True)
     with pytest.raises(ValueError, match=r"nonsense\.jpg") as caught:
-        load_data(DataConfig(source=str(tmp_path)), talk)
+        load_data(DataConfig(source=str(tmp_path)), console)
     assert "cut.jpg" in str(caught.value)
     assert "gone.png" in str(caught.value)
-    checked = load_data(DataConfig(source=str(tmp_path), damaged="drop"), talk)
+    checked = load_data(DataConfig(source=str(tmp_path), damaged="drop"), console)
     divided = np.concatenate(list(checked.splits.indices.values()))
     assert sorted(divided.tolist()) == np.flatnonzero(checked.scan.good).tolist()
     assert {problem.kind for problem in checked.problems} == {"unreadable", "damaged", "small-class"}
@@ -180,21 +180,21 @@ def test_a_data_set_of_broken_files_alone_is_named_too(tmp_path):
         (tmp_path / label / "x.jpg").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"a/x\.jpg(.|\n)*b/x\.jpg"):
         load_data(DataConfig(source=str(tmp_path)), Console(quiet=True))
-    with pytest.raises(ValueError, match="no pictures to train on for 2 classes: a, b"):
+    with pytest.raises(ValueError, match="no images to train on for 2 classes: a, b"):
         load_data(DataConfig(source=str(tmp_path), damaged="drop"), Console(quiet=True))
 
 
-def test_a_recorded_split_refuses_a_picture_that_broke_since(tmp_path):
-    """Its place in memory is empty: trained on, it would be a black picture."""
+def test_a_recorded_split_refuses_a_image_that_broke_since(tmp_path):
+    """Its place in memory is empty: trained on, it would be a black image."""
     fill(tmp_path / "data")
-    config, talk = DataConfig(source=str(tmp_path / "data"), damaged="drop"), Console(quiet=True)
-    checked = load_data(config, talk)
+    config, console = DataConfig(source=str(tmp_path / "data"), damaged="drop"), Console(quiet=True)
+    checked = load_data(config, console)
     save_splits(checked.dataset, checked.splits, tmp_path / "split.json")
-    again = load_data(config, talk, recorded=tmp_path / "split.json")
+    again = load_data(config, console, recorded=tmp_path / "split.json")
     assert again.splits.fingerprint == checked.splits.fingerprint
     (tmp_path / "data" / "a" / "0.png").write_bytes(b"broken since")
     with pytest.raises(ValueError, match=r"broken now, for instance a/0\.png"):
-        load_data(config, talk, recorded=tmp_path / "split.json")
+        load_data(config, console, recorded=tmp_path / "split.json")
 
 
 def test_exact_duplicates_are_found_whatever_their_format(tmp_path):
@@ -229,13 +229,13 @@ def test_near_duplicates_are_found(tmp_path, change):
     assert scanned(tmp_path, near_duplicates=False)[1].problems == ()
 
 
-def test_different_pictures_are_no_duplicates(tmp_path):
+def test_different_images_are_no_duplicates(tmp_path):
     source, scan = scanned(fill(tmp_path, "abcd", count=15, width=24, height=24))
     assert scan.problems == ()
     assert len(set(scan.groups)) == len(source.paths) == 60
 
 
-def test_pictures_of_equal_bytes_and_another_shape_are_not_equal(tmp_path):
+def test_images_of_equal_bytes_and_another_shape_are_not_equal(tmp_path):
     for label, size in (("a", (40, 20)), ("b", (20, 40))):
         put(tmp_path / label / "flat.png", Image.new("RGB", size, (90, 90, 90)))
     assert scanned(tmp_path, near_duplicates=False)[1].problems == ()
@@ -252,7 +252,7 @@ def test_near_duplicates_differ_little_everywhere(levels, every, near):
     assert pairs.tolist() == ([[0, 1]] if near else [])
 
 
-def test_a_changed_detail_makes_another_picture(tmp_path):
+def test_a_changed_detail_makes_another_image(tmp_path):
     fill(tmp_path)
     changed = np.asarray(photo(0)).copy()
     changed[8:20, 20:32] = 255 - changed[8:20, 20:32]
@@ -260,7 +260,7 @@ def test_a_changed_detail_makes_another_picture(tmp_path):
     assert scanned(tmp_path)[1].problems == ()
 
 
-def test_one_picture_in_two_classes_is_a_conflict(tmp_path):
+def test_one_image_in_two_classes_is_a_conflict(tmp_path):
     fill(tmp_path)
     put(tmp_path / "b" / "copy.png", photo(1))
     put(tmp_path / "b" / "like.jpg", photo(2), quality=80)
@@ -272,7 +272,7 @@ def test_one_picture_in_two_classes_is_a_conflict(tmp_path):
     assert "a/1.png and b/copy.png" in scan.problems[0].message
 
 
-def test_one_picture_in_two_parts_is_a_leak(tmp_path):
+def test_one_image_in_two_parts_is_a_leak(tmp_path):
     fill(tmp_path / "train")
     put(tmp_path / "val" / "a" / "new.png", photo(500))
     put(tmp_path / "val" / "b" / "new.png", photo(501))
@@ -294,7 +294,7 @@ def test_duplicates_stay_on_one_side_of_the_split(tmp_path):
         assert not sides["train"] & sides["val"]
 
 
-def test_k_equal_pictures_are_k_minus_one_pairs_with_the_first():
+def test_k_equal_images_are_k_minus_one_pairs_with_the_first():
     thumbnails = np.random.default_rng(0).integers(0, 256, (6, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
     exact, near = duplicate_pairs(thumbnails, np.asarray([7, 3, 7, 3, 9, 7], dtype=np.uint64))
     assert exact.tolist() == [[0, 2], [1, 3], [0, 5]]
@@ -323,7 +323,7 @@ def test_the_hash_ignores_brightness_and_contrast():
     assert np.bitwise_count(one ^ different) > 10
 
 
-def test_an_empty_and_a_single_picture_have_no_pairs():
+def test_an_empty_and_a_single_image_have_no_pairs():
     for count in (0, 1):
         exact, near = duplicate_pairs(np.zeros((count, THUMBNAIL, THUMBNAIL), np.uint8), np.zeros(count, np.uint64))
         assert exact.shape == near.shape == (0, 2)

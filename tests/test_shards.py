@@ -57,7 +57,7 @@ def tar(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]], form: int
 
 
 def with_cls(*levels: int, first: int = 0) -> dict[str, bytes]:
-    """Return samples of two classes by number, whose pictures have these levels of red."""
+    """Return samples of two classes by number, whose images have these levels of red."""
     files = {}
     for number, level in enumerate(levels, first):
         files |= {f"{number:04d}.png": png(level), f"{number:04d}.cls": str(level % 2).encode()}
@@ -116,8 +116,8 @@ def test_words_that_mean_no_shards(tmp_path, word, message):
 
 
 def test_addresses_of_something_else():
-    with pytest.raises(ValueError, match=r"of addresses, only tars of pictures are read; expected a name that ends in"):
-        open_dataset("https://example.org/pictures.zip")
+    with pytest.raises(ValueError, match=r"of addresses, only tars of images are read; expected a name that ends in"):
+        open_dataset("https://example.org/images.zip")
     with pytest.raises(ValueError, match=r"ftpx://a/b\.tar: Protocol not known: ftpx; expected http://"):
         open_dataset("ftpx://a/b.tar")
 
@@ -177,7 +177,7 @@ def test_class_names_beside_the_shards_give_the_order(tmp_path):
     assert opened(tmp_path / "x-{0..1}.tar").flip_reason == "they are signs"
     for text, message in (
         ('["zebra"]', r"x-0\.tar: 0001\.png: class 1 in its \.cls, but classes\.json has 1 names, from 0"),
-        ('["ant", "bee"]', r"x-1\.tar: 7\.png: unknown class 'zebra'.*1 pictures .* classes\.json does not have it"),
+        ('["ant", "bee"]', r"x-1\.tar: 7\.png: unknown class 'zebra'.*1 images .* classes\.json does not have it"),
         ('["ant", "ant"]', "has the class 'ant' twice"),
         ("[1, 2]", "expected a list of class names"),
         ("{", "is no JSON"),
@@ -230,12 +230,12 @@ def test_what_is_not_read_is_named_once(tmp_path):
     ("files", "message"),
     [
         ([], r"x\.tar: holds no samples; leave it out"),
-        ([("a.cls", b"1"), ("b.png", b"")], r"x\.tar: a\.cls: the sample 'a' has no picture, but \.cls"),
+        ([("a.cls", b"1"), ("b.png", b"")], r"x\.tar: a\.cls: the sample 'a' has no image, but \.cls"),
         (
             [("a.png", b""), ("a.jpg", b""), ("a.cls", b"1")],
-            r"a\.png: the sample 'a' has 2 pictures \(a\.png, a\.jpg\)",
+            r"a\.png: the sample 'a' has 2 images \(a\.png, a\.jpg\)",
         ),
-        ([("a.1.png", b""), ("a.2.png", b""), ("a.cls", b"1")], r"has 2 pictures .* counts up to its first dot"),
+        ([("a.1.png", b""), ("a.2.png", b""), ("a.cls", b"1")], r"has 2 images .* counts up to its first dot"),
         ([("a.png", b""), ("a.PNG", b"")], r"x\.tar: a\.PNG: is there twice"),
         ([("a.png", b"")], r"x\.tar: a\.png: has no label; expected a\.cls .* a\.json with a label, or a folder"),
         ([("a.png", b""), ("a.json", b'{"caption": "x"}')], r"a\.png: has no label"),
@@ -281,7 +281,7 @@ def test_what_is_not_read_is_named_once(tmp_path):
         (
             [("a.png", b""), ("a.json", b'{"label": "x", "split": "val"}')]
             + [("b.png", b""), ("b.json", b'{"label": "y", "split": "train"}')],
-            r"a\.png: unknown class 'x'.*no picture of train is of it",
+            r"a\.png: unknown class 'x'.*no image of train is of it",
         ),
     ],
 )
@@ -353,7 +353,7 @@ def test_sizes_above_8_gb_and_long_names_in_the_form_of_each_program(tmp_path):
 def spoil(path: Path, how: str) -> None:
     whole = path.read_bytes()
     text = {
-        "cut in a picture": whole[:550],
+        "cut in an image": whole[:550],
         "cut in a header": whole[: 1024 + 100],
         "cut between": whole[:2048],
         "damaged": whole[:1030] + b"?" + whole[1031:],
@@ -369,7 +369,7 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("cut in a picture", r"x\.tar: is cut short: '0000\.png' should end at byte .*, but the file has 550"),
+        ("cut in an image", r"x\.tar: is cut short: '0000\.png' should end at byte .*, but the file has 550"),
         (
             "cut in a header",
             r"x\.tar: is cut short: it ends after '0000\.png', at byte 1,124, without a tar's end mark",
@@ -418,7 +418,7 @@ def test_links_and_devices_are_refused_and_folders_left_alone(tmp_path, kind, me
         opened(tmp_path / "x.tar")
 
 
-def test_a_broken_picture_is_named_by_shard_and_member(tmp_path, capsys):
+def test_a_broken_image_is_named_by_shard_and_member(tmp_path, capsys):
     files = with_cls(*range(30)) | {"bad.png": png(1)[:40], "bad.cls": b"0"}
     tar(tmp_path / "x.tar", files)
     source = opened(tmp_path / "x.tar")
@@ -430,7 +430,7 @@ def test_a_broken_picture_is_named_by_shard_and_member(tmp_path, capsys):
     assert "--data.damaged drop" in said
 
 
-def test_a_shard_that_is_changed_while_it_is_read_gives_no_other_picture(tmp_path):
+def test_a_shard_that_is_changed_while_it_is_read_gives_no_other_image(tmp_path):
     path = tar(tmp_path / "x.tar", with_cls(1, 2))
     source = opened(path)
     key = source.identity(1)
@@ -462,17 +462,17 @@ def test_the_second_opening_reads_the_kept_index_and_a_broken_one_is_made_anew(t
 
 
 def sizes_of(source: Dataset) -> np.ndarray:
-    """Height and width of every picture, as the scan finds them."""
+    """Height and width of every image, as the scan finds them."""
     return np.asarray([source.read(index, "RGB").size[::-1] for index in range(len(source.paths))])
 
 
 def stream(source: TarDataset, *, workers: int, rank: int = 0, ranks: int = 1) -> TrainLoader:
-    pictures = ImageReader(
+    images = ImageReader(
         source, source.targets, Preprocess(image_size=16), None, workers=workers, sizes=sizes_of(source)
     )
     part = np.arange(len(source.paths))
     return TrainLoader(
-        pictures, part, batch_size=8, seed=3, augment=AugmentConfig(crop_scale=0.5), device=torch.device("cpu"),
+        images, part, batch_size=8, seed=3, augment=AugmentConfig(crop_scale=0.5), device=torch.device("cpu"),
         rank=rank, ranks=ranks,
     )  # fmt: skip
 
@@ -494,8 +494,8 @@ def test_order_and_crops_are_the_same_for_any_workers_ranks_and_after_resume(mak
         assert torch.equal(torch.cat([ranks[0][step].targets, ranks[1][step].targets]), batch.targets)
 
 
-def test_training_sees_the_folders_own_pictures_bit_for_bit(make_folder, tmp_path):
-    """In the folder's order, the shards' pictures make the very batches that the folder makes."""
+def test_training_sees_the_folders_own_images_bit_for_bit(make_folder, tmp_path):
+    """In the folder's order, the shards' images make the very batches that the folder makes."""
     folder = open_dataset(str(make_folder(tmp_path / "shapes", count=12, side=24)))
     write_shards(DataConfig(source=str(tmp_path / "shapes")), tmp_path / "out", size=5)
     shards = opened(tmp_path / "out")
@@ -506,9 +506,9 @@ def test_training_sees_the_folders_own_pictures_bit_for_bit(make_folder, tmp_pat
     part = np.arange(len(folder.paths))
     batches = []
     for source, chosen in ((folder, part), (shards, order)):
-        pictures = ImageReader(source, source.targets, Preprocess(image_size=16), None, workers=2, sizes=sizes_of(source))
+        images = ImageReader(source, source.targets, Preprocess(image_size=16), None, workers=2, sizes=sizes_of(source))
         augment = AugmentConfig(crop_scale=0.5)
-        made = TrainLoader(pictures, chosen, batch_size=8, seed=3, augment=augment, device=torch.device("cpu"))
+        made = TrainLoader(images, chosen, batch_size=8, seed=3, augment=augment, device=torch.device("cpu"))
         batches.append(list(made.batches(0, 6)))
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.images, other.images)
@@ -535,11 +535,11 @@ def test_train_eval_probe_check_and_resume_on_shards(make_folder, tmp_path, caps
     assert run(["train", word, *sizes, "--epochs", "2", "--batch-size", "16"]) == 0
     assert (tmp_path / "runs" / "pictures" / "model.safetensors").exists()
     assert "3 classes; 30 train, 6 val" in capsys.readouterr().out
-    assert run(["eval", "runs/pictures", word, "--out", "e.json"]) == 0
-    judged, own = (json.loads(Path(path).read_text()) for path in ("e.json", "runs/pictures/evaluation.json"))
+    assert run(["eval", "runs/images", word, "--out", "e.json"]) == 0
+    judged, own = (json.loads(Path(path).read_text()) for path in ("e.json", "runs/images/evaluation.json"))
     assert judged["confusion"] == own["val"]["confusion"]
     for computed in (36, 0):
-        assert run(["probe", "runs/pictures", word, "--out", "p.json"]) == 0
+        assert run(["probe", "runs/images", word, "--out", "p.json"]) == 0
         assert json.loads(Path("p.json").read_text())["computed"] == computed
     for quick in ([], ["--quick"]):
         assert run(["check", "shards", "--out", "c.json", *quick]) == 0
@@ -587,10 +587,10 @@ def test_webdataset_reads_what_shard_writes(make_folder, tmp_path):
         gc.collect()
     assert len(samples) == 15
     labels = json.loads((tmp_path / "out" / "classes.json").read_text())["classes"]
-    for picture, number, about in samples:
+    for image, number, about in samples:
         assert labels[number] == about["label"]
         assert about["path"].startswith(f"{about['label']}/")
-        assert (np.asarray(picture) == np.asarray(Image.open(folder / about["path"]).convert("RGB"))).all()
+        assert (np.asarray(image) == np.asarray(Image.open(folder / about["path"]).convert("RGB"))).all()
 
 
 def test_shards_of_webdatasets_own_writers(tmp_path):
@@ -621,7 +621,7 @@ def test_a_gap_in_a_folder_of_shards_is_warned_of(tmp_path):
         tar(tmp_path / f"train-{number:03d}.tar", with_cls(number, 10 + number))
     [problem] = opened(tmp_path).problems
     assert [Path(path).name for path in problem.paths] == ["train-001.tar", "train-004.tar", "train-005.tar"]
-    assert "are missing: are pictures lost?" in problem.message
+    assert "are missing: are images lost?" in problem.message
     assert opened(tmp_path / "train-{000,002,003,006}.tar").problems == ()
     (tmp_path / "train-000.tar").unlink()
     (tmp_path / "train-006.tar").unlink()

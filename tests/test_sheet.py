@@ -78,8 +78,8 @@ def test_rows_are_spread_over_the_classes(make_folder, tmp_path):
 
 
 def pixels_of(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def test_check_writes_the_sheet(make_folder, tmp_path, capsys):

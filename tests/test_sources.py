@@ -1,4 +1,4 @@
-"""Listing: which files are pictures, of which class, in which part."""
+"""Listing: which files are images, of which class, in which part."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kinds(source: FileDataset) -> list[tuple[str, str]]:
     return [(problem.severity, problem.kind) for problem in source.problems]
 
 
-def test_classes_and_pictures_are_in_the_order_of_torchvisions_image_folder(tmp_path):
+def test_classes_and_images_are_in_the_order_of_torchvisions_image_folder(tmp_path):
     make(
         tmp_path,
         "10/b.png",
@@ -118,7 +118,7 @@ def test_a_class_that_val_lacks_keeps_its_number_and_is_named(tmp_path):
     assert kinds(source) == [("warning", "missing-class")]
     assert "'b'" in source.problems[0].message
     assert "val" in source.problems[0].message
-    assert source.problems[0].paths == ("val/b",)  # relative to the data set, as every problem's
+    assert source.problems[0].paths == ("val/b",)  # relative to the dataset, as every problem's
 
 
 @pytest.mark.parametrize(("prefix", "lacks"), [("", "b"), ("train/", "train/b")])
@@ -142,7 +142,7 @@ def test_hidden_files_and_archive_remains_are_passed_over(tmp_path):
     assert source.problems == ()
 
 
-def test_files_that_are_no_pictures_are_skipped_and_named(tmp_path):
+def test_files_that_are_no_images_are_skipped_and_named(tmp_path):
     make(tmp_path, "a/1.png", "b/1.png")
     (tmp_path / "a" / "notes.txt").write_text("a text")
     (tmp_path / "a" / "labels").write_bytes(b"")
@@ -152,14 +152,14 @@ def test_files_that_are_no_pictures_are_skipped_and_named(tmp_path):
     assert source.problems[0].paths == ("a/labels", "a/notes.txt")
 
 
-def test_a_picture_without_an_ending_is_a_picture(tmp_path):
+def test_a_image_without_an_ending_is_a_image(tmp_path):
     source = opened(make(tmp_path, "a/n01440764_10026", "a/IMG.0001", "b/1.png"))
     assert list(source.paths) == ["a/IMG.0001", "a/n01440764_10026", "b/1.png"]
     assert source.problems == ()
     assert source.read(1, "RGB").getpixel((0, 0)) == (0, 20, 30)
 
 
-def test_a_broken_file_with_a_pictures_name_is_listed_for_the_scan_to_find(tmp_path):
+def test_a_broken_file_with_a_images_name_is_listed_for_the_scan_to_find(tmp_path):
     make(tmp_path, "a/1.png", "b/1.png")
     (tmp_path / "a" / "bad.jpg").write_bytes(b"no jpeg")
     source = opened(tmp_path)
@@ -169,7 +169,7 @@ def test_a_broken_file_with_a_pictures_name_is_listed_for_the_scan_to_find(tmp_p
 
 
 @pytest.mark.parametrize(("prefix", "where"), [("", "stray.png"), ("train/", "train/stray.png")])
-def test_pictures_beside_the_class_folders_are_named(tmp_path, prefix, where):
+def test_images_beside_the_class_folders_are_named(tmp_path, prefix, where):
     source = opened(make(tmp_path, f"{prefix}a/1.png", f"{prefix}b/1.png", where))
     assert where not in source.paths
     assert kinds(source) == [("warning", "name")]
@@ -185,7 +185,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert list(source.paths) == ["a/1.png", "a/more/2.png", "b/1.png", "c/2.png"]
 
 
-def test_a_link_to_nowhere_is_listed_when_named_like_a_picture_and_skipped_else(tmp_path):
+def test_a_link_to_nowhere_is_listed_when_named_like_a_image_and_skipped_else(tmp_path):
     make(tmp_path, "a/1.png", "b/1.png")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "a" / "gone").symlink_to(tmp_path / "nowhere")
@@ -209,7 +209,7 @@ def test_a_pipe_in_a_class_folder_is_skipped_and_does_not_hang(tmp_path):
         ("digit", "did you mean 'digits'"),
         ("file.png", "is a file; expected a folder"),
         ("empty", "no class folders found"),
-        ("hollow", "hold no pictures"),
+        ("hollow", "hold no images"),
     ],
 )
 def test_what_is_no_source_is_refused(tmp_path, monkeypatch, name, message):
@@ -221,7 +221,7 @@ def test_what_is_no_source_is_refused(tmp_path, monkeypatch, name, message):
         open_dataset(name)
 
 
-def test_pictures_come_turned_and_in_the_mode_asked_for(tmp_path):
+def test_images_come_turned_and_in_the_mode_asked_for(tmp_path):
     make(tmp_path, "b/1.png")
     exif = Image.Exif()
     exif[274] = 6
@@ -235,7 +235,7 @@ def test_pictures_come_turned_and_in_the_mode_asked_for(tmp_path):
     assert source.location(0) == str(tmp_path / "a" / "1.png")
 
 
-def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
+def test_a_image_of_too_many_pixels_is_refused(tmp_path):
     make(tmp_path, "a/1.png", "b/1.png")
     with pytest.raises(ImageError, match="limit_pixels=11"):
         open_dataset(str(tmp_path), limit_pixels=11).read(0, "RGB")
@@ -271,7 +271,7 @@ def test_digits_are_scikit_learns():
     assert source.targets.tolist() == targets.tolist()
     assert len(set(source.paths)) == len(source.paths) == 1797
     assert source.flip_reason
-    picture = source.read(7, "L")
-    assert picture.size == (8, 8)
-    np.testing.assert_allclose(np.asarray(picture) / 255, pixels[7].reshape(8, 8) / 16, atol=0.5 / 255)
-    np.testing.assert_array_equal(np.asarray(source.read(7, "RGB")), np.repeat(np.asarray(picture)[..., None], 3, 2))
+    image = source.read(7, "L")
+    assert image.size == (8, 8)
+    np.testing.assert_allclose(np.asarray(image) / 255, pixels[7].reshape(8, 8) / 16, atol=0.5 / 255)
+    np.testing.assert_array_equal(np.asarray(source.read(7, "RGB")), np.repeat(np.asarray(image)[..., None], 3, 2))

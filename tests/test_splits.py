@@ -34,20 +34,20 @@ class Listing:
     split_origin: str = "the folders"
 
     def read(self, index: int, mode: str) -> PIL.Image.Image:
-        raise AssertionError("dividing reads no picture")
+        raise AssertionError("dividing reads no image")
 
     def location(self, index: int) -> str:
         return self.paths[index]
 
     def identity(self, index: int) -> bytes | None:
-        raise AssertionError("dividing reads no picture")
+        raise AssertionError("dividing reads no image")
 
     def strict(self) -> Listing:
         return self
 
 
 def listing(*counts: int, split: list[str] | None = None) -> Listing:
-    """`counts[c]` pictures of class c, one class after the other."""
+    """`counts[c]` images of class c, one class after the other."""
     labels = tuple(f"c{number}" for number in range(len(counts)))
     paths = [f"{label}/{number}.png" for label, count in zip(labels, counts, strict=True) for number in range(count)]
     targets = np.repeat(np.arange(len(counts)), counts)
@@ -70,7 +70,7 @@ def test_every_class_gives_its_share():
     assert per_class(source, splits.indices["val"]) == [20, 10, 2]
     assert per_class(source, splits.indices["train"]) == [80, 40, 8]
     assert list(splits.indices) == ["train", "val"]
-    assert splits.rule == "a stratified split of all pictures"
+    assert splits.rule == "a stratified split of all images"
 
 
 def test_both_fractions_are_shares_of_the_whole():
@@ -82,7 +82,7 @@ def test_both_fractions_are_shares_of_the_whole():
     assert list(splits.indices) == ["train", "val", "test"]
 
 
-def test_a_small_class_gives_one_picture_and_keeps_one():
+def test_a_small_class_gives_one_image_and_keeps_one():
     source = listing(2, 3, 1, 40)
     splits = divided(source, val_fraction=0.05)
     assert per_class(source, splits.indices["val"]) == [1, 1, 0, 2]
@@ -123,8 +123,8 @@ def test_parts_are_disjoint_complete_and_keep_groups_whole(data):
     assert (np.bincount(source.targets[train], minlength=len(counts)) > 0).tolist() == present.tolist()
 
 
-def test_a_class_of_large_groups_still_has_a_picture_in_val():
-    source = listing(12, 40)  # three bursts of four of the first class; a fifth of it would be two pictures
+def test_a_class_of_large_groups_still_has_a_image_in_val():
+    source = listing(12, 40)  # three bursts of four of the first class; a fifth of it would be two images
     groups = np.r_[np.repeat([0, 1, 2], 4), np.arange(3, 43)]
     for seed in range(5):
         val = divided(source, groups, val_fraction=0.2, split_seed=seed).indices["val"]
@@ -168,7 +168,7 @@ def test_a_source_without_train_is_not_divided_anew():
     }
 
 
-def test_pictures_that_are_not_good_are_in_no_part():
+def test_images_that_are_not_good_are_in_no_part():
     source = listing(10, 10)
     good = np.ones(20, bool)
     good[[0, 5, 19]] = False
@@ -229,7 +229,7 @@ def test_names_that_are_not_unicode_are_recorded_too(tmp_path):
     }
 
 
-def test_new_pictures_do_not_disturb_a_recorded_split_and_lost_ones_are_named(tmp_path):
+def test_new_images_do_not_disturb_a_recorded_split_and_lost_ones_are_named(tmp_path):
     source = listing(5, 5)
     splits = divided(source)
     save_splits(source, splits, tmp_path / "split.json")
@@ -238,28 +238,28 @@ def test_new_pictures_do_not_disturb_a_recorded_split_and_lost_ones_are_named(tm
     lost = int(splits.indices["val"][0])
     less = replace(source, paths=np.delete(source.paths, lost).tolist(), targets=np.delete(source.targets, lost))
     with pytest.raises(
-        ValueError, match=rf"1 pictures of the recorded val part are gone, for instance {source.paths[lost]}"
+        ValueError, match=rf"1 images of the recorded val split are gone, for instance {source.paths[lost]}"
     ):
         load_splits(less, tmp_path / "split.json")
 
 
-def test_a_recorded_picture_with_another_label_is_refused(tmp_path):
+def test_a_recorded_image_with_another_label_is_refused(tmp_path):
     source = listing(5, 5)
     save_splits(source, divided(source), tmp_path / "split.json")
     targets = source.targets.copy()
     targets[0] = 1
-    with pytest.raises(ValueError, match="labels of pictures have changed"):
+    with pytest.raises(ValueError, match="labels of images have changed"):
         load_splits(replace(source, targets=targets), tmp_path / "split.json")
 
 
-def test_a_recorded_picture_that_has_broken_since_is_refused(tmp_path):
+def test_a_recorded_image_that_has_broken_since_is_refused(tmp_path):
     source = listing(5, 5)
     save_splits(source, divided(source), tmp_path / "split.json")
     good = np.ones(10, bool)
     assert load_splits(source, tmp_path / "split.json", good).fingerprint == divided(source).fingerprint
     good[3] = False
     with pytest.raises(
-        ValueError, match=rf"1 pictures of the recorded \w+ part are broken now, for instance {source.paths[3]}"
+        ValueError, match=rf"1 images of the recorded \w+ part are broken now, for instance {source.paths[3]}"
     ):
         load_splits(source, tmp_path / "split.json", good)
 
@@ -281,9 +281,9 @@ def test_a_real_folder_divides_alike_wherever_it_lies(tmp_path):
     ("counts", "parts", "message"),
     [
         ((4,), {"train": [0, 1], "val": [2, 3]}, "only one class .'c0'."),
-        ((4, 4), {"train": [0, 1], "val": [4, 5]}, "no pictures to train on for 1 classes: c1"),
-        ((4, 4), {"val": [0, 4]}, "no pictures to train on for 2 classes: c0, c1"),
-        ((4, 4), {"train": [0, 4]}, "no pictures for validation .2 for training.; add val/"),
+        ((4, 4), {"train": [0, 1], "val": [4, 5]}, "no images to train on for 1 classes: c1"),
+        ((4, 4), {"val": [0, 4]}, "no images to train on for 2 classes: c0, c1"),
+        ((4, 4), {"train": [0, 4]}, "no images for validation .2 for training.; add val/"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(counts, parts, message):
@@ -301,7 +301,7 @@ def test_what_training_should_say_is_said():
         "small-class": ("warning", ("c2",)),
         "imbalance": ("warning", ()),
     }
-    assert "val has no picture of 1 classes: c1" in found["missing-class"].message
+    assert "val has no image of 1 classes: c1" in found["missing-class"].message
     assert "8 to 110" in found["imbalance"].message
 
 

@@ -1,4 +1,4 @@
-"""Tables of pictures: CSV, JSON lines and Parquet, checked row by row."""
+"""Tables of images: CSV, JSON lines and Parquet, checked row by row."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def put(path: Path, level: int = 100) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A folder with four pictures, of which one has a comma in its name."""
+def images(tmp_path) -> Path:
+    """A folder with four images, of which one has a comma in its name."""
     for level, name in enumerate(("a.png", "b.png", "deep/c.png", "deep/d, e.png")):
         put(tmp_path / name, level)
     return tmp_path
@@ -98,47 +98,47 @@ def as_parquet(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [as_csv, as_jsonl, as_parquet])
-def test_all_three_forms_say_the_same(pictures, form):
-    source = opened(form(pictures))
+def test_all_three_forms_say_the_same(images, form):
+    source = opened(form(images))
     assert rows_of(source) == WANTED
     assert source.labels == ("10", "cat")  # sorted names, as folders have them
     assert source.groups is not None
     assert source.groups.tolist() == [0, -1, 1, 2]
-    assert source.name == form(pictures).name
+    assert source.name == form(images).name
     assert [source.read(index, "RGB").getpixel((0, 0))[0] for index in range(4)] == [0, 1, 2, 3]
-    assert source.location(2) == str(pictures / "deep" / "c.png")
+    assert source.location(2) == str(images / "deep" / "c.png")
     assert {problem.kind for problem in source.problems} == {"missing-class"}
 
 
-def test_whole_numbers_are_labels_as_text(pictures):
+def test_whole_numbers_are_labels_as_text(images):
     table = pyarrow.table({"path": ["a.png", "b.png"], "label": pyarrow.array([2, 10], pyarrow.int64())})
-    pyarrow.parquet.write_table(table, pictures / "n.parquet")
-    source = opened(pictures / "n.parquet")
+    pyarrow.parquet.write_table(table, images / "n.parquet")
+    source = opened(images / "n.parquet")
     assert source.labels == ("10", "2")
     assert source.split is None
     assert source.groups is None
     assert source.problems == ()
 
 
-def test_labels_that_look_like_numbers_or_nothing_stay_as_they_are_written(pictures):
-    source = opened(write(pictures / "t.csv", "path,label\na.png,007\nb.png,NA\ndeep/c.png,2020-01-01\n"))
+def test_labels_that_look_like_numbers_or_nothing_stay_as_they_are_written(images):
+    source = opened(write(images / "t.csv", "path,label\na.png,007\nb.png,NA\ndeep/c.png,2020-01-01\n"))
     assert source.labels == ("007", "2020-01-01", "NA")
 
 
-def test_other_columns_are_named_in_one_line(pictures):
-    source = opened(write(pictures / "t.csv", "mass,path,label,notes\n1,a.png,x,\n2,b.png,y,\n"))
+def test_other_columns_are_named_in_one_line(images):
+    source = opened(write(images / "t.csv", "mass,path,label,notes\n1,a.png,x,\n2,b.png,y,\n"))
     assert [(each.severity, each.kind, each.paths) for each in source.problems] == [
         ("warning", "name", ("mass", "notes"))
     ]
     assert "columns mass, notes: not read" in source.problems[0].message
 
 
-def test_a_relative_table_is_read_from_anywhere(pictures, monkeypatch):
-    monkeypatch.chdir(pictures)
-    write(pictures / "deep" / "t.csv", f"path,label\nc.png,x\n{pictures / 'a.png'},y\n")
+def test_a_relative_table_is_read_from_anywhere(images, monkeypatch):
+    monkeypatch.chdir(images)
+    write(images / "deep" / "t.csv", f"path,label\nc.png,x\n{images / 'a.png'},y\n")
     source = opened(Path("deep/t.csv"))
     monkeypatch.chdir("/")
-    assert list(source.paths) == ["c.png", str(pictures / "a.png")]
+    assert list(source.paths) == ["c.png", str(images / "a.png")]
     assert source.read(1, "RGB").getpixel((0, 0))[0] == 0
 
 
@@ -173,10 +173,10 @@ def test_a_relative_table_is_read_from_anywhere(pictures, monkeypatch):
         ("path,label,split\na.png,x,train\nb.png,y,val\n", r"line 3: unknown class 'y'.*Part val has it, but no row"),
     ],
 )
-def test_what_is_wrong_is_named_by_file_and_line(pictures, text, message):
+def test_what_is_wrong_is_named_by_file_and_line(images, text, message):
     with pytest.raises(ValueError, match=message) as caught:
-        open_dataset(str(write(pictures / "t.csv", text)))
-    assert str(caught.value).startswith(str(pictures / "t.csv"))
+        open_dataset(str(write(images / "t.csv", text)))
+    assert str(caught.value).startswith(str(images / "t.csv"))
 
 
 @pytest.mark.parametrize(
@@ -195,31 +195,27 @@ def test_what_is_wrong_is_named_by_file_and_line(pictures, text, message):
         ('{"file": "a.png", "label": "x"}\n', "has no column 'path', but 'file', 'label'; rename the column"),
     ],
 )
-def test_what_is_wrong_in_json_lines(pictures, text, message):
+def test_what_is_wrong_in_json_lines(images, text, message):
     with pytest.raises(ValueError, match=message):
-        open_dataset(str(write(pictures / "t.jsonl", text)))
+        open_dataset(str(write(images / "t.jsonl", text)))
 
 
-def test_other_encodings_and_broken_parquet_are_refused(pictures):
+def test_other_encodings_and_broken_parquet_are_refused(images):
     with pytest.raises(ValueError, match=r"t\.csv: is not UTF-8 .*0xe9.*; save it as UTF-8"):
-        open_dataset(str(write(pictures / "t.csv", "path,label\na.png,café\n", "latin-1")))
+        open_dataset(str(write(images / "t.csv", "path,label\na.png,café\n", "latin-1")))
     with pytest.raises(ValueError, match="is no readable Parquet file"):
-        open_dataset(str(write(pictures / "t.parquet", "PAR1")))
-    pyarrow.parquet.write_table(
-        pyarrow.table({"path": ["a.png", "b.png"], "label": [1.0, 2.0]}), pictures / "f.parquet"
-    )
+        open_dataset(str(write(images / "t.parquet", "PAR1")))
+    pyarrow.parquet.write_table(pyarrow.table({"path": ["a.png", "b.png"], "label": [1.0, 2.0]}), images / "f.parquet")
     with pytest.raises(ValueError, match=r"f\.parquet, row 1: label 1\.0 is neither text nor a whole number"):
-        open_dataset(str(pictures / "f.parquet"))
+        open_dataset(str(images / "f.parquet"))
 
 
 @pytest.mark.parametrize("form", [as_csv, as_jsonl, as_parquet])
-def test_a_long_table_is_read_once_and_its_files_are_looked_for_each_time(
-    pictures, form, monkeypatch, tmp_path_factory
-):
+def test_a_long_table_is_read_once_and_its_files_are_looked_for_each_time(images, form, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(tables, "WORTH_KEEPING", 4)
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("VITRAIL_CACHE", str(cache))
-    path = form(pictures)
+    path = form(images)
     first = opened(path)
     (kept,) = cache.rglob("*.bin")
     stamp = kept.stat().st_mtime_ns
@@ -236,10 +232,10 @@ def test_a_long_table_is_read_once_and_its_files_are_looked_for_each_time(
     kept.write_bytes(kept.read_bytes()[:-1])
     same(first, opened(path))
     assert kept.stat().st_mtime_ns != stamp, "a broken index was to be made anew"
-    (pictures / "deep" / "c.png").rename(pictures / "c.png")
+    (images / "deep" / "c.png").rename(images / "c.png")
     with pytest.raises(ValueError, match=r"t\.\w+, (line [34567]|row 3): '.*c\.png': no such file"):
         opened(path)
-    (pictures / "c.png").rename(pictures / "deep" / "c.png")
+    (images / "c.png").rename(images / "deep" / "c.png")
     if form is as_csv:
         write(path, CSV.replace("cat", "dog"), "utf-8-sig")
         assert opened(path).labels == ("10", "dog")
@@ -250,9 +246,9 @@ def test_a_table_that_is_not_there(tmp_path):
         open_dataset(str(tmp_path / "no.csv"))
 
 
-def test_a_group_that_the_tables_own_parts_divide_is_named(pictures):
+def test_a_group_that_the_tables_own_parts_divide_is_named(images):
     text = "path,label,split,group\na.png,x,train,p\nb.png,x,val,q\ndeep/c.png,x,val,p\n"
-    problems = opened(write(pictures / "t.csv", text)).problems
+    problems = opened(write(images / "t.csv", text)).problems
     assert [(each.severity, each.kind, each.paths) for each in problems] == [("warning", "leak", ("p",))]
     assert "1 groups are in more than one part, for instance 'p' in train and val" in problems[0].message
 
@@ -284,7 +280,7 @@ def test_unknown_words_have_a_nearest_known(word, nearest):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_groups_are_never_divided_and_shares_come_near(tmp_path_factory, data):
-    """Patients with several pictures of several classes: whole on one side, sizes and classes near the wish."""
+    """Patients with several images of several classes: whole on one side, sizes and classes near the wish."""
     random = np.random.default_rng(data.draw(st.integers(0, 10_000)))
     classes, patients = data.draw(st.integers(2, 4)), data.draw(st.integers(15, 40))
     largest = data.draw(st.integers(1, 8))
@@ -327,7 +323,7 @@ def test_near_duplicates_join_groups_and_the_split_is_recorded(tmp_path):
         pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
         lines.append(f"{number:02d}.png,{'ab'[number % 2]},g{number // 4}")
-    # The first picture once more, a level brighter, in another group: both groups must stay together.
+    # The first image once more, a level brighter, in another group: both groups must stay together.
     twin = np.clip(np.asarray(Image.open(tmp_path / "00.png")).astype(int) + 1, 0, 255).astype(np.uint8)
     Image.fromarray(twin).save(tmp_path / "twin.png")
     lines.append("twin.png,b,g9")
@@ -339,7 +335,7 @@ def test_near_duplicates_join_groups_and_the_split_is_recorded(tmp_path):
         sides = {name: set(source.groups[part].tolist()) for name, part in splits.indices.items()}
         assert not sides["train"] & sides["val"]
         assert any({0, 9} <= side for side in sides.values())
-        assert splits.rule == "a stratified split of all pictures; 10 groups kept whole"
+        assert splits.rule == "a stratified split of all images; 10 groups kept whole"
     save_splits(source, splits, tmp_path / "split.json")
     written = json.loads((tmp_path / "split.json").read_text())
     assert written["rule"].endswith("10 groups kept whole")
@@ -387,7 +383,7 @@ def test_long_listings_are_iterated_in_pieces():
 
 
 def table_of(folder: Path, target: Path, *, split: bool) -> Path:
-    """Write a table of a folder's pictures, three of a group."""
+    """Write a table of a folder's images, three of a group."""
     rows = ["path,label,group" + ",split" * split]
     for number, path in enumerate(sorted(folder.rglob("*.png"))):
         part = ("train", "train", "train", "val", "test")[number % 5]
@@ -402,7 +398,7 @@ def test_train_resume_eval_and_probe_on_a_table(make_folder, tmp_path, capsys, m
     sizes = ["--model", "nano8", "--model.depth", "2", "--model.embed-dim", "24", "--model.num-heads", "2"]
     assert run(["train", str(table), *sizes, "--epochs", "2", "--batch-size", "16"]) == 0
     said = capsys.readouterr().out
-    assert "shapes.csv: 3 classes; 36 train, 9 val (a stratified split of all pictures; 15 groups kept whole)" in said
+    assert "shapes.csv: 3 classes; 36 train, 9 val (a stratified split of all images; 15 groups kept whole)" in said
     out = tmp_path / "runs" / "shapes"
     assert run(["train", "shapes.csv", "--resume"]) == 0
     assert "finished already" in capsys.readouterr().out
@@ -436,29 +432,29 @@ def test_a_tables_own_parts_are_used_and_test_never_chooses(make_folder, tmp_pat
     judged = json.loads((out / "evaluation.json").read_text())
     assert judged["test"]["num_images"] == judged["val"]["num_images"] == 6
     assert run(["train", str(table), "--out", str(tmp_path / "no"), "--data.val-fraction", "0.5"]) == 1
-    assert "parts.csv has its own val part" in " ".join(capsys.readouterr().err.split())
+    assert "parts.csv has its own val split" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_weight_says_what_a_picture_counts(pictures):
-    write(pictures / "w.csv", 'path,label,weight\na.png,x,2\nb.png,x, 0.5\ndeep/c.png,y,1e-3\n"deep/d, e.png",y,"3"\n')
+def test_a_weight_says_what_a_image_counts(images):
+    write(images / "w.csv", 'path,label,weight\na.png,x,2\nb.png,x, 0.5\ndeep/c.png,y,1e-3\n"deep/d, e.png",y,"3"\n')
     rows = [{"path": "a.png", "label": "x", "weight": 2}, {"path": "b.png", "label": "y", "weight": 0.25}]
-    write(pictures / "w.jsonl", "\n".join(json.dumps(row) for row in rows))
+    write(images / "w.jsonl", "\n".join(json.dumps(row) for row in rows))
     table = pyarrow.table({"path": ["a.png", "b.png"], "label": ["x", "y"], "weight": [1.5, 3.0]})
-    pyarrow.parquet.write_table(table, pictures / "w.parquet")
+    pyarrow.parquet.write_table(table, images / "w.parquet")
     for name, wanted in (("w.csv", [2, 0.5, 1e-3, 3]), ("w.jsonl", [2, 0.25]), ("w.parquet", [1.5, 3])):
-        source = opened(pictures / name)
+        source = opened(images / name)
         assert source.weights is not None
         assert source.weights.tolist() == wanted
         assert source.problems == ()
-    assert opened(write(pictures / "n.csv", "path,label\na.png,x\nb.png,y\n")).weights is None
+    assert opened(write(images / "n.csv", "path,label\na.png,x\nb.png,y\n")).weights is None
 
 
 @pytest.mark.parametrize("value", ["", "0", "-1", "nan", "inf", "heavy", "1e999"])
-def test_a_weight_that_is_no_number_above_0_is_refused(pictures, value):
-    place = write(pictures / "w.csv", f"path,label,weight\na.png,x,1\nb.png,y,{value}\n")
+def test_a_weight_that_is_no_number_above_0_is_refused(images, value):
+    place = write(images / "w.csv", f"path,label,weight\na.png,x,1\nb.png,y,{value}\n")
     with pytest.raises(ValueError, match=rf"w\.csv, line 3: weight '{value}' is no number above 0; write one"):
         opened(place)
     for value in ("null", "true", '"much"', "[1]"):
-        place = write(pictures / "w.jsonl", f'{{"path": "a.png", "label": "x", "weight": {value}}}\n')
+        place = write(images / "w.jsonl", f'{{"path": "a.png", "label": "x", "weight": {value}}}\n')
         with pytest.raises(ValueError, match=r"w\.jsonl, line 1: weight .* is no number above 0"):
             opened(place)

@@ -1,4 +1,4 @@
-"""timm's models come in with the logits that timm gives, from the picture file on, and go out again."""
+"""timm's models come in with the logits that timm gives, from the image file on, and go out again."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    return write_photographs(tmp_path_factory.mktemp("pictures"))
+    return write_photographs(tmp_path_factory.mktemp("images"))
 
 
 def save(folder: Path, architecture: str, args: dict, changes: dict, *, kind: str = "safetensors", **top):
@@ -88,7 +88,7 @@ def test_every_family_answers_as_in_timm(tmp_path, photographs, family):
     transform = transform_of(tmp_path)
     if family == "grey":
         coloured = transform
-        transform = lambda picture: coloured(picture.convert("L"))  # noqa: E731
+        transform = lambda image: coloured(image.convert("L"))  # noqa: E731
     assert_same_logits(imported, model, transform, photographs)
     assert imported.report.loaded == len(imported.weights)
     assert not imported.report.missing + imported.report.unexpected + imported.report.resized
@@ -118,7 +118,7 @@ def test_every_family_goes_out_as_it_came(tmp_path, photographs, family):
     transform = transform_of(tmp_path / "out")
     if family == "grey":
         coloured = transform
-        transform = lambda picture: coloured(picture.convert("L"))  # noqa: E731
+        transform = lambda image: coloured(image.convert("L"))  # noqa: E731
     assert_same_logits(imported, again, transform, photographs)
     back = open_weights(tmp_path / "out")
     assert back.header.preprocess == imported.header.preprocess

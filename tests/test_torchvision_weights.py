@@ -1,4 +1,4 @@
-"""torchvision's models come in with the logits that torchvision gives, from the picture file on.
+"""torchvision's models come in with the logits that torchvision gives, from the image file on.
 
 A tiny model is registered as torchvision's own are, with weights at a `file://` address: everything but the network is real.
 """
@@ -27,7 +27,7 @@ TRANSFORM = partial(ImageClassification, crop_size=32, resize_size=37)
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    return write_photographs(tmp_path_factory.mktemp("pictures"))
+    return write_photographs(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

@@ -192,7 +192,7 @@ ALL_AUGMENTED = {
 
 @pytest.mark.parametrize("memory", [10**9, 0])
 def test_two_steps_and_two_more_are_four_with_every_augmentation(memory, make_folder, tmp_path, tiny):
-    data = make_folder(tmp_path / "data", count=19)  # 45 training pictures: a pair spans two epochs
+    data = make_folder(tmp_path / "data", count=19)  # 45 training images: a pair spans two epochs
     settings = tiny | ALL_AUGMENTED | {"epochs": 1.4, "data.memory_bytes": memory, "log.every": "1 steps"}
     train(data, out=tmp_path / "whole", console=QUIET, **settings)
     assert [line["step"] for line in lines_of(tmp_path / "whole") if "train/loss" in line] == [1, 2, 3, 4]
@@ -342,7 +342,7 @@ def test_a_start_that_was_killed_can_be_made_again(make_folder, tmp_path, tiny):
     assert train(data, out=tmp_path / "run", console=QUIET, **tiny).top1 >= 0
 
 
-def test_pictures_added_since_do_not_change_a_resumed_run(make_folder, tmp_path, tiny):
+def test_images_added_since_do_not_change_a_resumed_run(make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
     whole = train(data, out=tmp_path / "whole", console=QUIET, **tiny).folder
     cut = shutil.copytree(whole, tmp_path / "cut")
@@ -367,7 +367,7 @@ def test_names_that_are_not_utf8(make_folder, tmp_path, tiny, capsys):
     assert "xe9ron" in (tmp_path / "rows.csv").read_text(encoding="utf-8")
 
 
-def test_a_picture_gone_since_the_split_is_named_on_resume(make_folder, tmp_path, tiny):
+def test_a_image_gone_since_the_split_is_named_on_resume(make_folder, tmp_path, tiny):
     data = make_folder(tmp_path / "data")
     train(data, out=tmp_path / "run", console=QUIET, **tiny)
     info = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -463,7 +463,7 @@ def test_average_of_weights_by_hand():
 
 
 @pytest.mark.parametrize(("count", "batch", "epochs"), [(100, 16, 3.0), (7, 16, 5.0), (64, 64, 0.5)])
-def test_judgements_fall_on_epoch_ends(count, batch, epochs):
+def test_evaluations_fall_on_epoch_ends(count, batch, epochs):
     rhythm = build_cadence(override(RunConfig(), {"batch_size": batch, "epochs": epochs}), count)
     assert rhythm.total == max(1, math.ceil(epochs * count / batch))
     judged = [step for step in range(1, rhythm.total + 1) if rhythm.is_due(step, rhythm.evaluate)]

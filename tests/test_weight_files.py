@@ -40,7 +40,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    return write_photographs(tmp_path_factory.mktemp("pictures"))
+    return write_photographs(tmp_path_factory.mktemp("images"))
 
 
 def state(model: nn.Module) -> State:

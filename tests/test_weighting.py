@@ -99,7 +99,7 @@ def test_the_loss_is_torchs_up_to_the_norm(smoothing):
     if not smoothing:
         theirs = F.cross_entropy(model.logits, targets, weight=by_class)
         torch.testing.assert_close(found, theirs * by_class[targets].sum() / 32)
-    # With smoothing torch weights every label of the smoothed target by its own class; ours weights the picture.
+    # With smoothing torch weights every label of the smoothed target by its own class; ours weights the image.
     each = F.cross_entropy(model.logits, targets, label_smoothing=smoothing, reduction="none")
     torch.testing.assert_close(found, (each * by_class[targets]).sum() / 32)
     (gradient,) = torch.autograd.grad(found, model.logits)
@@ -132,7 +132,9 @@ def test_a_run_trains_with_them_and_records_them(make_folder, tmp_path: Path, ti
         (data / "steep" / f"{number:03d}.png").unlink()
     lines = {}
     for kind in ("none", "inverse"):
-        run = train(data, out=tmp_path / kind, console=Console(quiet=True), **tiny, **{"optim.class_weights": kind}).folder
+        run = train(
+            data, out=tmp_path / kind, console=Console(quiet=True), **tiny, **{"optim.class_weights": kind}
+        ).folder
         lines[kind] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         noted = json.loads((run / "run.json").read_text()).get("loss_weights")
         if kind == "none":
@@ -145,7 +147,7 @@ def test_a_run_trains_with_them_and_records_them(make_folder, tmp_path: Path, ti
     assert first[0] != first[1]
 
 
-def test_uneven_classes_are_told_of_at_the_start_and_in_every_judgement(make_folder, tmp_path: Path, capsys):
+def test_uneven_classes_are_told_of_at_the_start_and_in_every_evaluation(make_folder, tmp_path: Path, capsys):
     data = make_folder(tmp_path / "data", count=60)
     for label, kept in (("steep", 4), ("slant", 30)):
         for path in sorted((data / label).iterdir())[kept:]:
@@ -154,7 +156,7 @@ def test_uneven_classes_are_told_of_at_the_start_and_in_every_judgement(make_fol
     words += ["--model.num-heads", "2"]
     assert vitrail(["train", str(data), "--out", str(tmp_path / "run"), *words]) == 0
     said = capsys.readouterr().out
-    assert "--data.sampling sqrt: classes have 3 to 48 pictures" in said
+    assert "--data.sampling sqrt: classes have 3 to 48 images" in said
     assert "mean recall of the classes" in said
     assert vitrail(["eval", str(tmp_path / "run"), str(data), "--out", str(tmp_path / "eval.json")]) == 0
     found = json.loads((tmp_path / "eval.json").read_text())

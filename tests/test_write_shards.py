@@ -55,8 +55,8 @@ def photos(tmp_path) -> Path:
     ):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(pixels.integers(0, 255, (9 + number, 12, 3), dtype=np.uint8))
-        picture.save(path, form)
+        image = Image.fromarray(pixels.integers(0, 255, (9 + number, 12, 3), dtype=np.uint8))
+        image.save(path, form)
     return tmp_path / "photos"
 
 
@@ -73,12 +73,12 @@ def test_bytes_are_kept_as_they_are_and_endings_tell_the_format(photos, tmp_path
         if name.endswith(".json"):
             about = json.loads(content)
             key = name.removesuffix(".json")
-            picture = next(each for each in found if each.startswith(f"{key}.") and each[-4:] not in ("json", ".cls"))
-            assert found[picture] == (photos / about["path"]).read_bytes()
+            image = next(each for each in found if each.startswith(f"{key}.") and each[-4:] not in ("json", ".cls"))
+            assert found[image] == (photos / about["path"]).read_bytes()
             assert about["label"] == about["path"].split("/")[1]
             assert about["split"] == about["path"].split("/")[0] == key.split("-")[0]
             assert found[f"{key}.cls"] == str(["cat", "dog"].index(about["label"])).encode()
-            endings[about["path"]] = picture.rpartition(".")[2]
+            endings[about["path"]] = image.rpartition(".")[2]
     assert endings == {
         "train/cat/a.jpg": "jpg", "train/cat/b.b.png": "png", "train/cat/c": "jpg", "train/dog/d.webp": "webp",
         "train/dog/e.gif": "gif", "val/cat/f.JPEG": "jpg", "val/dog/g.png": "jpg",
@@ -132,24 +132,24 @@ def test_digits_become_png_of_the_same_pixels_and_must_not_be_mirrored_still(tmp
     paths = list(digits.paths)
     abouts = [json.loads(each) for name, each in members(tmp_path / "out").items() if name.endswith(".json")]
     for index in range(0, 1797, 50):
-        picture = shards.read(index, "L")
-        assert picture.tobytes() == digits.read(paths.index(abouts[index]["path"]), "L").tobytes()
+        image = shards.read(index, "L")
+        assert image.tobytes() == digits.read(paths.index(abouts[index]["path"]), "L").tobytes()
 
 
 def test_shards_of_shards_keep_bytes_and_labels(photos, tmp_path):
     write_shards(DataConfig(source=str(photos)), tmp_path / "one", size=2)
     write_shards(DataConfig(source=str(tmp_path / "one")), tmp_path / "two", size=5, seed=7)
 
-    def pictures(folder: Path) -> list[tuple[bytes, str]]:
+    def images(folder: Path) -> list[tuple[bytes, str]]:
         source = open_dataset(str(folder))
         return sorted((source.encoded(i), source.labels[source.targets[i]]) for i in range(len(source.paths)))
 
-    assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
+    assert images(tmp_path / "one") == images(tmp_path / "two")
 
 
-def test_broken_pictures_stop_the_writing_by_default(photos, tmp_path, capsys):
+def test_broken_images_stop_the_writing_by_default(photos, tmp_path, capsys):
     (photos / "train/dog/e.gif").write_bytes((photos / "train/dog/e.gif").read_bytes()[:60])
-    (photos / "train/cat/a.jpg").write_bytes(b"no picture")
+    (photos / "train/cat/a.jpg").write_bytes(b"no image")
     assert run(["shard", str(photos), str(tmp_path / "out")]) == 1
     text = said(capsys)
     assert "photos/train/dog/e.gif: " in text
@@ -158,10 +158,10 @@ def test_broken_pictures_stop_the_writing_by_default(photos, tmp_path, capsys):
     assert [each.name for each in tmp_path.iterdir()] == ["photos"], "nothing was to be left"
 
 
-def test_broken_pictures_can_be_dropped_or_kept(photos, tmp_path, capsys):
+def test_broken_images_can_be_dropped_or_kept(photos, tmp_path, capsys):
     broken = photos / "train/cat/a.jpg"
     broken.write_bytes(broken.read_bytes()[:-60])
-    (photos / "train/dog/e.gif").write_bytes(b"GIF89a no picture")
+    (photos / "train/dog/e.gif").write_bytes(b"GIF89a no image")
     for damaged, count, left_out in (("drop", 5, 2), ("keep", 6, 1)):
         out = tmp_path / damaged
         assert run(["shard", str(photos), str(out), "--data.damaged", damaged]) == 0
@@ -224,7 +224,7 @@ def test_labels_that_tars_cannot_hold(tmp_path):
         write_shards(DataConfig(source=str(tmp_path / "s")), tmp_path / "out", size=10)
 
 
-def test_weights_and_groups_of_a_table_go_with_its_pictures(make_folder, tmp_path):
+def test_weights_and_groups_of_a_table_go_with_its_images(make_folder, tmp_path):
     root = make_folder(tmp_path / "shapes", count=3)
     rows = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in sorted(root.rglob("*.png"))]
     lines = [f"{row},g{number // 2},{1 + number / 4}" for number, row in enumerate(rows)]

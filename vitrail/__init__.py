@@ -1,4 +1,4 @@
-"""Vitrail trains, judges, explains and ships Vision Transformers on your own images.
+"""Vitrail trains, evaluates, explains and ships Vision Transformers on your own images.
 
 Names are loaded when they are first used: `import vitrail` takes milliseconds, not the seconds that PyTorch needs.
 """

@@ -1,4 +1,4 @@
-"""One training as a user asks for it: check the data, choose, train, judge, report; or go on with a run."""
+"""One training as a user asks for it: check the data, choose, train, evaluate, report; or go on with a run."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Result:
 
     Attributes:
         folder: the run.
-        evaluation: part (val, test) → its judgement, as `vitrail eval --out` writes it. Of a cross-validation: val, what all
-            folds judged together.
+        evaluation: part (val, test) → its evaluation, as `vitrail eval --out` writes it. Of a cross-validation: val, what all
+            folds evaluated together.
         folds: what `folds.json` of a cross-validation holds.
     """
 
@@ -78,12 +78,12 @@ class Result:
         return str(self.folder)
 
     def __repr__(self) -> str:
-        figures = ", ".join(f"{part} accuracy {judged['top1']:.2%}" for part, judged in self.evaluation.items())
+        figures = ", ".join(f"{split} accuracy {evaluated['top1']:.2%}" for split, evaluated in self.evaluation.items())
         return f"<run {self.folder}: {figures}>"
 
     @property
     def top1(self) -> float:
-        """Share of right answers on the test part where there is one, else on the validation part."""
+        """Share of right answers on the test split where there is one, else on the validation split."""
         return self.evaluation.get("test", self.evaluation["val"])["top1"]
 
 
@@ -97,7 +97,7 @@ def train(
     console: Console | None = None,
     **settings: Any,
 ) -> Result:
-    """Train on a source of labelled pictures: `vitrail train` as a function.
+    """Train on a source of labelled images: `vitrail train` as a function.
 
     Args:
         source: `digits`, a folder of class folders, a table, `torchvision:NAME`, or `hf:…`.
@@ -188,7 +188,9 @@ def start(
     return run_to_end(config, data, Run(folder, world.is_main), world, console, start)
 
 
-def resume_run(folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, console: Console) -> Result:
+def resume_run(
+    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, console: Console
+) -> Result:
     """Go on with a run exactly as it was configured.
 
     Raises:
@@ -228,7 +230,7 @@ def resume_run(folder: Path, source: str, recipe: str | None, given: Mapping[str
     report_cache(data, config.data, console)
     if info.get("in_memory") != (data.reader.stored is not None):
         raise ValueError(
-            f"{folder}: pictures of other sizes have come or gone since the run began, so that it would go on by another "
+            f"{folder}: images of other sizes have come or gone since the run began, so that it would go on by another "
             "input path and not be the same run; restore the folder, or start a new run"
         )
     console.info(f"resuming {folder}")
@@ -251,7 +253,7 @@ def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule:
     if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:
         raise ValueError(
             f"a CNN's batch norm needs more than one value a channel, but its map has one pixel and a part of a batch has "
-            f"{samples} picture; lower optim.accumulate ({config.optim.accumulate}) or model.patch_size "
+            f"{samples} image; lower optim.accumulate ({config.optim.accumulate}) or model.patch_size "
             f"({config.model.patch_size}), or raise batch_size ({config.batch_size})"
         )
     if config.batch_size % world.size:
@@ -262,7 +264,7 @@ def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule:
     if config.augment.mixes and config.augment.repeats == config.batch_size:
         raise ValueError(
             f"augment.mixup and augment.cutmix mix neighbours of a batch, but with augment.repeats {config.augment.repeats} and "
-            f"batch_size {config.batch_size} all of it is one picture; lower augment.repeats"
+            f"batch_size {config.batch_size} all of it is one image; lower augment.repeats"
         )
     if config.augment.mixes and config.batch_size // world.size % 2:
         raise ValueError(
@@ -334,7 +336,7 @@ def note_quietly(run: Run, **values: Any) -> None:
 
 
 def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | None) -> None:
-    """Raise what can be known before the pictures are looked at: names, settings, weights that cannot fit."""
+    """Raise what can be known before the images are looked at: names, settings, weights that cannot fit."""
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
@@ -346,7 +348,7 @@ def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | No
     if model.is_cnn and model.encoder not in ENCODER_NAMES:
         from vitrail.models.cnns import feature_strides, index_of
 
-        # The pictures' size may yet decide the stride; a name or a stride that is given is known to be wrong now.
+        # The images' size may yet decide the stride; a name or a stride that is given is known to be wrong now.
         fixed = "variant" in given or "model.patch_size" in given
         index_of(model.encoder, model.patch_size) if fixed else feature_strides(model.encoder)
 
@@ -375,7 +377,9 @@ def print_choices(checked: CheckedData, choices: list[Choice], console: Console)
     parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.indices.items())
     console.info(f"{checked.dataset.name}: {len(checked.dataset.labels)} classes; {parts} ({checked.splits.rule})")
     if (weights := checked.dataset.weights) is not None:
-        console.info(f"  the column weight says what a picture counts in the loss: {weights.min():g} to {weights.max():g}")
+        console.info(
+            f"  the column weight says what an image counts in the loss: {weights.min():g} to {weights.max():g}"
+        )
     for choice in choices:
         is_model = choice.setting in ("variant", "pretrained")
         if choice.value or not is_model:

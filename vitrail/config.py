@@ -31,41 +31,37 @@ LORA_NAMES = ("qkv", "proj", "fc1", "fc2")
 DEVICE_NAMES = ("auto", "cpu", "cuda")
 SAMPLING_NAMES = ("natural", "balanced", "sqrt")
 CLASS_WEIGHT_NAMES = ("none", "inverse", "effective")
-UNEVEN = 10  # classes count as uneven where the largest has so many times the pictures of the smallest
+UNEVEN = 10  # classes count as uneven where the largest has so many times the images of the smallest
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pictures, and how they are divided."""
+    """Which images, and how they are divided."""
 
-    source: str = setting(
-        "", "where the pictures are: a folder, a table, torchvision:NAME, hf:NAME-or-folder, or digits"
-    )
-    val_fraction: float = setting(0.2, "share of a data set without val/ that becomes the validation part")
-    test_fraction: float = setting(0.0, "share of a flat folder that is kept apart and judged once, at the end")
-    split_seed: int = setting(0, "seed of the split; the training seed does not move pictures between parts")
+    source: str = setting("", "where the images are: a folder, a table, torchvision:NAME, hf:NAME-or-folder, or digits")
+    val_fraction: float = setting(0.2, "share of a dataset without val/ that becomes the validation split")
+    test_fraction: float = setting(0.0, "share of a flat folder that is kept apart and evaluated once, at the end")
+    split_seed: int = setting(0, "seed of the split; the training seed does not move images between parts")
     folds: int = setting(0, "cross-validation: train this often, each time with another part for validation; 0: off")
     fold: int = setting(-1, "with folds: train only this one, counted from 0, as a run of its own; -1: all")
     sampling: str = setting(
         "natural",
-        "natural: every picture once an epoch; balanced: every class as often; sqrt: in proportion to the root of its size",
+        "natural: every image once an epoch; balanced: every class as often; sqrt: in proportion to the root of its size",
     )
     damaged: str = setting("stop", "broken files: stop and name them, drop them, or keep what can be decoded of them")
-    limit_pixels: int = setting(100_000_000, "pictures with more pixels are refused from their header")
+    limit_pixels: int = setting(100_000_000, "images with more pixels are refused from their header")
     near_duplicates: bool = setting(True, "look for near duplicates and keep them on one side of the split")
-    memory_bytes: int = setting(2_000_000_000, "small pictures of one size are kept decoded when they fit in this much")
+    memory_bytes: int = setting(2_000_000_000, "small images of one size are kept decoded when they fit in this much")
     workers: int = setting(0, "threads that decode files; 0: one per core")
     decode: str = setting(
         "exact",
         "training crops from files: exact, or fast: large JPEGs are decoded smaller and crops are resized by vector code, "
-        "which changes pixels a little; judging is always exact",
+        "which changes pixels a little; evaluation is always exact",
     )
     cache_side: int = setting(
-        0, "keep training pictures on disk, decoded, with this short side in pixels, and crop from that form; 0: off"
+        0, "keep training images on disk, decoded, with this short side in pixels, and crop from that form; 0: off"
     )
-    cache_bytes: int = setting(
-        50_000_000_000, "the cache takes at most this much disk; other pictures are decoded again"
-    )
+    cache_bytes: int = setting(50_000_000_000, "the cache takes at most this much disk; other images are decoded again")
 
     def __post_init__(self) -> None:
         for field in ("val_fraction", "test_fraction"):
@@ -95,12 +91,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How a picture of any size becomes the model's input; the same in training's judgement, predict and export."""
+    """How an image of any size becomes the model's input; the same in training's evaluation, predict and export."""
 
     resize: str = setting(
         "crop",
         "crop: shortest side, then the centre; squash: both sides, changing the aspect ratio; squash_crop: both sides, then "
-        "the centre; aspect: the whole picture in its own aspect ratio, with about as many pixels (training still crops "
+        "the centre; aspect: the whole image in its own aspect ratio, with about as many pixels (training still crops "
         "squares)",
     )
     crop_fraction: float = setting(0.9, "with a crop: share of the resized short side that the centre crop keeps")
@@ -137,29 +133,29 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training pictures, each drawn anew whenever a picture comes."""
+    """Random changes to training images, each drawn anew whenever an image comes."""
 
     crop_scale: float = setting(1.0, "smallest share of the area that a random resized crop keeps; 1: no cropping")
     crop_ratio: float = setting(4 / 3, "largest aspect ratio of a crop, and its inverse the smallest")
     flip: float = setting(0.0, "chance of a left-right flip")
     vertical_flip: float = setting(0.0, "chance of a top-bottom flip")
     rotation: float = setting(0.0, "largest rotation to either side, degrees")
-    shift: float = setting(0.0, "largest shift to either side, as a share of the picture's side")
+    shift: float = setting(0.0, "largest shift to either side, as a share of the image's side")
     brightness: float = setting(0.0, "largest relative change of brightness")
     contrast: float = setting(0.0, "largest relative change of contrast")
     saturation: float = setting(0.0, "largest relative change of saturation")
-    fill: str = setting("mirror", "what rotation and shift bring in from outside the picture: black, edge or mirror")
+    fill: str = setting("mirror", "what rotation and shift bring in from outside the image: black, edge or mirror")
     repeats: int = setting(
-        1, "repeated augmentation: how often each picture comes in its batch, each time changed differently"
+        1, "repeated augmentation: how often each image comes in its batch, each time changed differently"
     )
     policy: str = setting("none", f"published changes, after all those above: {', '.join(POLICY_NAMES)}")
-    policy_ops: int = setting(2, "randaugment: operations a picture, 1 to 4")
+    policy_ops: int = setting(2, "randaugment: operations an image, 1 to 4")
     policy_magnitude: int = setting(9, "randaugment: their strength, 0 to 30")
     erasing: float = setting(0.0, "chance that a box of 2 to 33 % of the area is erased")
     erasing_fill: str = setting("mean", "what fills it: mean, the data's own (0 for the model), or noise")
-    mixup: float = setting(0.0, "blend two pictures and their labels, the share from Beta(this, this); 0: off")
+    mixup: float = setting(0.0, "blend two images and their labels, the share from Beta(this, this); 0: off")
     cutmix: float = setting(
-        0.0, "put a box of one picture and its label's share into another, its area from Beta(this, this); 0: off"
+        0.0, "put a box of one image and its label's share into another, its area from Beta(this, this); 0: off"
     )
     mix_chance: float = setting(1.0, "share of pairs that mixup or cutmix mixes; with both on, each takes half of them")
 
@@ -186,7 +182,7 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether pictures are mixed two by two."""
+        """Whether images are mixed two by two."""
         return self.mixup > 0 or self.cutmix > 0
 
 
@@ -202,14 +198,14 @@ class OptimConfig:
     eps: float = setting(1e-8, "AdamW's epsilon")
     clip_norm: float = setting(1.0, "largest norm of the whole gradient; 0: no clipping")
     accumulate: int = setting(1, "parts that a batch is computed in, one after the other, to save memory")
-    ema_decay: float = setting(0.0, "average the weights with this decay per step and judge the average; 0: off")
+    ema_decay: float = setting(0.0, "average the weights with this decay per step and evaluate the average; 0: off")
     label_smoothing: float = setting(0.0, "share of the target spread over all labels")
     class_weights: str = setting(
         "none",
-        "what a picture counts in the loss: none: all alike; inverse: 1 / size of its class; effective: by the effective "
-        "number of its class's pictures",
+        "what an image counts in the loss: none: all alike; inverse: 1 / size of its class; effective: by the effective "
+        "number of its class's images",
     )
-    effective_beta: float = setting(0.999, "with effective weights: how soon further pictures of a class add less")
+    effective_beta: float = setting(0.999, "with effective weights: how soon further images of a class add less")
     freeze: tuple[str, ...] = setting(
         (), "parts of the model that stay as they are, by name, such as patch_embed.backbone"
     )
@@ -280,10 +276,10 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """When a run reports, judges and saves."""
+    """When a run reports, evaluates and saves."""
 
     every: str = setting("20 steps", "a line of training metrics")
-    eval_every: str = setting("1 epochs", "judge on the validation part")
+    eval_every: str = setting("1 epochs", "evaluate on the validation split")
     save_minutes: float = setting(5.0, "besides the end of every epoch, save the exact state this often")
 
     def __post_init__(self) -> None:
@@ -313,20 +309,20 @@ class RunConfig:
     variant: str = setting("b16", "name of the architecture that `model` was made from; empty with pretrained")
     pretrained: str = setting("", "weights to start from: a run, a model or weights file, hf:…, timm:…; empty: random")
     encoder_weights: str = setting("", "trained weights of a CNN encoder: timm, or a file; empty: start at random")
-    epochs: float = setting(10.0, "passes over the training part")
-    batch_size: int = setting(128, "pictures per step, over all processes")
+    epochs: float = setting(10.0, "passes over the training split")
+    batch_size: int = setting(128, "images per step, over all processes")
     seed: int = setting(0, "decides initial weights, order, augmentation and dropout")
     device: str = setting("auto", f"where to compute: {', '.join(DEVICE_NAMES)}")
     precision: str = setting("fp32", "fp32, or bf16 mixed precision")
     compile: bool = setting(False, "compile the model with torch.compile")
-    data: DataConfig = section(DataConfig, "the pictures and their division")
+    data: DataConfig = section(DataConfig, "the images and their division")
     model: ViTConfig = section(ViTConfig, "the architecture")
-    preprocess: PreprocessConfig = section(PreprocessConfig, "from a picture to the model's input")
-    augment: AugmentConfig = section(AugmentConfig, "random changes to training pictures")
+    preprocess: PreprocessConfig = section(PreprocessConfig, "from an image to the model's input")
+    augment: AugmentConfig = section(AugmentConfig, "random changes to training images")
     optim: OptimConfig = section(OptimConfig, "how weights move")
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")
     schedule: ScheduleConfig = section(ScheduleConfig, "the learning rate over time")
-    log: LogConfig = section(LogConfig, "reports, judgements and saves")
+    log: LogConfig = section(LogConfig, "reports, evaluations and saves")
     kernels: KernelConfig = section(KernelConfig, "how attention is computed")
 
     def __post_init__(self) -> None:
@@ -343,17 +339,17 @@ class RunConfig:
         if self.batch_size % self.augment.repeats:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of augment.repeats {self.augment.repeats}, how often each "
-                "picture comes in a batch; change one of them"
+                "image comes in a batch; change one of them"
             )
         if self.data.sampling != "natural" and self.optim.class_weights != "none":
             raise ValueError(
                 f"data.sampling {self.data.sampling!r} shows rare classes more often, and optim.class_weights "
-                f"{self.optim.class_weights!r} lets each of their pictures count more: uneven classes would be corrected "
+                f"{self.optim.class_weights!r} lets each of their images count more: uneven classes would be corrected "
                 "twice; leave one of them out"
             )
         if self.preprocess.resize == "aspect" and self.augment.crop_scale == 1:
             raise ValueError(
-                "preprocess.resize 'aspect' judges pictures in their own aspect ratio, but training needs squares: set "
+                "preprocess.resize 'aspect' evaluates images in their own aspect ratio, but training needs squares: set "
                 "augment.crop_scale below 1 for random crops"
             )
         self._check_pretrained()

@@ -96,12 +96,16 @@ class TrainingDisplay:
             self.progress.update(self.task, completed=step, description=where, figures=figures)
         elif time.monotonic() - self.spoken_at >= _QUIET_SECONDS:
             self.spoken_at = time.monotonic()
-            self.console.info(f"{where}  step {step:,} of {self.total_steps:,}  {figures}  {duration(remaining_s)} left")
+            self.console.info(
+                f"{where}  step {step:,} of {self.total_steps:,}  {figures}  {duration(remaining_s)} left"
+            )
 
     def evaluated(self, epoch: float, top1: float, loss: float, count: int, is_best: bool) -> None:
-        """Show a judgement."""
+        """Show an evaluation."""
         mark = "  best so far" if is_best else ""
-        self.console.info(f"epoch {round(epoch, 1):g}: validation accuracy {top1:.2%} of {count:,}, loss {loss:.4f}{mark}")
+        self.console.info(
+            f"epoch {round(epoch, 1):g}: validation accuracy {top1:.2%} of {count:,}, loss {loss:.4f}{mark}"
+        )
 
 
 def duration(seconds: float) -> str:

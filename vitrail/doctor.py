@@ -40,7 +40,7 @@ def examine(models: Iterable[str], *, fresh: bool = False) -> list[Finding]:
     """Return what this machine is and can do; takes a few seconds.
 
     Args:
-        models: variants whose attention is measured, at their own picture size.
+        models: variants whose attention is measured, at their own image size.
         fresh: measure attention again, also where it is known.
 
     Raises:
@@ -141,8 +141,8 @@ def _decoders() -> list[Finding]:
     formats = [name for name in ("jpg", "zlib", "webp", "avif", "jpg_2000", "libtiff") if features.check(name)]
     names = {"jpg": "JPEG", "zlib": "PNG", "webp": "WebP", "avif": "AVIF", "jpg_2000": "JPEG 2000", "libtiff": "TIFF"}
     return [
-        Finding("pictures", "Pillow", f"{PIL.__version__}; libjpeg-turbo {turbo or 'missing'}", advice),
-        Finding("pictures", "formats", ", ".join(names[each] for each in formats)),
+        Finding("images", "Pillow", f"{PIL.__version__}; libjpeg-turbo {turbo or 'missing'}", advice),
+        Finding("images", "formats", ", ".join(names[each] for each in formats)),
     ]
 
 
@@ -176,7 +176,7 @@ def _attention(configs: dict[str, Any], device: torch.device, fresh: bool) -> li
             Finding(
                 "attention",
                 "ms",
-                "processor time of one thread for a measured batch (3 heads; about 4096 tokens in all, or one picture)",
+                "processor time of one thread for a measured batch (3 heads; about 4096 tokens in all, or one image)",
             )
         )
     cache = cache_file()

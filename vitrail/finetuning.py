@@ -39,7 +39,7 @@ def keep_source(
 
 
 def brought(facts: Facts, given: Mapping[str, Any], source: ModelHeader) -> list[Choice]:
-    """Return what weights bring with them: picture size, channels, positions, preprocessing.
+    """Return what weights bring with them: image size, channels, positions, preprocessing.
 
     Raises:
         ValueError: the user fixed one of mean and std, which would mix two normalisations.
@@ -58,7 +58,7 @@ def brought(facts: Facts, given: Mapping[str, Any], source: ModelHeader) -> list
             value = (fmean(value),) * channels
         choices.append(Choice(f"preprocess.{field.name}", value, why))
     if channels != model.in_channels:
-        seen = "colour pictures" if channels == 3 else "grey pictures"
+        seen = "colour images" if channels == 3 else "grey images"
         choices.append(Choice("model.in_channels", channels, f"{seen}; the weights saw {model.in_channels}"))
     if model.positions == "sincos2d" and size // patch != model.grid[0]:
         choices.append(
@@ -68,7 +68,7 @@ def brought(facts: Facts, given: Mapping[str, Any], source: ModelHeader) -> list
 
 
 def auto(facts: Facts, given: Mapping[str, Any], source: ModelHeader) -> list[Choice]:
-    """Choose how trained weights learn new pictures: gently, the head first, and the less the deeper a layer lies."""
+    """Choose how trained weights learn new images: gently, the head first, and the less the deeper a layer lies."""
     size = int(given.get("model.image_size", source.architecture.image_size))
     adapters = int(given.get("lora.rank", 0)) > 0
     return [
@@ -90,25 +90,25 @@ def duration(facts: Facts, given: Mapping[str, Any], width: int, *, adapters: bo
     steps = float(given.get("epochs", epochs)) * facts.num_train / batch
     choices = [
         Choice("batch_size", batch, "small sets want more steps" if batch <= 64 else "keeps the device busy"),
-        Choice("epochs", epochs, f"{facts.num_train:,} pictures, about {epochs * facts.num_train:,.0f} seen in all"),
+        Choice("epochs", epochs, f"{facts.num_train:,} images, about {epochs * facts.num_train:,.0f} seen in all"),
         Choice("optim.lr", float(f"{lr:.1e}"), f"for width {width} and batch {batch}"),
         Choice("optim.layer_decay", 1.0, "adapters start at nothing in every layer")
         if adapters
-        else Choice("optim.layer_decay", 0.75, "first layers see what all pictures have, and change the least"),
+        else Choice("optim.layer_decay", 0.75, "first layers see what all images have, and change the least"),
         Choice("optim.head_warmup", "5 %", "a new head's first gradients would disturb what the weights know"),
         Choice("schedule.warmup", "10 %", "the rate is still rising when all begin to learn"),
         Choice("optim.weight_decay", 0.05, "the usual for ViTs"),
-        Choice("optim.ema_decay", averaging(steps), "judge the average of about the last 2 % of steps"),
-        Choice("optim.label_smoothing", 0.1, "keeps a net that can learn its pictures by heart from being too sure"),
+        Choice("optim.ema_decay", averaging(steps), "evaluate the average of about the last 2 % of steps"),
+        Choice("optim.label_smoothing", 0.1, "keeps a net that can learn its images by heart from being too sure"),
         Choice("model.drop_path", 0.1, "stochastic depth, against learning by heart"),
     ]
     if float(given.get("epochs", epochs)) > 100:
-        choices.append(Choice("log.eval_every", "1 %", "a hundred judgements are enough"))
+        choices.append(Choice("log.eval_every", "1 %", "a hundred evaluations are enough"))
     return choices
 
 
 def augmentation_of_few(facts: Facts) -> list[Choice]:
-    """Milder random changes than from scratch: the weights have seen how pictures vary."""
+    """Milder random changes than from scratch: the weights have seen how images vary."""
     if facts.flip_reason:
         return augmentation(facts)
     return [

@@ -28,15 +28,15 @@ class Facts:
     """What a recipe may look at.
 
     Attributes:
-        num_train: pictures in the training part.
+        num_train: images in the training split.
         num_classes: labels.
-        side: median short side of the pictures, pixels.
-        uniform: whether all pictures have one size.
-        channels: 1 when all pictures are grey, else 3.
-        flip_reason: why pictures must not be mirrored; empty when they may.
+        side: median short side of the images, pixels.
+        uniform: whether all images have one size.
+        channels: 1 when all images are grey, else 3.
+        flip_reason: why images must not be mirrored; empty when they may.
         device: cpu or cuda.
         bf16: whether the device computes bfloat16 on its own instructions.
-        class_sizes: pictures in the smallest and in the largest class of the training part.
+        class_sizes: images in the smallest and in the largest class of the training split.
     """
 
     num_train: int
@@ -82,7 +82,7 @@ def build_config(
     if (config := recipe_file(recipe)) is not None:
         choices = [Choice(name, value, f"from {recipe}") for name, value in leaves(config)]
         fixed = {"recipe", "data.source", "model.num_classes"}
-        if "variant" in given or "pretrained" in given:  # another architecture: only what the pictures decide stays
+        if "variant" in given or "pretrained" in given:  # another architecture: only what the images decide stays
             fixed |= {name for name, _ in leaves(config) if name.startswith("model.") and name != "model.in_channels"}
         if dropped := earlier(given):
             fixed |= dropped.keys()
@@ -208,7 +208,7 @@ def refuse_idle(config: RunConfig, given: Mapping[str, Any]) -> None:
 
 
 def auto(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
-    """Choose for any data set of class folders: a ViT from scratch that fits its pictures, its size and this machine."""
+    """Choose for any dataset of class folders: a ViT from scratch that fits its images, its size and this machine."""
     choices = architecture(facts, given)
     depth_of = {choice.setting: choice.value for choice in choices} | dict(given)
     choices += duration(facts, depth_of)
@@ -224,7 +224,7 @@ def reading(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
     size = int(known["model.image_size"])
     if facts.side < 2 * size or known.get("augment.crop_scale") == 1:
         return []
-    why = f"a short side of {facts.side} px for a model of {size}: large JPEGs are decoded smaller; judging stays exact"
+    why = f"a short side of {facts.side} px for a model of {size}: large JPEGs are decoded smaller; evaluation stays exact"
     return [Choice("data.decode", "fast", why)]
 
 
@@ -236,7 +236,7 @@ def sampling(facts: Facts, given: Mapping[str, Any], *, from_scratch: bool) -> l
     if not is_uneven(facts) or given.get("optim.class_weights", "none") != "none":
         return []
     smallest, largest = facts.class_sizes
-    uneven = f"classes have {smallest:,} to {largest:,} pictures"
+    uneven = f"classes have {smallest:,} to {largest:,} images"
     if not from_scratch:
         why = "left as they are, since nothing was measured from trained weights; sqrt shows rare ones more often"
         return [Choice("data.sampling", "natural", f"{uneven}, {why}")]
@@ -245,7 +245,7 @@ def sampling(facts: Facts, given: Mapping[str, Any], *, from_scratch: bool) -> l
 
 
 def is_uneven(facts: Facts) -> bool:
-    """Whether the classes of the training part differ so much in size that something has to be said."""
+    """Whether the classes of the training split differ so much in size that something has to be said."""
     smallest, largest = facts.class_sizes
     return largest >= UNEVEN * smallest
 
@@ -259,13 +259,13 @@ def speed(facts: Facts) -> list[Choice]:
         return choices
     if facts.bf16 and facts.side > 16:
         return [Choice("precision", "bf16", "this CPU has bfloat16 instructions: nearly twice as fast as fp32")]
-    reason = "too little work a picture for bfloat16 to pay" if facts.bf16 else "this CPU has no bfloat16 instructions"
+    reason = "too little work an image for bfloat16 to pay" if facts.bf16 else "this CPU has no bfloat16 instructions"
     return [Choice("precision", "fp32", reason)]
 
 
 def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
-    """Picture size, patch size, width and depth."""
-    side, patch, size = picture_and_patch(facts)
+    """Image size, patch size, width and depth."""
+    side, patch, size = image_and_patch(facts)
     patch_sizes = tuple(given.get("model.patch_sizes", ()))
     if "variant" in given:
         variant = variant_config(str(given["variant"]))
@@ -275,7 +275,7 @@ def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
         unit = patch if "model.image_size" in given else common_multiple(patch, patch_sizes, facts.side)
         if facts.side < size or patch <= 8 or size % unit:
             size = max(1, round(max(min(facts.side, size) if patch > 8 else facts.side, unit) / unit)) * unit
-            reason = f"the pictures' own {facts.side} px as a multiple of {unit}-px patches"
+            reason = f"the images' own {facts.side} px as a multiple of {unit}-px patches"
         size = int(given.get("model.image_size", size))
         return [Choice("model.image_size", size, reason), *fitting(facts, size, given)]
     if given.get("model.encoder") == "r50":
@@ -286,11 +286,9 @@ def architecture(facts: Facts, given: Mapping[str, Any]) -> list[Choice]:
     unit = patch if "model.image_size" in given else common_multiple(patch, patch_sizes, size)
     size = int(given.get("model.image_size", max(1, round(size / unit)) * unit))
     return [
-        Choice(
-            "variant", f"{body(facts)}{patch}", f"{facts.num_train:,} training pictures on a {facts.device.upper()}"
-        ),
+        Choice("variant", f"{body(facts)}{patch}", f"{facts.num_train:,} training images on a {facts.device.upper()}"),
         Choice("model.image_size", size, side),
-        Choice("model.patch_size", patch, f"{(size // patch) ** 2} patches a picture: fine enough, and cheap enough"),
+        Choice("model.patch_size", patch, f"{(size // patch) ** 2} patches an image: fine enough, and cheap enough"),
         *fitting(facts, size, given),
     ]
 
@@ -299,19 +297,19 @@ def common_multiple(patch: int, patch_sizes: tuple[int, ...], side: int) -> int:
     """Return the smallest side that all patch sizes divide.
 
     Raises:
-        ValueError: it is much larger than the pictures.
+        ValueError: it is much larger than the images.
     """
     unit = math.lcm(patch, *patch_sizes)
     if unit > 2 * max(side, patch):
         raise ValueError(
-            f"model.patch_sizes {' '.join(map(str, patch_sizes))}: the smallest picture that patches of {patch} and these all "
-            f"divide has {unit} px, but the pictures have about {side}; choose sizes that are multiples of each other"
+            f"model.patch_sizes {' '.join(map(str, patch_sizes))}: the smallest image that patches of {patch} and these all "
+            f"divide has {unit} px, but the images have about {side}; choose sizes that are multiples of each other"
         )
     return unit
 
 
-def picture_and_patch(facts: Facts) -> tuple[str, int, int]:
-    """Return the reason, patch size and picture size that suit the pictures."""
+def image_and_patch(facts: Facts) -> tuple[str, int, int]:
+    """Return the reason, patch size and image size that suit the images."""
     if facts.side <= 48:
         patch = 4
     elif facts.side <= 160:
@@ -319,9 +317,9 @@ def picture_and_patch(facts: Facts) -> tuple[str, int, int]:
     else:
         size = 224 if facts.device == "cuda" else 128
         why = "the usual size" if facts.device == "cuda" else "a third of the cost of 224 on a CPU"
-        return f"pictures have a short side of {facts.side} px (median); {why}", 16, size
+        return f"images have a short side of {facts.side} px (median); {why}", 16, size
     size = max(patch * 2, round(facts.side / patch) * patch)
-    return f"pictures have a short side of {facts.side} px (median)", patch, size
+    return f"images have a short side of {facts.side} px (median)", patch, size
 
 
 def body(facts: Facts) -> str:
@@ -332,7 +330,7 @@ def body(facts: Facts) -> str:
 
 
 def fitting(facts: Facts, size: int, given: Mapping[str, Any]) -> list[Choice]:
-    """How pictures are brought to the model's size, its first channels, and the decoder."""
+    """How images are brought to the model's size, its first channels, and the decoder."""
     channels = int(given.get("model.in_channels", facts.channels))
     values = (0.5,) * channels
     named = suffix_fields(str(given.get("variant", "")))
@@ -348,7 +346,7 @@ def fitting(facts: Facts, size: int, given: Mapping[str, Any]) -> list[Choice]:
         Choice(
             "model.in_channels",
             channels,
-            "no colour in a sample of the pictures" if channels == 1 else "colour pictures",
+            "no colour in a sample of the images" if channels == 1 else "colour images",
         ),
         Choice("model.decoder", decoder, "small sets learn it faster than a class token"),
         Choice(
@@ -359,7 +357,7 @@ def fitting(facts: Facts, size: int, given: Mapping[str, Any]) -> list[Choice]:
         Choice("preprocess.std", std, reason),
     ]
     if facts.uniform and facts.side <= 1.15 * size:
-        choices.append(Choice("preprocess.crop_fraction", 1.0, "all pictures have this size: nothing is cut off"))
+        choices.append(Choice("preprocess.crop_fraction", 1.0, "all images have this size: nothing is cut off"))
     return choices
 
 
@@ -369,15 +367,15 @@ def positions(facts: Facts) -> Choice:
         return Choice(
             "model.positions", "sincos2d", "a fixed table tells places from the first step; learning one takes long"
         )
-    return Choice("model.positions", "learned", "enough pictures to learn a table of positions")
+    return Choice("model.positions", "learned", "enough images to learn a table of positions")
 
 
 def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
     """Epochs, batch, rate."""
     usual = 64 if facts.num_train < 5_000 else 128 if facts.device == "cpu" else 512
-    batch = int(known.get("batch_size", min(usual, facts.num_train)))  # a larger one would hold pictures twice
+    batch = int(known.get("batch_size", min(usual, facts.num_train)))  # a larger one would hold images twice
     at_least("batch_size", batch, 1)
-    # About this many pictures are seen in all: what a small ViT needs to converge from scratch, less where a CPU would
+    # About this many images are seen in all: what a small ViT needs to converge from scratch, less where a CPU would
     # need hours.
     seen = 120_000 if facts.num_train < 5_000 else 900_000 if facts.device == "cpu" else 5_000_000
     epochs = float(min(400, max(10, round(seen / facts.num_train))))
@@ -387,17 +385,17 @@ def duration(facts: Facts, known: Mapping[str, Any]) -> list[Choice]:
     steps = float(known.get("epochs", epochs)) * facts.num_train / batch
     return [
         Choice("batch_size", batch, "small sets want more steps" if batch <= 64 else "keeps the device busy"),
-        Choice("epochs", epochs, f"{facts.num_train:,} pictures, about {epochs * facts.num_train:,.0f} seen in all"),
+        Choice("epochs", epochs, f"{facts.num_train:,} images, about {epochs * facts.num_train:,.0f} seen in all"),
         Choice("optim.lr", float(f"{lr:.1e}"), f"for width {width.get(size, 192)} and batch {batch}"),
         Choice(
             "optim.ema_decay",
             averaging(steps),
-            "judge the average of about the last 2 % of steps: it generalises better",
+            "evaluate the average of about the last 2 % of steps: it generalises better",
         ),
-        Choice("optim.label_smoothing", 0.1, "keeps a net that can learn its pictures by heart from being too sure"),
+        Choice("optim.label_smoothing", 0.1, "keeps a net that can learn its images by heart from being too sure"),
         Choice("model.drop_path", 0.1, "stochastic depth, against learning by heart"),
         *(
-            [Choice("log.eval_every", "1 %", "a hundred judgements are enough")]
+            [Choice("log.eval_every", "1 %", "a hundred evaluations are enough")]
             if float(known.get("epochs", epochs)) > 100
             else []
         ),
@@ -425,14 +423,14 @@ def augmentation(facts: Facts) -> list[Choice]:
         Choice(
             "augment.crop_scale",
             0.5 if small else 0.25,
-            "random resized crops; small pictures lose detail sooner" if small else "random resized crops",
+            "random resized crops; small images lose detail sooner" if small else "random resized crops",
         ),
-        Choice("augment.rotation", 10.0, "small tilts do not change what a picture shows"),
+        Choice("augment.rotation", 10.0, "small tilts do not change what an image shows"),
         Choice("augment.brightness", 0.2, "light varies"),
         Choice("augment.contrast", 0.2, "light varies"),
         Choice("augment.saturation", 0.2, "colours vary")
         if facts.channels == 3
-        else Choice("augment.saturation", 0.0, "grey pictures"),
+        else Choice("augment.saturation", 0.0, "grey images"),
     ]
 
 

@@ -15,7 +15,7 @@ R = TypeVar("R")
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Map over threads and yield results in order, with a bounded number in flight.
 
-    Items are handed over in runs: a task a picture would cost more than a small JPEG's decode.
+    Items are handed over in runs: a task an image would cost more than a small JPEG's decode.
     """
     number = workers or os.cpu_count() or 1
     iterator = iter(items)

@@ -1,4 +1,4 @@
-"""`vitrail check` on real pictures: every nasty file's verdict, planted faults, no false alarms."""
+"""`vitrail check` on real images: every nasty file's verdict, planted faults, no false alarms."""
 
 from __future__ import annotations
 
@@ -91,17 +91,17 @@ def test_untouched_photographs_raise_no_false_alarm(photographs, shared_data, tm
     assert paths_of(checked, "mode") == [{"train/ants/imageNotFound.gif"}]
 
 
-def changed(picture: PIL.Image.Image, number: int) -> tuple[str, PIL.Image.Image, dict]:
-    """One of the ways in which a copy of a picture comes back."""
-    width, height = picture.size
+def changed(image: PIL.Image.Image, number: int) -> tuple[str, PIL.Image.Image, dict]:
+    """One of the ways in which a copy of an image comes back."""
+    width, height = image.size
     cuts = [(0.05, 0.05, 0.95, 0.95), (0.1, 0, 1, 1), (0, 0, 0.9, 0.9), (0.03, 0.06, 0.96, 1), (0.1, 0.1, 0.9, 0.9)]
     cut = [round(share * side) for share, side in zip(cuts[number % 5], (width, height) * 2, strict=True)]
     return [
-        ("re-encoded", picture, {"quality": 40}),
-        ("halved", picture.resize((width // 2, height // 2)), {"quality": 85}),
-        ("enlarged", picture.resize((width * 3 // 2, height * 3 // 2)), {"quality": 85}),
-        ("cropped", picture.crop(cut), {"quality": 85}),
-        ("cropped and enlarged", picture.crop(cut).resize((width, height)), {"quality": 70}),
+        ("re-encoded", image, {"quality": 40}),
+        ("halved", image.resize((width // 2, height // 2)), {"quality": 85}),
+        ("enlarged", image.resize((width * 3 // 2, height * 3 // 2)), {"quality": 85}),
+        ("cropped", image.crop(cut), {"quality": 85}),
+        ("cropped and enlarged", image.crop(cut).resize((width, height)), {"quality": 70}),
     ][number // 5 % 5]
 
 
@@ -115,11 +115,11 @@ def test_planted_faults_are_all_found(photographs, tmp_path):
     pool = [path for label in labels for path in sorted((root / "train" / label).iterdir())]
     chosen = [pool[index] for index in random.permutation(len(pool))[:110]]
     for number, path in enumerate(chosen[:75]):
-        how, picture, options = changed(PIL.Image.open(path).convert("RGB"), number)
+        how, image, options = changed(PIL.Image.open(path).convert("RGB"), number)
         copy = root / "val" / path.parent.name / f"copy_{number}.jpg"
-        picture.save(copy, **options)
+        image.save(copy, **options)
         leaks.append((how, {str(each.relative_to(root)) for each in (path, copy)}))
-    for number, path in enumerate(chosen[75:95]):  # the same picture under a wrong label too
+    for number, path in enumerate(chosen[75:95]):  # the same image under a wrong label too
         wrong = labels[(labels.index(path.parent.name) + 1 + number % 8) % 10]
         copy = root / "train" / wrong / f"swapped_{number}.jpg"
         if number % 2:

@@ -1,4 +1,4 @@
-"""Every verdict of the nasty pictures in the shared data folder (its README says what the columns mean)."""
+"""Every verdict of the nasty images in the shared data folder (its README says what the columns mean)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from vitrail.data.images.decode import ImageError, inspect_image, is_image_name, read_image
 
-# The list calls this picture ok, because Pillow's second load() after a failed one reports success. Its stream
+# The list calls this image ok, because Pillow's second load() after a failed one reports success. Its stream
 # breaks off 3 of 128 rows before the end, which is what the list's own README calls damaged.
 CORRECTED = {"pillow/broken_data_stream.png": "damaged"}
 
@@ -68,9 +68,9 @@ def test_good_files_read_the_same_from_bytes_and_give_the_size_told(shared_data,
     for row in rows:
         path = shared_data / "nasty" / row["file"]
         if (verdict := expected(row)["verdict"]) == "ok":
-            picture, info = read_image(path), inspect_image(path, decode=False)
-            assert (picture.mode, picture.size) == ("RGB", (info.width, info.height)), row["file"]
-            assert read_image(path.read_bytes(), mode="L").size == picture.size
+            image, info = read_image(path), inspect_image(path, decode=False)
+            assert (image.mode, image.size) == ("RGB", (info.width, info.height)), row["file"]
+            assert read_image(path.read_bytes(), mode="L").size == image.size
         else:
             with pytest.raises(ImageError) as caught:
                 read_image(path)
@@ -95,7 +95,7 @@ def test_memory_stays_bounded(shared_data, rows):
     assert grown_mib < 200
 
 
-def test_hidden_files_are_not_pictures_by_name(rows):
+def test_hidden_files_are_not_images_by_name(rows):
     hidden = {row["file"] for row in rows if not is_image_name(row["file"])}
     assert hidden == {
         "made/._appledouble.jpg",

@@ -1,4 +1,4 @@
-"""The main job on real pictures: JPEG class folders with train/ and val/, and CIFAR-10's train/ and test/."""
+"""The main job on real images: JPEG class folders with train/ and val/, and CIFAR-10's train/ and test/."""
 
 import json
 import tarfile
@@ -33,10 +33,10 @@ def test_photographs_of_all_sizes_stream_from_files(shared_data, tmp_path, capsy
     assert result["top1"] > 0.5
     config = json.loads((out / "config.json").read_text())
     assert config["augment"]["flip"] == 0.5
-    pictures = sorted(str(path) for path in (root / "val" / "ants").glob("*"))[:8]
-    assert run(["predict", str(out), *pictures, "--out", str(tmp_path / "rows.jsonl")]) == 0
+    images = sorted(str(path) for path in (root / "val" / "ants").glob("*"))[:8]
+    assert run(["predict", str(out), *images, "--out", str(tmp_path / "rows.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    # One by one as in the judgement of the whole part: preprocessing is the same function on both ways.
+    # One by one as in the evaluation of the whole part: preprocessing is the same function on both ways.
     assert run(["eval", str(out), str(root), "--out", str(tmp_path / "e.json")]) == 0
     assert json.loads((tmp_path / "e.json").read_text())["confusion"] == result["confusion"]
     assert [row["error"] for row in rows] == [None] * 8

@@ -1,4 +1,4 @@
-"""Probing on real photographs of all sizes: the saved model judges as the probe does, and a second probe decodes nothing."""
+"""Probing on real photographs of all sizes: the saved model evaluates as the probe does, and a second probe decodes nothing."""
 
 import json
 

@@ -27,8 +27,8 @@ def test_fashion_mnist_as_a_table_with_groups(shared_data, tmp_path, capsys):
     with table.open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "group", "weight"])
-        for number, (picture, target) in enumerate(zip(pixels, targets, strict=True)):
-            Image.fromarray(picture).save(tmp_path / "p" / f"{number}.png")
+        for number, (image, target) in enumerate(zip(pixels, targets, strict=True)):
+            Image.fromarray(image).save(tmp_path / "p" / f"{number}.png")
             writer.writerow([f"p/{number}.png", NAMES[target], f"batch {number // 7}", 1])
     out = tmp_path / "run"
     assert run(["train", str(table), "--out", str(out), "--epochs", "3", "--model", "nano7"]) == 0
@@ -43,8 +43,8 @@ def test_fashion_mnist_as_a_table_with_groups(shared_data, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_cifar_as_table_and_as_parquet_with_pictures_gives_the_same_figures(shared_data, tmp_path):
-    """One model judged on the same pictures in three forms."""
+def test_cifar_as_table_and_as_parquet_with_images_gives_the_same_figures(shared_data, tmp_path):
+    """One model evaluated on the same images in three forms."""
     wanted = {f"{number:04d}.jpg" for number in range(30)}
     with tarfile.open(shared_data / "cifar10.tar.xz") as tar:
         for member in tar:

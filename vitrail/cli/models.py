@@ -44,7 +44,9 @@ def print_variants(console: Console) -> None:
     console.terminal.print(table)
     console.info("Any size and patch can be combined (s8, ti14, …).")
     console.info(f"Suffixes: {', '.join('-' + suffix for suffix in SUFFIXES)}, -local7 (any odd window),")
-    console.info("and timm's CNNs as encoder, such as -resnet50, -efficientnet_b0; several combine: s16-resnet50-concat.")
+    console.info(
+        "and timm's CNNs as encoder, such as -resnet50, -efficientnet_b0; several combine: s16-resnet50-concat."
+    )
     console.info("One as a drawing of its data flow: vitrail models NAME")
 
 

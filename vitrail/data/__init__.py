@@ -1,1 +1,1 @@
-"""From a folder of pictures to batches: sources, splits, decode, preprocessing, augmentation, loading."""
+"""From a folder of images to batches: sources, splits, decode, preprocessing, augmentation, loading."""

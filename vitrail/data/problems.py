@@ -1,4 +1,4 @@
-"""What can be wrong with a data set, in one form for the console, JSON and the report."""
+"""What can be wrong with a dataset, in one form for the console, JSON and the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding: `paths` are relative to the data set, `message` is for people."""
+    """One finding: `paths` are relative to the dataset, `message` is for people."""
 
     severity: Literal["error", "warning"]
     kind: Kind

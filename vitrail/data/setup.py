@@ -39,7 +39,7 @@ class CheckedData:
 
 @dataclass(frozen=True)
 class TrainData:
-    """The pictures as the model will see them."""
+    """The images as the model will see them."""
 
     dataset: Dataset
     splits: Splits
@@ -76,10 +76,10 @@ class TrainData:
 
 
 def load_data(config: DataConfig, console: Console, *, channels: int = 0, recorded: Path | None = None) -> CheckedData:
-    """Open a source, look at every picture, divide it.
+    """Open a source, look at every image, divide it.
 
     Args:
-        channels: 3 or 1 fixes the pixel format; 0 lets the pictures decide.
+        channels: 3 or 1 fixes the pixel format; 0 lets the images decide.
         recorded: a split.json to take the division from.
 
     Raises:
@@ -92,7 +92,9 @@ def load_data(config: DataConfig, console: Console, *, channels: int = 0, record
     scan = scan_or_stop(dataset, config, console, channels=channels)
     problems = [*dataset.problems, *scan.problems]
     splits = (
-        load_splits(dataset, recorded, scan.good) if recorded else split_dataset(dataset, config, scan.good, scan.groups)
+        load_splits(dataset, recorded, scan.good)
+        if recorded
+        else split_dataset(dataset, config, scan.good, scan.groups)
     )
     found = check_trainable(dataset, splits)
     for problem in found:
@@ -103,16 +105,16 @@ def load_data(config: DataConfig, console: Console, *, channels: int = 0, record
 def scan_or_stop(
     dataset: Dataset, config: DataConfig, console: Console, *, channels: int = 0, cache: ScanCache | None = None
 ) -> Scan:
-    """Look at every picture of a source, and warn of what was found in listing and in looking.
+    """Look at every image of a source, and warn of what was found in listing and in looking.
 
     Args:
-        channels: 3 or 1 fixes the pixel format; 0 lets the pictures decide.
+        channels: 3 or 1 fixes the pixel format; 0 lets the images decide.
         kept: earlier looks, which are taken where a file is unchanged.
 
     Raises:
         ValueError: a file is broken and was to be reported.
     """
-    with console.bar(f"looking at {len(dataset.paths):,} pictures") as advance:
+    with console.bar(f"looking at {len(dataset.paths):,} images") as advance:
         scan = scan_dataset(
             dataset,
             cache=cache,
@@ -131,7 +133,7 @@ def scan_or_stop(
 
 
 def build_train_data(checked: CheckedData, config: RunConfig) -> TrainData:
-    """Give the checked pictures the preprocessing of a run."""
+    """Give the checked images the preprocessing of a run."""
     preprocess = preprocess_from_config(config)
     stored = checked.scan.pixels
     side = preprocess.image_size
@@ -152,7 +154,7 @@ def build_train_data(checked: CheckedData, config: RunConfig) -> TrainData:
         value_bytes = 4 if preprocess.resampler == "fractions" else 1
         fits = len(stored) * preprocess.channels * side**2 * value_bytes <= config.data.memory_bytes
         if not reader.is_ready and config.augment.crop_scale == 1.0:
-            # Without crops, training sees the very pictures that are judged: prepare them once.
+            # Without crops, training sees the very images that are evaluated: prepare them once.
             done = np.stack([reader.read_whole(index) for index in range(len(stored))]) if fits else None
             reader.stored, reader.is_ready = done, done is not None
     elif config.data.cache_side:
@@ -186,7 +188,7 @@ def check_cache_settings(config: RunConfig) -> None:
     side, size = config.data.cache_side, config.model.image_size
     if side and config.augment.crop_scale == 1:
         raise ValueError(
-            f"data.cache_side {side} keeps pictures for random crops, but augment.crop_scale is 1; set it below 1, or leave "
+            f"data.cache_side {side} keeps images for random crops, but augment.crop_scale is 1; set it below 1, or leave "
             "the cache out"
         )
     if 0 < side < size:
@@ -197,21 +199,23 @@ def check_cache_settings(config: RunConfig) -> None:
 
 
 def report_cache(data: TrainData, config: DataConfig, console: Console) -> None:
-    """Say where training pictures are kept decoded, or why they are not."""
+    """Say where training images are kept decoded, or why they are not."""
     cache, total = data.reader.cache, len(data.splits.indices["train"])
     if cache is not None:
         rest = (
-            "" if cache.num_stored == total else f"; the other {total - cache.num_stored:,} do not fit in data.cache_bytes"
+            ""
+            if cache.num_stored == total
+            else f"; the other {total - cache.num_stored:,} do not fit in data.cache_bytes"
         )
         console.info(
-            f"{cache.num_stored:,} training pictures are kept decoded in {cache.folder}, {byte_size(cache.num_bytes)}{rest}"
+            f"{cache.num_stored:,} training images are kept decoded in {cache.folder}, {byte_size(cache.num_bytes)}{rest}"
         )
     elif config.cache_side:
-        console.info("data.cache_side has nothing to do: the pictures are in memory, decoded")
+        console.info("data.cache_side has nothing to do: the images are in memory, decoded")
 
 
 def is_identity(preprocess: Preprocess, size: tuple[int, int]) -> bool:
-    """Whether preprocessing leaves pictures of this size as they are."""
+    """Whether preprocessing leaves images of this size as they are."""
     side = preprocess.image_size
     if preprocess.resize == "aspect":
         return preprocess.aspect_size(size[1], size[0]) == (size[1], size[0])

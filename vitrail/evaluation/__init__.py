@@ -1,1 +1,1 @@
-"""Exact judgement of a model: metrics, calibration, prediction."""
+"""Exact evaluation of a model: metrics, calibration, prediction."""

@@ -29,14 +29,14 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one picture; either `label` or `error` is filled.
+    """What a model says of one image; either `label` or `error` is filled.
 
     Attributes:
-        path: the picture as it was named; empty for pictures from memory.
+        path: the image as it was named; empty for images from memory.
         probability: of `label`, 0 to 1, with the model's temperature applied.
         top_labels: the most likely labels, best first.
         top_probabilities: theirs.
-        error: why the picture could not be read, or None.
+        error: why the image could not be read, or None.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Classifier:
     """A model, its labels and the exact preprocessing it was trained with.
 
     Attributes:
-        patch_size: side of the patches to cut pictures into; None is the model's own (see `at`).
+        patch_size: side of the patches to cut images into; None is the model's own (see `at`).
         report: what became of a file's weights on the way.
     """
 
@@ -68,22 +68,22 @@ class Classifier:
 
     @property
     def preprocess(self) -> Preprocess:
-        """From a picture to the model's input."""
+        """From an image to the model's input."""
         return self.header.preprocess
 
     def predict(
         self, images: Iterable[str | os.PathLike[str] | PIL.Image.Image], *, top: int = 5, workers: int = 0
     ) -> list[Prediction]:
-        """Return one prediction per picture, in order; see `stream`."""
+        """Return one prediction per image, in order; see `stream`."""
         return list(self.stream(images, top=top, workers=workers))
 
     def stream(
         self, images: Iterable[str | os.PathLike[str] | PIL.Image.Image], *, top: int = 5, workers: int = 0
     ) -> Iterator[Prediction]:
-        """Yield one prediction per picture, in order; a broken or missing file gets an `error`, not an exception.
+        """Yield one prediction per image, in order; a broken or missing file gets an `error`, not an exception.
 
         Args:
-            pictures: paths, or Pillow pictures.
+            images: paths, or Pillow images.
             top: how many labels to rank.
             workers: decoding threads; 0: one per core.
 
@@ -100,7 +100,7 @@ class Classifier:
             yield from self._predict_rows(rows, min(top, len(self.labels)))
 
     def logits(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
-        """Return the logits [B, classes] of preprocessed pictures, uint8 [C, H, W] each, of one size or of several."""
+        """Return the logits [B, classes] of preprocessed images, uint8 [C, H, W] each, of one size or of several."""
         device = next(self.model.parameters()).device
         with torch.inference_mode():
             if len({each.shape for each in pixels}) > 1:
@@ -113,8 +113,8 @@ class Classifier:
         """Raise a ValueError if the model gives vectors and no classes."""
         if not self.labels:
             raise ValueError(
-                "this model has no classifier: it turns a picture into a vector of "
-                f"{self.model.decoder.out_dim} numbers; train one on labelled pictures"
+                "this model has no classifier: it turns an image into a vector of "
+                f"{self.model.decoder.out_dim} numbers; train one on labelled images"
             )
 
     @property
@@ -144,15 +144,15 @@ class Classifier:
     def at(
         self, *, image_size: int | None = None, patch_size: int | None = None, resize: str | None = None
     ) -> Classifier:
-        """Return the classifier for pictures of another size, cut into other patches, with the same weights.
+        """Return the classifier for images of another size, cut into other patches, with the same weights.
 
         Args:
-            image_size: side of the square that pictures are brought to, pixels.
+            image_size: side of the square that images are brought to, pixels.
             patch_size: side of a patch, pixels; the model should have been trained with several (`model.patch_sizes`).
-            resize: `crop`, `squash`, or `aspect` for whole pictures in their own aspect ratio.
+            resize: `crop`, `squash`, or `aspect` for whole images in their own aspect ratio.
 
         Raises:
-            ValueError: the encoder has one patch size only, or the picture would be smaller than a patch.
+            ValueError: the encoder has one patch size only, or the image would be smaller than a patch.
         """
         own = self.model.config
         patch = patch_size if patch_size is not None else self.patch_size or own.patch_size
@@ -177,7 +177,7 @@ class Classifier:
         return dataclasses.replace(self, header=header, patch_size=None if patch == own.patch_size else patch)
 
     def _prepare(self, image: str | os.PathLike[str] | PIL.Image.Image) -> tuple[str, np.ndarray | str]:
-        """Return the picture's name, and its pixels or what is wrong with it."""
+        """Return the image's name, and its pixels or what is wrong with it."""
         if isinstance(image, PIL.Image.Image):
             # Through the same decoder as a file, so that rotation and transparency are treated alike.
             return "", self.preprocess.apply(as_decoded(image, self.preprocess.mode))

@@ -1,4 +1,4 @@
-"""`vitrail eval`: all figures of a model on a source of labelled pictures."""
+"""`vitrail eval`: all figures of a model on a source of labelled images."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def evaluate(
     patch_size: int | None = None,
     resize: str | None = None,
 ) -> dict[str, Any]:
-    """Judge a model on a part of a source.
+    """Evaluate a model on a part of a source.
 
     Args:
-        split: test, val, train or all; unless given, the first there is of test and val, or all pictures of a folder
+        split: test, val, train or all; unless given, the first there is of test and val, or all images of a folder
             that has no parts and is not what the model was trained on.
-        image_size, patch_size, resize: judge at another picture size, patch size or way of resizing than the model was
+        image_size, patch_size, resize: evaluate at another image size, patch size or way of resizing than the model was
             trained with; see `Classifier.at`.
         data: how to read the source; `source` and the split's settings are taken from the arguments and the model.
 
     Returns:
-        The judgement as `vitrail eval --out` writes it.
+        The evaluation as `vitrail eval --out` writes it.
 
     Raises:
         ValueError: the model or the source cannot be read, or their classes disagree.
@@ -60,12 +60,12 @@ def evaluate(
     data = dataclasses.replace(data or DataConfig(), source=source)
     dataset = open_dataset(source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=console.bar)
     data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
-    # A class without pictures is an error of the listing to a training; here it is told after the judgement.
+    # A class without images is an error of the listing to a training; here it is told after the evaluation.
     scan = scan_or_stop(dataset, data, console, channels=classifier.preprocess.channels)
     targets = to_model_labels(dataset, classifier.labels)
     if split == "all":
         everything = {"all": np.flatnonzero(scan.good)}
-        splits = Splits(everything, fingerprint(dataset, everything), "all pictures")
+        splits = Splits(everything, fingerprint(dataset, everything), "all images")
     else:
         splits = splits_for(model, classifier, dataset, data, scan.good, scan.groups)
     part = choose_split(split, splits, source)
@@ -73,14 +73,14 @@ def evaluate(
     warn_of_training_images(part, splits, classifier, dataset, int(scan.good.sum()), console)
     reader = ImageReader(dataset, targets, classifier.preprocess, scan.pixels, workers=data.workers)
     reader.is_ready = ready(classifier.preprocess, scan.pixels)
-    with console.bar(f"judging {len(indices):,} pictures") as advance:
+    with console.bar(f"evaluating {len(indices):,} images") as advance:
         outputs: Outputs = predict_logits(
             classifier.model, reader, indices, device=device, patch_size=classifier.patch_size, advance=advance
         )
     result = all_metrics(outputs, classifier.labels, classifier.header.temperature)
     absent = [label for label, row in result["per_class"].items() if row["count"] == 0]
     if absent:
-        console.warn(f"{len(absent)} classes of the model have no picture here: {', '.join(absent[:10])}")
+        console.warn(f"{len(absent)} classes of the model have no image here: {', '.join(absent[:10])}")
     if reader.dropped:
         console.warn(f"{len(reader.dropped)} files failed and are not counted: {', '.join(list(reader.dropped)[:5])}")
     left_out = int((~scan.good).sum()) + len(reader.dropped)
@@ -110,14 +110,16 @@ def warn_of_patches(classifier: Classifier, console: Console) -> None:
 def warn_of_training_images(
     part: str, splits: Splits, classifier: Classifier, dataset: Dataset, num_good: int, console: Console
 ) -> None:
-    """Warn where a figure would flatter: pictures that were trained on, or pictures that no part has."""
+    """Warn where a figure would flatter: images that were trained on, or images that no part has."""
     if classifier.header.split.get("source") != dataset.name:
         return
     if part in ("train", "all"):
-        console.warn(f"the model was trained on pictures of part {part!r}: this figure says how well it remembers them")
+        console.warn(f"the model was trained on images of part {part!r}: this figure says how well it remembers them")
     left = num_good - sum(len(indices) for indices in splits.indices.values())
     if left > 0 and part != "all":
-        console.warn(f"not judged, since they came after the division that the model was trained with: {left:,} pictures")
+        console.warn(
+            f"not evaluated, since they came after the division that the model was trained with: {left:,} images"
+        )
 
 
 def splits_for(
@@ -126,9 +128,9 @@ def splits_for(
     """Return the division that the model was trained with where the source is that data, else the source's own.
 
     Raises:
-        ValueError: the source is that data, but has changed, so that training pictures could be judged as unseen.
+        ValueError: the source is that data, but has changed, so that training images could be evaluated as unseen.
     """
-    remedy = "restore the files, or judge all pictures, those of the training included, by --split all"
+    remedy = "restore the files, or evaluate all images, those of the training included, by --split all"
     trained = training_splits(model, classifier, dataset, data, good, groups, remedy=remedy)
     if trained is not None:
         return trained
@@ -136,7 +138,7 @@ def splits_for(
         return split_dataset(dataset, dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0), good, groups)
     # Other data than the model was trained on: a flat folder is one whole.
     everything = {"all": np.flatnonzero(good)}
-    return Splits(everything, fingerprint(dataset, everything), "all pictures")
+    return Splits(everything, fingerprint(dataset, everything), "all images")
 
 
 def training_splits(
@@ -155,7 +157,7 @@ def training_splits(
         remedy: what to do when the source has changed, for the message.
 
     Raises:
-        ValueError: the source is that data, but has changed, so that which pictures were trained on is not known.
+        ValueError: the source is that data, but has changed, so that which images were trained on is not known.
     """
     trained = classifier.header.split
     place = Path(model)
@@ -188,7 +190,7 @@ def split_rule(classifier: Classifier) -> dict[str, Any]:
 
 
 def choose_split(split: str | None, splits: Splits, source: str) -> str:
-    """Return the part to judge.
+    """Return the part to evaluate.
 
     Raises:
         ValueError: the part asked for is unknown or not there.
@@ -217,11 +219,11 @@ def to_model_labels(dataset: Dataset, labels: tuple[str, ...]) -> np.ndarray:
     if foreign:
         raise ValueError(
             f"{dataset.name}: {unknown('class', foreign[0], labels[:50])} ({len(foreign)} classes are not among the model's "
-            f"{len(labels)}); judge it on folders named like its classes"
+            f"{len(labels)}); evaluate it on folders named like its classes"
         )
     return np.asarray([place[label] for label in dataset.labels])[dataset.targets]
 
 
 def ready(preprocess: Preprocess, pixels: np.ndarray | None) -> bool:
-    """Whether stored pictures are the model's input as they are."""
+    """Whether stored images are the model's input as they are."""
     return pixels is not None and is_identity(preprocess, (pixels.shape[2], pixels.shape[3]))

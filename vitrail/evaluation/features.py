@@ -1,4 +1,4 @@
-"""Frozen features of pictures, kept on disk for each picture: after ten more pictures, ten are computed."""
+"""Frozen features of images, kept on disk for each image: after ten more images, ten are computed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from vitrail.evaluation.classifier import Classifier
 from vitrail.evaluation.predict_logits import BATCH, predict_logits
 
 FORMAT = 1  # raise it when a model computes something else from the same weights
-_SLICE = 4 * BATCH  # pictures between two looks at the clock
+_SLICE = 4 * BATCH  # images between two looks at the clock
 _SAVE_S = 60.0  # an interruption loses at most about this much work
 
 
 @dataclass(frozen=True)
 class Features:
-    """Pooled vectors of pictures.
+    """Pooled vectors of images.
 
     Attributes:
         values: [N, D] float32.
-        indices: [N] which pictures of the source these are, in the order they were asked for.
+        indices: [N] which images of the source these are, in the order they were asked for.
         from_cache: how many of them were read and not computed.
         problem: why the cache could not be written, or an empty string.
     """
@@ -41,7 +41,7 @@ class Features:
 
 
 def open_cache(classifier: Classifier, dataset: Dataset, device: torch.device) -> RowCache:
-    """Return the kept features of a source's pictures.
+    """Return the kept features of a source's images.
 
     They depend on the weights without the head, the architecture, the preprocessing, the kind of device and the versions.
     """
@@ -64,13 +64,13 @@ def features_of(
     fresh: bool = False,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Features:
-    """Return the pooled vectors of pictures, from the cache where it has them, else computed in fp32 and put there.
+    """Return the pooled vectors of images, from the cache where it has them, else computed in fp32 and put there.
 
-    A file that can no longer be read is left out and noted in `pictures.dropped`.
+    A file that can no longer be read is left out and noted in `images.dropped`.
 
     Args:
         classifier: its model has no head, so that it returns the pooled vector.
-        keys: what each of the pictures is known by, found out before the first of them was read: one that has changed
+        keys: what each of the images is known by, found out before the first of them was read: one that has changed
             meanwhile is then computed again next time.
         fresh: forget what the cache has.
 

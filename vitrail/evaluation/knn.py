@@ -12,13 +12,13 @@ _CHUNK_BYTES = 16_000_000  # of one block of similarities: fits the last cache
 
 
 def neighbours(targets: Tensor) -> int:
-    """Return the number of neighbours to ask: 20, but no more than a class of the usual size has pictures."""
+    """Return the number of neighbours to ask: 20, but no more than a class of the usual size has images."""
     counts = torch.bincount(targets)
     return min(K, int(counts[counts > 0].median()))
 
 
 def knn_predict(known: Tensor, targets: Tensor, asked: Tensor, *, k: int, num_classes: int) -> Tensor:
-    """Return the class [M] that the k nearest known pictures vote for.
+    """Return the class [M] that the k nearest known images vote for.
 
     Nearness is the cosine of two feature vectors; a vote weighs exp(cosine / 0.07). Of equal classes the first wins.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrail.evaluation.calibration import fit_temperature
 from vitrail.evaluation.pca import PrincipalAxes
 
-# Penalties per picture that ridge regression tries, in half decades.
+# Penalties per image that ridge regression tries, in half decades.
 GRID = tuple(10 ** (step / 2) for step in range(-12, 5))
 TOLERANCE = 1e-4  # largest entry of the gradient at which logistic regression ends, where its curvature is about 1
 _LIMIT = 500  # steps of L-BFGS; 20 to 40 are usual
@@ -27,7 +27,7 @@ class Ridge:
     Attributes:
         penalty: the λ with the least leave-one-out error.
         weight, bias: [r, classes] and [classes], on coordinates of a `Spectrum`.
-        errors: leave-one-out squared error per picture, for each penalty of the grid.
+        errors: leave-one-out squared error per image, for each penalty of the grid.
         top1: leave-one-out accuracy, for each penalty of the grid.
     """
 
@@ -41,9 +41,9 @@ class Ridge:
 def fit_ridge(features: Tensor, targets: Tensor, axes: PrincipalAxes) -> Ridge:
     """Fit ridge regression to centred one-hot targets; the exact leave-one-out error chooses the penalty.
 
-    The residual of a picture by a fit without it is its residual divided by 1 - h, where h is its leverage 1/N +
+    The residual of an image by a fit without it is its residual divided by 1 - h, where h is its leverage 1/N +
     x'(X'X + λ)⁻¹x (Golub, Heath & Wahba 1979, section 1): no fit is repeated, and in the axes of X'X every λ costs one small
-    matrix product. Means are refitted with each picture left out; the scale of the features is not.
+    matrix product. Means are refitted with each image left out; the scale of the features is not.
     """
     count, prior = axes.num_rows, axes.counts / axes.num_rows
     shrink = [1 / (axes.energy + step * count) for step in GRID]

@@ -1,4 +1,4 @@
-"""Exact figures over a whole part: computed once, in float64, from every picture's logits."""
+"""Exact figures over a whole part: computed once, in float64, from every image's logits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vitrail.evaluation.calibration import calibration_error, calibration_table,
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says of a part of a data set, in the order of the pictures' indices.
+    """What a model says of a part of a dataset, in the order of the images' indices.
 
     Attributes:
         logits: [N, classes] float32.
         targets: [N] class indices.
-        indices: [N] which pictures of the source these are.
+        indices: [N] which images of the source these are.
     """
 
     logits: np.ndarray
@@ -27,7 +27,7 @@ class Outputs:
 
 
 def headline_metrics(outputs: Outputs) -> dict[str, float]:
-    """Return top1, top5, loss and ece, all exact means over the pictures (fractions, not percent)."""
+    """Return top1, top5, loss and ece, all exact means over the images (fractions, not percent)."""
     ranks = target_ranks(outputs)
     losses = -log_softmax(outputs.logits)[np.arange(len(ranks)), outputs.targets]
     return {
@@ -43,7 +43,7 @@ def target_ranks(outputs: Outputs) -> np.ndarray:
     """Return how many classes are ranked before the right one [N]; equal logits rank in class order, as argmax does."""
     if not np.isfinite(outputs.logits).all():
         broken = int(outputs.indices[~np.isfinite(outputs.logits).all(axis=1)][0])
-        raise ValueError(f"the model's output is not finite, first for picture number {broken}; its weights are broken")
+        raise ValueError(f"the model's output is not finite, first for image number {broken}; its weights are broken")
     own = outputs.logits[np.arange(len(outputs.targets)), outputs.targets][:, None]
     before = np.arange(outputs.logits.shape[1]) < outputs.targets[:, None]
     return ((outputs.logits > own) | ((outputs.logits == own) & before)).sum(axis=1)
@@ -70,7 +70,7 @@ def all_metrics(outputs: Outputs, labels: tuple[str, ...], temperature: float = 
 
 
 def by_class(confusion: np.ndarray, labels: tuple[str, ...]) -> dict[str, Any]:
-    """Return what a judgement says of the classes: `balanced_accuracy` is the mean recall of those that have pictures."""
+    """Return what an evaluation says of the classes: `balanced_accuracy` is the mean recall of those that have images."""
     rows = per_class(confusion, labels)
     return {
         "balanced_accuracy": fmean(row["recall"] for row in rows.values() if row["recall"] is not None),

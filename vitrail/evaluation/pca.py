@@ -22,7 +22,7 @@ class PrincipalAxes:
         axes: [D, r] orthonormal columns, where r is the rank.
         energy: [r] sum of squares of the standardised features along each axis.
         answers: [r, classes] the features along each axis, summed over each class.
-        counts: [classes] pictures of each class.
+        counts: [classes] images of each class.
     """
 
     mean: Tensor
@@ -34,7 +34,7 @@ class PrincipalAxes:
 
     @property
     def num_rows(self) -> int:
-        """Number of pictures N."""
+        """Number of images N."""
         return int(self.counts.sum())
 
     def standardise(self, features: Tensor) -> Tensor:

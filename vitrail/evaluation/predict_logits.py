@@ -1,4 +1,4 @@
-"""Run a model over a part of a data set, every picture once."""
+"""Run a model over a part of a dataset, every image once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitrail.distributed import World
 from vitrail.evaluation.metrics import Outputs
 from vitrail.models.vit import ViT
 
-# One batch size everywhere, and fp32: `vitrail eval` computes the very bits that training's judgement computed.
+# One batch size everywhere, and fp32: `vitrail eval` computes the very bits that training's evaluation computed.
 BATCH = 256
 
 
@@ -31,10 +31,10 @@ def predict_logits(
     world: World = World(),  # noqa: B008 - frozen
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outputs:
-    """Return the model's logits for every picture of a part.
+    """Return the model's logits for every image of a part.
 
     Under several processes each does its share, and every process gets all. A file that can no longer be read is left
-    out and noted in `pictures.dropped`.
+    out and noted in `images.dropped`.
 
     Args:
         patch_size: side of the patches, where it is not the model's own (FlexiViT).
@@ -42,9 +42,7 @@ def predict_logits(
     """
     logits, targets, seen, done = [], [], [], 0
     with evaluating(model), torch.inference_mode():
-        for batch in eval_batches(
-            reader, indices, batch_size=BATCH, device=device, rank=world.rank, ranks=world.size
-        ):
+        for batch in eval_batches(reader, indices, batch_size=BATCH, device=device, rank=world.rank, ranks=world.size):
             if isinstance(batch, VariableSizeBatch):
                 found = cast(ViT, model).forward_packed(batch.images, patch_size)
             else:

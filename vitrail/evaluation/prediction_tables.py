@@ -1,4 +1,4 @@
-"""Predictions as a file: CSV, JSON lines or Parquet, one row per picture."""
+"""Predictions as a file: CSV, JSON lines or Parquet, one row per image."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def write_parquet(path: Path, records: list[dict]) -> None:
 
 
 def find_images(words: Iterable[str]) -> list[str]:
-    """Return the pictures that files, folders and globs mean, in the order given; within one of them sorted.
+    """Return the images that files, folders and globs mean, in the order given; within one of them sorted.
 
     A file named outright is kept whatever its ending, also when it is missing: its row will say what is wrong.
 
     Raises:
-        ValueError: a folder or a glob holds no picture.
+        ValueError: a folder or a glob holds no image.
     """
     found: list[str] = []
     for word in words:
@@ -79,7 +79,7 @@ def find_images(words: Iterable[str]) -> list[str]:
         if path.is_dir():
             inside = [str(path / each) for each in list_images(path, path)[0]]
             if not inside:
-                raise ValueError(f"{word}: the folder holds no pictures")
+                raise ValueError(f"{word}: the folder holds no images")
             found += inside
         elif not path.exists() and any(mark in word for mark in "*?["):
             import glob

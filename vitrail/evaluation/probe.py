@@ -1,4 +1,4 @@
-"""`vitrail probe`: what a model's frozen features are worth on some pictures, before anything is trained."""
+"""`vitrail probe`: what a model's frozen features are worth on some images, before anything is trained."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def probe(
     save: Path | None = None,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Fit three simple classifiers to a model's pooled vectors and judge them on pictures they were not fitted to.
+    """Fit three simple classifiers to a model's pooled vectors and evaluate them on images they were not fitted to.
 
     Args:
         data: how to read and to divide the source.
-        image_size: side of the square that pictures are brought to, unless the model's own.
+        image_size: side of the square that images are brought to, unless the model's own.
         save: write a model file here whose head is the logistic regression.
         fresh: compute the features also where they are in the cache.
 
@@ -57,7 +57,7 @@ def probe(
         The figures as `vitrail probe --out` writes them.
 
     Raises:
-        ValueError: the model or the source cannot be read, or the source cannot be divided into pictures to fit and to judge.
+        ValueError: the model or the source cannot be read, or the source cannot be divided into images to fit and to evaluate.
     """
     watch = Stopwatch()
     classifier = load_frozen(model, console).to(device).at(image_size=image_size)
@@ -76,7 +76,7 @@ def probe(
     reader.is_ready = ready(classifier.preprocess, scan.pixels)
     cache = open_cache(classifier, opened, device)
     wanted = np.concatenate([parts.indices["train"], parts.indices[judged]])
-    with console.bar(f"features of {len(wanted):,} pictures") as advance:
+    with console.bar(f"features of {len(wanted):,} images") as advance:
         found = features_of(
             classifier,
             reader,
@@ -91,7 +91,9 @@ def probe(
     watch.lap("features")
     train, rest = (torch.from_numpy(np.isin(found.indices, parts.indices[part])) for part in ("train", judged))
     values, targets = torch.from_numpy(found.values), torch.from_numpy(opened.targets[found.indices])
-    figures, weight, bias = fit_classifiers(values[train], targets[train], values[rest], targets[rest], len(opened.labels), watch)
+    figures, weight, bias = fit_classifiers(
+        values[train], targets[train], values[rest], targets[rest], len(opened.labels), watch
+    )
     if save is not None:
         write_model(save, classifier, opened, parts, data, weight, bias, {"top1": figures["logistic"]})
     return {
@@ -163,18 +165,20 @@ def check_save(save: Path, model: str) -> None:
 def scan_cached(
     classifier: Classifier, data: DataConfig, console: Console, *, fresh: bool
 ) -> tuple[Dataset, Scan, DataConfig, np.ndarray]:
-    """Open a source and look at every picture.
+    """Open a source and look at every image.
 
     Args:
-        fresh: decode also the pictures that an earlier look has found whole and that have not changed since.
+        fresh: decode also the images that an earlier look has found whole and that have not changed since.
 
     Returns:
-        The source, what the look found, the settings with the model's way to find duplicates, and each picture's key.
+        The source, what the look found, the settings with the model's way to find duplicates, and each image's key.
 
     Raises:
-        ValueError: a class has no pictures, or a file is broken and was to be reported.
+        ValueError: a class has no images, or a file is broken and was to be reported.
     """
-    dataset = open_dataset(data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=console.bar)
+    dataset = open_dataset(
+        data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=console.bar
+    )
     stop_on_errors(dataset.problems)
     if classifier.header.split.get("source") == dataset.name:
         data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
@@ -199,7 +203,7 @@ def split_for_probe(
     if trained is not None:
         return trained, dataclasses.replace(data, **split_rule(classifier))
     if dataset.split is not None and set(dataset.split) & {"val", "test"}:
-        # The pictures that would be kept back for choices are not needed: nothing here chooses by them.
+        # The images that would be kept back for choices are not needed: nothing here chooses by them.
         data = dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0)
     return split_dataset(dataset, data, scan.good, scan.groups), data
 
@@ -215,7 +219,7 @@ def report_features(found: Features, reader: ImageReader, console: Console) -> N
 def fit_classifiers(
     known: Tensor, truth: Tensor, asked: Tensor, answers: Tensor, num_classes: int, stopwatch: Stopwatch
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Fit the three classifiers to known features and their classes, and judge them on others.
+    """Fit the three classifiers to known features and their classes, and evaluate them on others.
 
     Returns:
         The figures, and weight and bias of the logistic regression on raw features, float32.

@@ -71,7 +71,7 @@ def export(
     """Write a model in another format.
 
     Args:
-        word: any MODEL word; see `open_weights`.
+        word: any model spec; see `open_weights`.
         to: a name of `TARGETS`.
         out: where to; unless given, beside a run or model file, else in this folder.
         described: what a bare weights file does not say of itself.

@@ -55,7 +55,7 @@ def choose_kernels(
     for kind, wish in wished.items():
         if wish != "auto" and kind not in {case.kind for case in cases}:
             raise ValueError(
-                f"kernels.{kind}_attention {wish!r} has no effect: at this picture size the model has no {kind} attention (a "
+                f"kernels.{kind}_attention {wish!r} has no effect: at this image size the model has no {kind} attention (a "
                 "window over the whole grid is global attention); leave it auto"
             )
     chosen = _checked({} if known is None else known, cases)

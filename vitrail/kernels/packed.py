@@ -1,4 +1,4 @@
-"""Attention over several pictures packed into one row: each token sees its own picture only."""
+"""Attention over several images packed into one row: each token sees its own image only."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def attend_packed(
     num_prefix: int,
     attend: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor],
 ) -> Float[Tensor, "1 K N d"]:
-    """Return attention under the block-diagonal mask of the pictures (Dehghani et al. 2023, NaViT, section 2.1).
+    """Return attention under the block-diagonal mask of the images (Dehghani et al. 2023, NaViT, section 2.1).
 
     The mask is never made: neighbours of equal grids are one batch of ordinary attention, so time and memory are those of
-    each picture alone, and not of N×N.
+    each image alone, and not of N×N.
 
     Args:
-        grids: patch rows and columns of each picture; its prefix tokens stand before its patches.
-        attend: computes attention of a batch of pictures of one grid.
+        grids: patch rows and columns of each image; its prefix tokens stand before its patches.
+        attend: computes attention of a batch of images of one grid.
     """
     out, start = [], 0
     for grid, group in groupby(grids):

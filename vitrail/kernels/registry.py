@@ -59,7 +59,7 @@ LOCAL_KERNELS: dict[str, Callable[..., Tensor]] = {
 
 KERNELS = {"global": GLOBAL_KERNELS, "local": LOCAL_KERNELS}
 
-# Not where other ways get faster, but where N×N weights or masks get too large to hold: 2 MB a head and picture.
+# Not where other ways get faster, but where N×N weights or masks get too large to hold: 2 MB a head and image.
 _DENSE_TOKENS = 1024
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels of local attention; `triton_local.py` launches them. Importing this file imports Triton.
 
 The grid of patches is cut into tiles of TILE_H × TILE_W, and the prefix into runs of as many tokens, so that each token
-is in exactly one tile; a program works for one tile of one head of one picture. What a patch tile may see is its halo,
+is in exactly one tile; a program works for one tile of one head of one image. What a patch tile may see is its halo,
 the rectangle of patches at most `radius` away from it, cut off at the border. The patches of the halo are numbered by
 rows and taken BLOCK at a time, so no lane is spent on patches outside the grid, and any window and any grid will do.
 
@@ -39,14 +39,14 @@ def _jit(kernel: Callable[..., Any]) -> Any:
 
 @_jit
 def _program(heads, height, width, num_prefix, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Return this program's tile, its number among all tiles, the count of tiles, its picture and its head.
+    """Return this program's tile, its number among all tiles, the count of tiles, its image and its head.
 
     Tiles vary fastest, so that programs running at once share their halos in the cache.
     """
     tiles = tl.cdiv(height, TILE_H) * tl.cdiv(width, TILE_W) + tl.cdiv(num_prefix, TILE_H * TILE_W)
     tile = tl.program_id(0) % tiles
     row = tl.program_id(0) // tiles
-    # 64 bits: offsets of a whole batch pass 2³¹, those within a picture do not.
+    # 64 bits: offsets of a whole batch pass 2³¹, those within an image do not.
     return tile, tiles, (row // heads).to(tl.int64), (row % heads).to(tl.int64)
 
 

@@ -24,9 +24,9 @@ class TokenLayout(NamedTuple):
 
     Attributes:
         rope: sines and cosines of every token's place, [N, 2d], or [B, 1, N, 2d] where samples differ.
-        grids: patch rows and columns of the pictures. One: of every picture of the batch. Several: the row holds these
-            pictures one after the other, and a token sees its own only.
-        num_prefix: tokens before a picture's patches.
+        grids: patch rows and columns of the images. One: of every image of the batch. Several: the row holds these
+            images one after the other, and a token sees its own only.
+        num_prefix: tokens before an image's patches.
         kernels: how attention is computed.
     """
 

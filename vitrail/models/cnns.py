@@ -24,12 +24,12 @@ def build_cnn(
     Layers behind the map are left out: they would cost time and never learn.
 
     Args:
-        stride: pixels of the picture per pixel of the map, along a side.
-        image_size: side of the pictures that it must take; None leaves it unchecked.
+        stride: pixels of the image per pixel of the map, along a side.
+        image_size: side of the images that it must take; None leaves it unchecked.
         how: more arguments of `timm.create_model`, such as `pretrained`.
 
     Raises:
-        ValueError: timm has no such model, it is no CNN, it has no map of that stride, or cannot take such pictures.
+        ValueError: timm has no such model, it is no CNN, it has no map of that stride, or cannot take such images.
     """
     index = index_of(name, stride)
     if image_size is not None:
@@ -86,18 +86,18 @@ def feature_strides(name: str) -> tuple[int, ...]:
 
 @cache
 def check_fit(name: str, index: int, stride: int, image_size: int) -> None:
-    """Raise a ValueError unless a CNN, cut after a feature map, takes pictures of a size and trains all it has."""
+    """Raise a ValueError unless a CNN, cut after a feature map, takes images of a size and trains all it has."""
     with torch.device("meta"):
         model = features_of(name, out_indices=(index,))
-        picture = torch.empty(2, *timm.get_pretrained_cfg(name).input_size[:1], image_size, image_size)  # pyright: ignore
+        image = torch.empty(2, *timm.get_pretrained_cfg(name).input_size[:1], image_size, image_size)  # pyright: ignore
         try:
-            features = model(picture)[-1]
+            features = model(image)[-1]
         except Exception as error:  # nets with windows or tables of fixed size: assertions, shape errors
-            raise ValueError(f"model.encoder {name!r} cannot take pictures of {image_size} px ({error})") from None
+            raise ValueError(f"model.encoder {name!r} cannot take images of {image_size} px ({error})") from None
         features.sum().backward()
     if features.shape[2:] != (image_size // stride, image_size // stride):
         raise ValueError(
-            f"model.encoder {name!r} makes a map of {features.shape[2]}×{features.shape[3]} from pictures of {image_size} px, "
+            f"model.encoder {name!r} makes a map of {features.shape[2]}×{features.shape[3]} from images of {image_size} px, "
             f"not {image_size // stride}×{image_size // stride}; choose another net or --model.image_size"
         )
     if any(parameter.grad is None for parameter in model.parameters()):

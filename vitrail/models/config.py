@@ -25,7 +25,7 @@ class ViTConfig:
         ValueError: a value or a combination of values cannot work; the message names the field and a remedy.
     """
 
-    image_size: int = setting(224, "side of the square input picture, pixels")
+    image_size: int = setting(224, "side of the square input image, pixels")
     patch_size: int = setting(16, "pixels per token along a side: the patch, or the stride of a convolutional encoder")
     patch_sizes: tuple[int, ...] = setting(
         (), "train with a random one of these per step (Beyer et al. 2023, FlexiViT)"
@@ -132,12 +132,12 @@ class ViTConfig:
             )
         if self.patch_sizes and self.patch_size not in self.patch_sizes:
             raise ValueError(
-                f"model.patch_size {self.patch_size}, at which the run is judged, is not among model.patch_sizes "
+                f"model.patch_size {self.patch_size}, at which the run is evaluated, is not among model.patch_sizes "
                 f"{' '.join(map(str, self.patch_sizes))}; add it, or try --model.patch_size {max(self.patch_sizes)}"
             )
         if self.encoder == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(
-                f"model.encoder 'conv' halves the picture with every layer, so model.patch_size must be a power of two, "
+                f"model.encoder 'conv' halves the image with every layer, so model.patch_size must be a power of two, "
                 f"such as 4, 8 or 16, got {self.patch_size}"
             )
         if self.encoder == "conv" and self.embed_dim % (self.patch_size // 2):

@@ -7,7 +7,7 @@ from vitrail.models.config import ViTConfig
 
 
 def num_macs(config: ViTConfig) -> int:
-    """Return the multiply-adds of one forward pass over one picture of `image_size`.
+    """Return the multiply-adds of one forward pass over one image of `image_size`.
 
     Encoder + depth · (N·D²·(4 + 2r) + 2·N²·D) + decoder + D·classes; norms, biases and softmax are left out, as usual. A
     swiglu MLP has three matrices instead of two: 3r. With local attention the pairs in the windows take the place of N².
@@ -48,9 +48,9 @@ def encoder_macs(config: ViTConfig) -> int:
 
     with torch.device("meta"):
         encoder = build_encoder(config).eval()
-        picture = torch.empty(1, config.in_channels, config.image_size, config.image_size)
+        image = torch.empty(1, config.in_channels, config.image_size, config.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder(picture)
+        encoder(image)
     return counter.get_total_flops() // 2
 
 

@@ -1,4 +1,4 @@
-"""Decoder: tokens → one vector per picture."""
+"""Decoder: tokens → one vector per image."""
 
 from __future__ import annotations
 

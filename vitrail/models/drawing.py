@@ -10,20 +10,20 @@ from vitrail.models.vit import ViT
 
 
 def draw_architecture(config: ViTConfig) -> str:
-    """Return the data flow from picture to logits: shapes as the model computes them, parameters and multiply-adds.
+    """Return the data flow from image to logits: shapes as the model computes them, parameters and multiply-adds.
 
     Raises:
         ValueError: the encoder is unknown or has no feature map of this stride.
     """
     with torch.device("meta"):
         model = ViT(config).eval().to("meta")  # its tables stand on the CPU
-        shapes = {name: tuple(each.shape[1:]) for name, each in model.features(_picture(config)).items()}
+        shapes = {name: tuple(each.shape[1:]) for name, each in model.features(_image(config)).items()}
     macs = encoder_macs(config)
     head_macs = (model.decoder.out_dim if config.num_classes else 0) * config.num_classes
     tokens = shapes["transformer"]
     transformer = sum(block_macs(config, tokens[0], attention) for attention in config.attentions)
     rows = [
-        ("picture", (config.in_channels, config.image_size, config.image_size), "", "", ""),
+        ("image", (config.in_channels, config.image_size, config.image_size), "", "", ""),
         ("│ Encoder", None, _encoder(config), _size(model, "patch_embed"), _giga(macs)),
         ("feature map", shapes["encoder"], "", "", ""),
         ("│", None, _tokens(config), _size(model, "cls_token", "reg_token", "pos_embed"), ""),
@@ -46,7 +46,7 @@ def draw_architecture(config: ViTConfig) -> str:
         ]
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = [
-        f"{total / 1e6:.2f} M parameters, {num_macs(config) / 1e9:.2f} G multiply-adds a picture, {tokens[0]} tokens",
+        f"{total / 1e6:.2f} M parameters, {num_macs(config) / 1e9:.2f} G multiply-adds an image, {tokens[0]} tokens",
         "",
     ]
     for name, shape, text, size, cost in rows:
@@ -86,7 +86,7 @@ def _concat(config: ViTConfig) -> list[str]:
     ]
 
 
-def _picture(config: ViTConfig) -> torch.Tensor:
+def _image(config: ViTConfig) -> torch.Tensor:
     return torch.empty(1, config.in_channels, config.image_size, config.image_size)
 
 

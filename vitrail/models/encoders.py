@@ -57,10 +57,10 @@ class NormedPatchEncoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Overlapping 3×3 convolutions that halve the picture until one pixel is a patch (Xiao et al. 2021, "Early
+    """Overlapping 3×3 convolutions that halve the image until one pixel is a patch (Xiao et al. 2021, "Early
     convolutions help transformers see better", section 4).
 
-    Layer norm over channels instead of the paper's batch norm: a picture's vector then depends on that picture alone,
+    Layer norm over channels instead of the paper's batch norm: an image's vector then depends on that image alone,
     whatever the batch, its parts or the number of processes.
     """
 

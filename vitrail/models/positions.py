@@ -21,7 +21,7 @@ def sincos2d(
     Args:
         grid: patch rows and columns (h, w).
         source: the grid that training had; on another grid places are measured in its units, so that a patch in the
-            middle of the picture is in the middle of the table, as when a learned table is resized.
+            middle of the image is in the middle of the table, as when a learned table is resized.
     """
     h, w = grid
     # On the CPU even where a model is built without storage: tables are in no file.
@@ -38,7 +38,7 @@ def rope2d(grid: tuple[int, int], head_dim: int, *, num_prefix: int = 0, base: f
     """Return sines and cosines that turn queries and keys by their patch's place, side by side.
 
     Axial rotary positions as in DINOv3 (Siméoni et al. 2025; `RopePositionEmbedding`): places are the patches' centres
-    in -1 to 1 along each axis, whatever the grid, so another picture size needs no change. The first quarter of a head
+    in -1 to 1 along each axis, whatever the grid, so another image size needs no change. The first quarter of a head
     turns with the row, the second with the column, and the other half is their partner. Prefix tokens are not turned.
     """
     h, w = grid

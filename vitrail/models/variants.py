@@ -9,7 +9,7 @@ from vitrail.lookup import pick, unknown
 from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES, ViTConfig
 
 # Ti, S: DeiT (Touvron et al. 2021, table 1). B, L, H: ViT (Dosovitskiy et al. 2021, table 1).
-# nano, micro: ours, for small pictures on CPUs; heads of 32, since 16 to 64 tokens need few heads, and MLP ratio 2: a third
+# nano, micro: ours, for small images on CPUs; heads of 32, since 16 to 64 tokens need few heads, and MLP ratio 2: a third
 # fewer parameters than 4 at equal accuracy on the digits (docs/log.md).
 SIZES: dict[str, dict[str, Any]] = {
     "nano": {"embed_dim": 96, "depth": 6, "num_heads": 3, "mlp_ratio": 2.0},
@@ -46,7 +46,7 @@ def variant_config(name: str, **changes: Any) -> ViTConfig:
         raise ValueError(unknown("model", name, LISTED))
     fields = dict(pick(SIZES, parsed[1], f"model size in {name!r}:"))
     fields["patch_size"] = int(parsed[2])
-    # Small patches are for small pictures: 16 patches a side, at most 32 px for nano and micro of patch 2.
+    # Small patches are for small images: 16 patches a side, at most 32 px for nano and micro of patch 2.
     fields["image_size"] = 224 if fields["patch_size"] > 8 else 8 * fields["patch_size"]
     fields |= suffix_fields(name)
     return ViTConfig(**{**fields, **changes})

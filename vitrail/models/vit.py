@@ -72,10 +72,10 @@ class ViT(nn.Module):
     def forward(self, images: Float[Tensor, "B C H W"], patch_size: int | None = None) -> Float[Tensor, "B classes"]:
         """Return the logits, or the pooled vector when `num_classes` is 0.
 
-        Pictures may have any size and aspect ratio; see `encode` for sides that are no multiple of the patch.
+        Images may have any size and aspect ratio; see `encode` for sides that are no multiple of the patch.
 
         Args:
-            patch_size: cut the pictures into patches of this side instead of the configuration's (FlexiViT).
+            patch_size: cut the images into patches of this side instead of the configuration's (FlexiViT).
         """
         encoded = self.encode(images, patch_size)
         tokens, layout = self.embed(encoded)
@@ -102,16 +102,16 @@ class ViT(nn.Module):
     def forward_packed(
         self, images: Sequence[Float[Tensor, "C _H _W"]], patch_size: int | None = None
     ) -> Float[Tensor, "B classes"]:
-        """Return the logits of pictures of different sizes, computed together as one row of tokens.
+        """Return the logits of images of different sizes, computed together as one row of tokens.
 
-        Equal to calling the model on each picture alone: a token attends within its picture (Dehghani et al. 2023,
-        NaViT). The linear layers see all pictures at once, attention costs what each picture costs alone.
+        Equal to calling the model on each image alone: a token attends within its image (Dehghani et al. 2023,
+        NaViT). The linear layers see all images at once, attention costs what each image costs alone.
 
         Raises:
             ValueError: the model is in training mode, where a sample's dropout would depend on its neighbours.
         """
         if self.training:
-            raise ValueError("packed pictures are for inference and evaluation; call model.eval() first")
+            raise ValueError("packed images are for inference and evaluation; call model.eval() first")
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         order = sorted(range(len(images)), key=sizes.__getitem__)
         encoded, rows, ropes, grids = [], [], [], []
@@ -149,16 +149,16 @@ class ViT(nn.Module):
         and at the bottom, up to the next multiple, as timm's `dynamic_img_pad` does.
 
         Raises:
-            ValueError: the pictures have other channels than the model, a side is smaller than a patch, or the encoder
+            ValueError: the images have other channels than the model, a side is smaller than a patch, or the encoder
                 has no other patch size.
         """
         patch = self.config.patch_size if patch_size is None else patch_size
         channels, (height, width) = images.shape[1], images.shape[2:]
         self.check_patch_size(patch)
         if channels != self.config.in_channels:
-            raise ValueError(f"pictures have {channels} channels, but model.in_channels is {self.config.in_channels}")
+            raise ValueError(f"images have {channels} channels, but model.in_channels is {self.config.in_channels}")
         if height < patch or width < patch:
-            raise ValueError(f"pictures of {height}×{width} are smaller than a patch of {patch}×{patch}; enlarge them")
+            raise ValueError(f"images of {height}×{width} are smaller than a patch of {patch}×{patch}; enlarge them")
         if height % patch or width % patch:
             images = nn.functional.pad(images, (0, -width % patch, 0, -height % patch))
         if patch == self.config.patch_size:
@@ -166,7 +166,7 @@ class ViT(nn.Module):
         return self.patch_embed(images, patch)
 
     def check_patch_size(self, patch_size: int) -> None:
-        """Raise a ValueError unless this model can cut pictures into patches of this side."""
+        """Raise a ValueError unless this model can cut images into patches of this side."""
         if patch_size < 1:
             raise ValueError(f"patch_size is {patch_size}; expected at least 1 pixel")
         if patch_size != self.config.patch_size and not isinstance(self.patch_embed, PatchEncoder):
@@ -189,7 +189,7 @@ class ViT(nn.Module):
         return self.patch_drop(tokens, TokenLayout(rope, (grid,), self.config.num_prefix, self.kernels))
 
     def pool(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
-        """Decoder: the encoder's and the Transformer's outputs → one vector per picture."""
+        """Decoder: the encoder's and the Transformer's outputs → one vector per image."""
         return self.fc_norm(self.decoder(encoded, tokens))
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 N D"] | None:
@@ -204,7 +204,7 @@ class ViT(nn.Module):
         return nn.functional.pad(table, (0, 0, self.config.num_prefix, 0))
 
     def positional_encoding(self, shape: Sequence[int]) -> Float[Tensor, "1 D h w"]:
-        """Return what is added to each patch of pictures of `shape` ([B, C, H, W] or [H, W]), as a map.
+        """Return what is added to each patch of images of `shape` ([B, C, H, W] or [H, W]), as a map.
 
         Raises:
             ValueError: the model adds no positions.

@@ -11,9 +11,9 @@ from vitrail.models.vit import ViT
 
 
 class Classification(nn.Module):
-    """Cross-entropy of the right label; of a mixed picture's two labels, each by its share; each times its weight.
+    """Cross-entropy of the right label; of a mixed image's two labels, each by its share; each times its weight.
 
-    The sum is divided by the number of pictures, not by their weights', so that parts of a batch and processes add up.
+    The sum is divided by the number of images, not by their weights', so that parts of a batch and processes add up.
 
     Forward returns `loss` (minimised) and `correct`, the number of predictions of the batch that name the right label, of
     two the one with the greater share.
@@ -38,6 +38,6 @@ class Classification(nn.Module):
         return {"loss": loss, "correct": (logits.argmax(dim=1) == targets).sum()}
 
     def weighted(self, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-        """Return the loss of every picture of a batch [B]."""
+        """Return the loss of every image of a batch [B]."""
         each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
         return each if weights is None else each * weights

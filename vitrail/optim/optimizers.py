@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitrail.config import OptimConfig
 
-# Added to every picture alike, or a scale: pulling them to zero has no regularising meaning (Google's and DeiT's recipes).
+# Added to every image alike, or a scale: pulling them to zero has no regularising meaning (Google's and DeiT's recipes).
 _NO_DECAY = ("cls_token", "reg_token", "pos_embed", "latent")
 
 
@@ -46,7 +46,7 @@ def num_layers(model: nn.Module) -> int:
 
 
 def layer_of(name: str, top: int) -> int:
-    """Return a parameter's layer: 0 what embeds the picture, i + 1 block i, `top` norm, decoder and head (Bao et al. 2022,
+    """Return a parameter's layer: 0 what embeds the image, i + 1 block i, `top` norm, decoder and head (Bao et al. 2022,
     BEiT, appendix; MAE's `util/lr_decay.py`)."""
     part = name.split(".")
     if part[0] in ("patch_embed", "cls_token", "reg_token", "pos_embed"):

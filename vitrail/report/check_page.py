@@ -1,4 +1,4 @@
-"""What `vitrail check` shows: a few lines for the terminal, and one offline page with the pictures in question."""
+"""What `vitrail check` shows: a few lines for the terminal, and one offline page with the images in question."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from vitrail.files import write_bytes
 from vitrail.report.run_page import clip
 
 CLASSES_SHOWN, PATHS_SHOWN = 12, 3  # on the terminal
-FINDINGS_LIMIT, THUMBNAILS_LIMIT, ROWS_LIMIT = 24, 6, 1000  # on the page: findings a kind, pictures a finding, classes
+FINDINGS_LIMIT, THUMBNAILS_LIMIT, ROWS_LIMIT = 24, 6, 1000  # on the page: findings a kind, images a finding, classes
 _SIDE = 160  # of a preview, pixels
 TITLES: dict[Kind, tuple[str, str]] = {
     "unreadable": ("unreadable files", "mend or remove them, or --data.damaged drop"),
-    "damaged": ("damaged pictures", "mend or remove them, or --data.damaged drop (or keep: decode what is there)"),
-    "refused": ("pictures that are too large", "shrink them, or raise --data.limit-pixels"),
-    "leak": ("pictures in two parts", "keep each in one part, or the judgement is too good"),
-    "label-conflict": ("pictures under two labels", "keep the right one"),
-    "missing-class": ("missing classes", "add pictures, or remove the class from every part"),
+    "damaged": ("damaged images", "mend or remove them, or --data.damaged drop (or keep: decode what is there)"),
+    "refused": ("images that are too large", "shrink them, or raise --data.limit-pixels"),
+    "leak": ("images in two parts", "keep each in one part, or the evaluation is too good"),
+    "label-conflict": ("images under two labels", "keep the right one"),
+    "missing-class": ("missing classes", "add images, or remove the class from every part"),
     "name": ("names and folders", "rename or move what is named"),
-    "duplicate": ("equal pictures", "remove the copies; in a flat folder they stay on one side of the split anyway"),
-    "near-duplicate": ("nearly equal pictures", "look whether they are copies; in a flat folder they stay on one side"),
-    "small-class": ("small classes", "more pictures help most here"),
+    "duplicate": ("equal images", "remove the copies; in a flat folder they stay on one side of the split anyway"),
+    "near-duplicate": ("nearly equal images", "look whether they are copies; in a flat folder they stay on one side"),
+    "small-class": ("small classes", "more images help most here"),
     "imbalance": ("uneven classes", "look at the recall of each class, not only at the accuracy"),
-    "orientation": ("pictures turned by EXIF", "nothing to do: Vitrail turns them in training and in use"),
-    "mode": ("unusual forms", "nothing to do if the pictures are meant so"),
+    "orientation": ("images turned by EXIF", "nothing to do: Vitrail turns them in training and in use"),
+    "mode": ("unusual forms", "nothing to do if the images are meant so"),
 }
 
 
@@ -50,7 +50,7 @@ def summary(result: CheckResult) -> list[str]:
     facts = result.facts
     lines = []
     if result.dataset is not None:
-        lines.append(f"{result.dataset.name}: {facts['num_images']:,} pictures, {len(facts['classes'])} classes")
+        lines.append(f"{result.dataset.name}: {facts['num_images']:,} images, {len(facts['classes'])} classes")
         if "splits" in facts:
             parts = ", ".join(f"{number:,} {part}" for part, number in facts["splits"].items())
             lines.append(f"  parts    {parts} ({facts['rule']})")
@@ -84,8 +84,8 @@ def scan_summary(facts: dict[str, Any]) -> str:
     if not facts["near_duplicates"]:
         return "at every pixel; not for near duplicates (--data.near-duplicates)"
     if not facts["crops_compared"]:
-        return "at every pixel; for near duplicates, but for so many pictures not for slight crops"
-    return f"at every pixel, {facts['num_images'] / max(facts.get('seconds', 0), 0.01):,.0f} pictures/s"
+        return "at every pixel; for near duplicates, but for so many images not for slight crops"
+    return f"at every pixel, {facts['num_images'] / max(facts.get('seconds', 0), 0.01):,.0f} images/s"
 
 
 def write_page(result: CheckResult, name: str, path: Path) -> None:
@@ -111,21 +111,21 @@ def _kind(result: CheckResult, kind: Kind, found: list[Problem], place: dict[str
     title, remedy = TITLES[kind]
     rows = []
     for problem in found[:FINDINGS_LIMIT]:
-        pictures = [(path, inline_jpeg(result.dataset, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
-        more = len(problem.paths) - len(pictures)
-        rows.append({"severity": problem.severity, "message": problem.message, "pictures": pictures, "more": more})
+        images = [(path, inline_jpeg(result.dataset, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
+        more = len(problem.paths) - len(images)
+        rows.append({"severity": problem.severity, "message": problem.message, "images": images, "more": more})
     return {"kind": kind, "title": title, "remedy": remedy, "rows": rows, "count": len(found)}
 
 
 def inline_jpeg(dataset: Dataset | None, index: int | None) -> str | None:
-    """Return a picture as a small inline JPEG; empty for one that cannot be decoded, None for what is no picture."""
+    """Return an image as a small inline JPEG; empty for one that cannot be decoded, None for what is no image."""
     if dataset is None or index is None:
         return None
     try:
-        picture = dataset.read(index, "RGB")
+        image = dataset.read(index, "RGB")
     except (ImageError, OSError):
         return ""
-    picture.thumbnail((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
+    image.thumbnail((_SIDE, _SIDE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

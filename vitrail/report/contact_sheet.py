@@ -1,4 +1,4 @@
-"""What training will see, as a picture to look at: rows of pictures, columns of epochs, under each what was drawn."""
+"""What training will see, as an image to look at: rows of images, columns of epochs, under each what was drawn."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _INK, _MUTED, _PAPER = (24, 24, 27), (92, 92, 99), (255, 255, 255)
 
 @dataclass(frozen=True)
 class View:
-    """A picture as the model sees it once.
+    """An image as the model sees it once.
 
     Attributes:
         pixels: uint8 [C, H, W].
@@ -51,7 +51,7 @@ class View:
 
 
 def write_sheet(data: DataConfig, path: Path, *, recipe: str = "auto", given: Mapping[str, Any]) -> None:
-    """Write a contact sheet (PNG) of what a training of these pictures from scratch would see.
+    """Write a contact sheet (PNG) of what a training of these images from scratch would see.
 
     Args:
         recipe: a recipe's name, or the path of an earlier run's config.json.
@@ -77,7 +77,7 @@ def write_sheet(data: DataConfig, path: Path, *, recipe: str = "auto", given: Ma
 
 
 def sheet(checked: CheckedData, data: TrainData, config: RunConfig, recipe: str) -> PIL.Image.Image:
-    """Return the sheet as a picture."""
+    """Return the sheet as an image."""
     places = chosen_positions(data)
     originals = [original(data, int(data.splits.indices["train"][place])) for place in places]
     columns = [originals, *(views(checked, data, config, places, epoch) for epoch in range(EPOCHS))]
@@ -93,7 +93,7 @@ def sheet(checked: CheckedData, data: TrainData, config: RunConfig, recipe: str)
 
 
 def chosen_positions(data: TrainData) -> list[int]:
-    """Return places in the training part: a picture of each class, as many classes as rows, or several of few classes."""
+    """Return places in the training split: an image of each class, as many classes as rows, or several of few classes."""
     targets = data.dataset.targets[data.splits.indices["train"]]
     turns = np.zeros(len(targets), dtype=np.int64)
     for label in np.unique(targets):
@@ -107,7 +107,7 @@ def chosen_positions(data: TrainData) -> list[int]:
 
 
 def original(data: TrainData, index: int) -> View:
-    """Return a picture as it is judged."""
+    """Return an image as it is evaluated."""
     pixels = data.reader.read_whole(index)
     label, name = data.dataset.labels[data.dataset.targets[index]], Path(data.dataset.paths[index]).name
     pixels = pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
@@ -117,7 +117,7 @@ def original(data: TrainData, index: int) -> View:
 def views(checked: CheckedData, data: TrainData, config: RunConfig, places: list[int], epoch: int) -> list[View]:
     """Return what training shows of some places of its part in one epoch.
 
-    A batch of two has the very pairs of every larger even batch: all of a picture follows from its turn in the epochs.
+    A batch of two has the very pairs of every larger even batch: all of an image follows from its turn in the epochs.
     """
     part = data.splits.indices["train"]
     stream = TrainLoader(
@@ -125,7 +125,7 @@ def views(checked: CheckedData, data: TrainData, config: RunConfig, places: list
         part,
         batch_size=2,
         seed=config.seed,
-        augment=dataclasses.replace(config.augment, repeats=1),  # how often a picture comes is not how it is changed
+        augment=dataclasses.replace(config.augment, repeats=1),  # how often an image comes is not how it is changed
         device=torch.device("cpu"),
     )
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.preprocess.mean, config.preprocess.std))
@@ -145,8 +145,10 @@ def views(checked: CheckedData, data: TrainData, config: RunConfig, places: list
     return found
 
 
-def describe_changes(config: AugmentConfig, draws: dict[str, np.ndarray], size: np.ndarray, shape: torch.Size) -> list[str]:
-    """Say in words what one picture's random numbers do to it, mixing aside.
+def describe_changes(
+    config: AugmentConfig, draws: dict[str, np.ndarray], size: np.ndarray, shape: torch.Size
+) -> list[str]:
+    """Say in words what one image's random numbers do to it, mixing aside.
 
     Args:
         size: height and width of the file.
@@ -177,13 +179,13 @@ def describe_changes(config: AugmentConfig, draws: dict[str, np.ndarray], size: 
 
 
 def compose(title: str, about: str, titles: list[str], columns: list[list[View]]) -> PIL.Image.Image:
-    """Lay out pictures in columns with a title above and lines of text below each."""
+    """Lay out images in columns with a title above and lines of text below each."""
     plain, bold = font(11), font(11, bold=True)
     width = 2 * _MARGIN + len(columns) * (_CELL + _GAP) - _GAP
     header = textwrap.wrap(about, int((width - 2 * _MARGIN) / plain.getlength("n")))
     top = _MARGIN + 32 + _LINE * len(header) + 12
     rows = [[(fitted(view.pixels), view.lines) for view in row] for row in zip(*columns, strict=True)]
-    tall = [max(picture.height for picture, _ in row) for row in rows]
+    tall = [max(image.height for image, _ in row) for row in rows]
     deep = [_LINE * max(len(lines) for _, lines in row) + 2 * _GAP for row in rows]
     canvas = PIL.Image.new("RGB", (width, top + _LINE + 4 + sum(tall) + sum(deep) + _MARGIN - _GAP), _PAPER)
     pen = PIL.ImageDraw.Draw(canvas)
@@ -195,8 +197,8 @@ def compose(title: str, about: str, titles: list[str], columns: list[list[View]]
         pen.text((left, top), name, _INK, bold)
     upper = top + _LINE + 4
     for row, high, low in zip(rows, tall, deep, strict=True):
-        for column, (left, (picture, lines)) in enumerate(zip(lefts, row, strict=True)):
-            canvas.paste(picture, (left, upper))
+        for column, (left, (image, lines)) in enumerate(zip(lefts, row, strict=True)):
+            canvas.paste(image, (left, upper))
             for number, line in enumerate(lines):
                 pen.text((left, upper + high + 3 + _LINE * number), line, _MUTED if column else _INK, plain)
         upper += high + low
@@ -204,12 +206,12 @@ def compose(title: str, about: str, titles: list[str], columns: list[list[View]]
 
 
 def fitted(pixels: np.ndarray) -> PIL.Image.Image:
-    """Return a picture [C, H, W] as large as a cell holds: small ones in whole multiples, so that pixels stay pixels."""
-    picture = PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).convert("RGB")
-    scale = _CELL / max(picture.size)
+    """Return an image [C, H, W] as large as a cell holds: small ones in whole multiples, so that pixels stay pixels."""
+    image = PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).convert("RGB")
+    scale = _CELL / max(image.size)
     how = PIL.Image.Resampling.NEAREST if scale >= 1 else PIL.Image.Resampling.LANCZOS
     scale = int(scale) if scale >= 1 else scale
-    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), how)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), how)
 
 
 def font(size: int, *, bold: bool = False) -> PIL.ImageFont.FreeTypeFont:

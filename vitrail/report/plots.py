@@ -61,7 +61,7 @@ def curve(training: Points, validation: Points, best_step: float | None, *, perc
         validation: measured on the validation split; may be empty.
         best_step: where the kept weights come from.
         percent: the values are fractions of one.
-        description: what a screen reader says instead of the picture.
+        description: what a screen reader says instead of the image.
     """
     figure, axes = _new_figure(height=2.5)
     if training:
@@ -81,11 +81,11 @@ def curve(training: Points, validation: Points, best_step: float | None, *, perc
 
 @matplotlib.rc_context(STYLE)
 def reliability(bins: Sequence[dict[str, float]], description: str) -> str:
-    """Draws how often the model was right against how sure it was, and how many pictures each point is.
+    """Draws how often the model was right against how sure it was, and how many images each point is.
 
     Args:
         bins: `low`, `high`, `confidence`, `accuracy`, `count`; none of them empty.
-        description: what a screen reader says instead of the picture.
+        description: what a screen reader says instead of the image.
     """
     figure = Figure(figsize=(4.4, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -99,7 +99,7 @@ def reliability(bins: Sequence[dict[str, float]], description: str) -> str:
     starts, widths = [b["low"] for b in bins], [b["high"] - b["low"] for b in bins]
     look = {"color": COLOURS["blue"], "alpha": 0.55, "edgecolor": COLOURS["blue"], "linewidth": 0.8}
     lower.bar(starts, [b["count"] for b in bins], widths, align="edge", **look)
-    lower.set(xlabel="the model's own probability", ylabel="pictures")
+    lower.set(xlabel="the model's own probability", ylabel="images")
     lower.xaxis.set_major_formatter(PERCENT)
     lower.yaxis.set_major_formatter(COUNT)
     lower.yaxis.set_major_locator(MaxNLocator(2, integer=True))
@@ -147,7 +147,7 @@ def heat_map(confusion: np.ndarray, description: str) -> str:
 
     Args:
         confusion: counts `[classes, classes]`, rows true, columns predicted.
-        description: what a screen reader says instead of the picture.
+        description: what a screen reader says instead of the image.
     """
     classes = len(confusion)
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)

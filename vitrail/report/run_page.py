@@ -102,7 +102,7 @@ def render(run: RunFiles) -> str:
         pairs=[] if confusion is None else plots.most_confused(confusion, labels),
         classes=_classes(result),
         calibration=_calibration(result),
-        mistakes=[row | {"picture": plots.preview(row.get("thumbnail"))} for row in mistakes],
+        mistakes=[row | {"image": plots.preview(row.get("thumbnail"))} for row in mistakes],
         problems=_rows(run.facts.get("problems")),
         choices=_rows(run.facts.get("choices"))[:ROWS_LIMIT],
         start=_start(run),
@@ -111,7 +111,7 @@ def render(run: RunFiles) -> str:
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share of `total` pictures; honest also for few and near 100 %.
+    """Returns the 95 % interval of a share of `total` images; honest also for few and near 100 %.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
     """
@@ -210,7 +210,7 @@ def _data_name(run: RunFiles) -> str:
 
 
 def _score(result: object) -> tuple[float, int] | None:
-    """Top-1 and the number of pictures it was counted on, where both are known."""
+    """Top-1 and the number of images it was counted on, where both are known."""
     top1, total = number(_dict(result).get("top1")), number(_dict(result).get("num_images"))
     return (top1, int(total)) if top1 is not None and 0 <= top1 <= 1 and total and total >= 1 else None
 
@@ -245,7 +245,7 @@ def _cards(run: RunFiles, result: Json) -> list[tuple[str, str, str]]:
             "how far its stated probability is off",
         ),
         ("Training time", number(run.facts.get("train_seconds")), _duration, "on the machine named below"),
-        ("Speed", speed, "{:,.0f} /s".format, f"pictures a second{waiting}"),
+        ("Speed", speed, "{:,.0f} /s".format, f"images a second{waiting}"),
         ("Parameters", parameters, _short, f"{parameters or 0:,.0f} learned numbers"),
     ]
     return [(name, write(value), meaning) for name, value, write, meaning in cards if value is not None]
@@ -268,7 +268,7 @@ def _curves(run: RunFiles) -> list[tuple[str, str]]:
     best = number(_dict(run.facts.get("best")).get("step"))
     wanted = [
         ("Loss (lower is better)", "train/loss", "eval/loss", False),
-        ("Pictures right", "train/top1", "eval/top1", True),
+        ("Images right", "train/top1", "eval/top1", True),
         ("Learning rate", "train/lr", "", False),
     ]
     drawn = []
@@ -282,7 +282,7 @@ def _curves(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def _classes(result: Json) -> list[tuple[str, Json]]:
-    """Every class's figures, the worst found first, a class without pictures last."""
+    """Every class's figures, the worst found first, a class without images last."""
     keys = ("precision", "recall", "f1", "count")
     found = [(str(label), _dict(row)) for label, row in _dict(result.get("per_class")).items()]
     rows = [(label, {key: number(row.get(key)) for key in keys}) for label, row in found]

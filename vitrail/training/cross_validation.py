@@ -31,7 +31,14 @@ AVERAGED_METRICS = {
 
 
 def train_folds(
-    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, console: Console, *, resume: bool
+    folder: Path,
+    source: str,
+    recipe: str | None,
+    given: Mapping[str, Any],
+    world: World,
+    console: Console,
+    *,
+    resume: bool,
 ) -> Result:
     """Train a run `fold-0`, `fold-1`, … for each fold, and write `folds.json` when the last one is done.
 
@@ -87,8 +94,8 @@ def is_killed_start(folder: Path) -> bool:
 def summarise_folds(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what `folds.json` holds.
 
-    `parts` has, for val (and test, which every fold's model judges whole), each fold's figures, their mean and their
-    standard deviation (n - 1). `pooled` is of all pictures, each judged by the fold that was not trained on it.
+    `parts` has, for val (and test, which every fold's model evaluates whole), each fold's figures, their mean and their
+    standard deviation (n - 1). `pooled` is of all images, each evaluated by the fold that was not trained on it.
     """
     parts = {}
     for part in ("val", "test"):

@@ -49,7 +49,7 @@ def check_finite(
 
 
 def check_outputs(step: int, outputs: Outputs, model: ViT, reader: ImageReader) -> None:
-    """Raise `NotFinite` with a diagnosis when a judgement met numbers that are NaN or infinite."""
+    """Raise `NotFinite` with a diagnosis when an evaluation met numbers that are NaN or infinite."""
     broken = np.flatnonzero(~np.isfinite(outputs.logits).all(axis=1))
     if not len(broken):
         return
@@ -59,7 +59,7 @@ def check_outputs(step: int, outputs: Outputs, model: ViT, reader: ImageReader) 
     with evaluating(model):
         found = first_broken(model, batch)
     raise NotFinite(
-        f"step {step}: for {len(broken)} validation pictures, first {reader.dataset.location(index)}, the model's output "
+        f"step {step}: for {len(broken)} validation images, first {reader.dataset.location(index)}, the model's output "
         f"is not finite. {found}. The saved state is from before; try a lower --optim.lr or a longer --schedule.warmup"
     )
 
@@ -68,7 +68,7 @@ def check_outputs(step: int, outputs: Outputs, model: ViT, reader: ImageReader) 
 def first_broken(model: ViT, batch: Batch) -> str:
     """Name the first thing that is not finite, in the order of computing."""
     if not finite(batch.images):
-        return "The input pictures themselves hold such numbers"
+        return "The input images themselves hold such numbers"
     for name, parameter in model.named_parameters():
         if not finite(parameter):
             return f"The weights {name} are broken already"

@@ -1,4 +1,4 @@
-"""After the last step: calibrate, judge, describe the mistakes, build the report."""
+"""After the last step: calibrate, evaluate, describe the mistakes, build the report."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ MISTAKES = 24
 _THUMBNAIL = 112  # px
 
 
-def evaluate_best_weights(config: RunConfig, data: TrainData, run: Run, world: World, console: Console) -> dict[str, Any]:
-    """Judge the best weights once more, on the validation part and, the first and only time, on the test part.
+def evaluate_best_weights(
+    config: RunConfig, data: TrainData, run: Run, world: World, console: Console
+) -> dict[str, Any]:
+    """Evaluate the best weights once more, on the validation split and, the first and only time, on the test split.
 
     Can be repeated: a run that was killed in here is finished by `--resume`.
 
     Returns:
-        The judgement of each part, as `evaluation.json` holds it.
+        The evaluation of each part, as `evaluation.json` holds it.
     """
     world.barrier()
     device = pick_device(config.device)
@@ -46,7 +48,7 @@ def evaluate_best_weights(config: RunConfig, data: TrainData, run: Run, world: W
     outputs = {}
     for part in ("val", "test"):
         if part in data.splits.indices:
-            with console.bar(f"judging the {part} part") as advance:
+            with console.bar(f"evaluating the {part} part") as advance:
                 outputs[part] = predict_logits(
                     model, data.reader, data.splits.indices[part], device=device, world=world, advance=advance
                 )
@@ -70,7 +72,7 @@ def evaluate_best_weights(config: RunConfig, data: TrainData, run: Run, world: W
 
 
 def mistakes(outputs: Outputs, dataset: Dataset, temperature: float) -> list[dict[str, Any]]:
-    """Describe the wrong predictions that the model was surest of, with their pictures."""
+    """Describe the wrong predictions that the model was surest of, with their images."""
     probabilities = np.exp(log_softmax(outputs.logits / temperature))
     predicted = outputs.logits.argmax(axis=1)
     wrong = np.flatnonzero(predicted != outputs.targets)
@@ -89,12 +91,12 @@ def mistakes(outputs: Outputs, dataset: Dataset, temperature: float) -> list[dic
 
 
 def thumbnail(dataset: Dataset, index: int) -> str | None:
-    """Return a small PNG of a picture as a data address, or None when it can no longer be read."""
+    """Return a small PNG of an image as a data address, or None when it can no longer be read."""
     try:
-        picture = dataset.read(index, "RGB")
+        image = dataset.read(index, "RGB")
     except (ImageError, OSError):
         return None
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), PIL.Image.Resampling.LANCZOS)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL), PIL.Image.Resampling.LANCZOS)
     memory = io.BytesIO()
-    picture.save(memory, "PNG")
+    image.save(memory, "PNG")
     return "data:image/png;base64," + base64.b64encode(memory.getvalue()).decode("ascii")

@@ -37,10 +37,12 @@ from vitrail.weights.model_file import ModelHeader, save_model, versions
 _SHOW_SECONDS = 0.5
 
 
-def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, console: Console, start_from: Start) -> Progress:
+def train_steps(
+    config: RunConfig, data: TrainData, run: Run, world: World, console: Console, start_from: Start
+) -> Progress:
     """Train until the last step; goes on from the run's saved state where there is one.
 
-    Afterwards `model.safetensors` in the run's folder holds the weights that did best on the validation part, and
+    Afterwards `model.safetensors` in the run's folder holds the weights that did best on the validation split, and
     `last/` the exact state.
 
     Args:
@@ -120,7 +122,9 @@ def train_steps(config: RunConfig, data: TrainData, run: Run, world: World, cons
                 report_dropped(data, run, console)
                 if log:
                     line = {**means, "train/lr": lr, **meter.speed()}
-                    run.log(step=step, epoch=cadence.epoch(step), **line, **{"time/elapsed_s": state.progress.elapsed_s})
+                    run.log(
+                        step=step, epoch=cadence.epoch(step), **line, **{"time/elapsed_s": state.progress.elapsed_s}
+                    )
                     meter.restart()
             if judged:
                 evaluate_and_save_best(config, data, run, world, state, cadence, display)
@@ -142,7 +146,7 @@ def report_dropped(data: TrainData, run: Run, console: Console) -> None:
     if cache is not None and cache.full and cache.full not in data.reader.reported:
         data.reader.reported.add(cache.full)
         console.warn(
-            f"no more pictures are kept decoded ({cache.full}); training goes on and decodes the others each time"
+            f"no more images are kept decoded ({cache.full}); training goes on and decodes the others each time"
         )
     dropped, told = data.reader.dropped, data.reader.reported
     new = [path for path in dropped if path not in told]
@@ -183,7 +187,7 @@ def update(
 def evaluate_and_save_best(
     config: RunConfig, data: TrainData, run: Run, world: World, state: State, cadence: Cadence, display: TrainingDisplay
 ) -> None:
-    """Judge the weights on the validation part, log it, and keep them where they are the best so far."""
+    """Evaluate the weights on the validation split, log it, and keep them where they are the best so far."""
     part = data.splits.indices["val"]
     model = merged(state.evaluated_model)
     outputs = predict_logits(model, data.reader, part, device=pick_device(config.device), world=world)
@@ -230,7 +234,7 @@ class Cadence:
         return step == self.total or math.floor(step / every + 1e-9) > math.floor((step - 1) / every + 1e-9)
 
     def epoch(self, step: int) -> float:
-        """Return passes over the training part after this step, to a thousandth."""
+        """Return passes over the training split after this step, to a thousandth."""
         return round(step / self.per_epoch, 3)
 
 

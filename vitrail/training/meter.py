@@ -60,7 +60,7 @@ class Meter:
         return self.images / max(1e-9, time.monotonic() - self.marked_at)
 
     def speed(self) -> dict[str, float]:
-        """Return images per second and the share of time spent waiting for pictures."""
+        """Return images per second and the share of time spent waiting for images."""
         spent = max(1e-9, time.monotonic() - self.marked_at)
         return {"time/images_per_s": round(self.images / spent, 1), "time/data_wait": round(self.waited_s / spent, 4)}
 
@@ -71,5 +71,5 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out of the speed what has happened since the last line, such as a judgement."""
+        """Leave out of the speed what has happened since the last line, such as an evaluation."""
         self.marked_at, self.waited_s, self.images = time.monotonic(), 0.0, 0

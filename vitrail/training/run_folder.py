@@ -133,7 +133,7 @@ def new_folder(source: str, root: Path = Path("runs")) -> Path:
 
 
 def newest_folder(source: str, root: Path = Path("runs")) -> Path:
-    """Return the newest run folder of a data set.
+    """Return the newest run folder of a dataset.
 
     Raises:
         ValueError: there is none.

@@ -30,7 +30,7 @@ from vitrail.weights.resolve import open_weights
 
 
 def parse_model_spec(model: str) -> dict[str, str]:
-    """Return the setting that a MODEL word means: a variant, or trained weights."""
+    """Return the setting that a model spec means: a variant, or trained weights."""
     name = os.fspath(model)
     if Path(name).exists():
         return {"pretrained": os.path.abspath(name)}  # the run's config.json may be read from elsewhere
@@ -58,7 +58,7 @@ def pin_revision(word: str, origin: str) -> str:
 
 
 def required_channels(base: RunConfig | None, given: Mapping[str, Any], source: ModelHeader | None) -> int:
-    """Return the channels that the model is known to want; 0: the pictures decide."""
+    """Return the channels that the model is known to want; 0: the images decide."""
     if source is not None and "pretrained" in given:
         known = 3 if source.architecture.in_channels == 3 else 0  # grey weights can learn colour
     else:

@@ -1,6 +1,6 @@
 """The exact state of a run: `last/state.safetensors`, replaced as one file.
 
-A step's randomness comes from (seed, step) and its pictures from the step's number, so weights, optimizer moments and a
+A step's randomness comes from (seed, step) and its images from the step's number, so weights, optimizer moments and a
 few numbers are all of it: there is no generator state to keep.
 """
 
@@ -24,7 +24,7 @@ class Progress:
 
     Attributes:
         step: updates done.
-        best: figures of the best judgement so far, with its step and epoch.
+        best: figures of the best evaluation so far, with its step and epoch.
         elapsed_s: seconds of training so far, over all sittings.
         window: losses and counts since the last line of metrics.
     """
@@ -46,7 +46,7 @@ class State:
 
     @property
     def evaluated_model(self) -> ViT:
-        """The weights that are judged and kept: the average where there is one."""
+        """The weights that are evaluated and kept: the average where there is one."""
         return self.model if self.average is None else self.average
 
 

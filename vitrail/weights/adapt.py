@@ -68,7 +68,7 @@ def refuse_misfit(source: ViTConfig, target: ViTConfig, origin: str) -> None:
 
 
 def adapt(imported: ImportedModel, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]) -> Start:
-    """Return the start of a model of another picture size, patch size, number of channels or labels.
+    """Return the start of a model of another image size, patch size, number of channels or labels.
 
     Args:
         labels: classes of the new head, in order.
@@ -154,7 +154,7 @@ Change = tuple[Tensor, str, bool]
 
 
 def _channels(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
-    """Colour ↔ grey in the first layer: a grey picture gets the vectors that it gets as three equal channels.
+    """Colour ↔ grey in the first layer: a grey image gets the vectors that it gets as three equal channels.
 
     Exact where mean and std of the preprocessing are equal over the channels; the new one takes their means.
     """

@@ -1,4 +1,4 @@
-"""What a MODEL word means: a run folder, a model file, a variant, a foreign folder or file, a hub's name."""
+"""What a model spec means: a run folder, a model file, a variant, a foreign folder or file, a hub's name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def _torchvision(rest: str, described: Mapping[str, Any]) -> ImportedModel:
 
 
 # Hub or library → the function that reads what stands behind its colon.
-HUBS: dict[str, Callable[[str, Mapping[str, Any]], ImportedModel]] = {"hf": _hf, "timm": _timm, "torchvision": _torchvision}
+HUBS: dict[str, Callable[[str, Mapping[str, Any]], ImportedModel]] = {
+    "hf": _hf,
+    "timm": _timm,
+    "torchvision": _torchvision,
+}
 
 
 def open_weights(word: str | os.PathLike[str], described: Mapping[str, Any] | None = None) -> ImportedModel:

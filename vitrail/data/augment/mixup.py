@@ -1,7 +1,7 @@
-"""Random changes of normalised pictures: boxes that are erased, and pictures that are mixed two by two.
+"""Random changes of normalised images: boxes that are erased, and images that are mixed two by two.
 
 Partners are neighbours in the batch, 2i and 2i + 1: the order is random already, and an even share of a batch holds both
-on whatever process it is. A pair is mixed by the numbers of its first picture.
+on whatever process it is. A pair is mixed by the numbers of its first image.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # Zhong et al. 2020, secti
 
 @dataclass(frozen=True)
 class MixTargets:
-    """What mixed pictures show besides their own label.
+    """What mixed images show besides their own label.
 
     Attributes:
-        partners: class index of the other picture [B]; the own one where nothing was mixed.
+        partners: class index of the other image [B]; the own one where nothing was mixed.
         shares: the own label's share [B], 0..1; 1 where nothing was mixed.
-        weights: what the other picture counts in the loss [B]; None where all count alike.
+        weights: what the other image counts in the loss [B]; None where all count alike.
     """
 
     labels_b: Tensor
@@ -42,9 +42,9 @@ class MixTargets:
 def erase_(
     images: Float[Tensor, "B C H W"], config: AugmentConfig, draws: dict[str, np.ndarray]
 ) -> Float[Tensor, "B C H W"]:
-    """Fill a box of some normalised pictures, in place, with zeros, the data's mean, or with noise of its deviation.
+    """Fill a box of some normalised images, in place, with zeros, the data's mean, or with noise of its deviation.
 
-    Source: Zhong et al. 2020, algorithm 1; a box that would be longer than the picture is cut off instead of drawn again.
+    Source: Zhong et al. 2020, algorithm 1; a box that would be longer than the image is cut off instead of drawn again.
     """
     chosen = np.flatnonzero(draws["erase"] < config.erasing)
     if not len(chosen):
@@ -55,7 +55,7 @@ def erase_(
         box = images[place, :, top:bottom, left:right]
         if config.erasing_fill == "mean":
             box.zero_()
-        else:  # a generator for each picture, on the host: the same noise on every device and beside any other picture
+        else:  # a generator for each image, on the host: the same noise on every device and beside any other image
             generator = torch.Generator().manual_seed(int(draws["erase_noise"][place] * 2**53))
             box.copy_(torch.randn(box.shape, generator=generator))
     return images
@@ -88,7 +88,7 @@ def mix_pairs_(
         places: [B] ascending places in the process's share of the batch; one that is missing leaves its partner unmixed.
 
     Returns:
-        The pictures, and what they show; None where mixing is off.
+        The images, and what they show; None where mixing is off.
     """
     if not config.mixes:
         return images, None
@@ -115,7 +115,7 @@ def mix_pairs_(
 
 
 def partners_of(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each picture where its partner and its pair's first one lie [B]; itself, when its partner is missing."""
+    """Return for each image where its partner and its pair's first one lie [B]; itself, when its partner is missing."""
     where = {int(place): number for number, place in enumerate(places)}
     partner = np.asarray([where.get(int(place) ^ 1, number) for number, place in enumerate(places)], dtype=np.int64)
     return partner, np.minimum(partner, np.arange(len(places)))

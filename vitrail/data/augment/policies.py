@@ -1,6 +1,6 @@
 """Published policies of random changes: RandAugment, TrivialAugment and 3-Augment, a batch at a time.
 
-Every operation is torchvision's own, on 8-bit pixels, called once for all pictures of a batch that drew the same one.
+Every operation is torchvision's own, on 8-bit pixels, called once for all images of a batch that drew the same one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BINS = 31  # steps of strength from nothing to the strongest, in both papers' co
 _NOTHING_ON_GREY = ("color", "greyscale")
 SIGMAS = tuple(each / 10 for each in range(1, 21))  # of a blur, pixels: DeiT III's 0.1 to 2, in steps
 
-_CHUNK = 2  # pictures
+_CHUNK = 2  # images
 
 # Operation → torchvision's function `tv` on uint8 pixels [B, C, H, W] at a strength. Shears are tan(angle).
 OPERATIONS: dict[str, Callable[[Any, Tensor, float], Tensor]] = {
@@ -81,18 +81,18 @@ STRONGEST: dict[str, dict[str, float | None]] = {
 
 
 def apply_policy(
-    pictures: Float[Tensor, "B C H W"], config: AugmentConfig, draws: dict[str, np.ndarray]
+    images: Float[Tensor, "B C H W"], config: AugmentConfig, draws: dict[str, np.ndarray]
 ) -> Float[Tensor, "B C H W"]:
-    """Change pictures of values 0..1 by the policy, as drawn; they are rounded to 8 bits, for which it was published.
+    """Change images of values 0..1 by the policy, as drawn; they are rounded to 8 bits, for which it was published.
 
     Source: Cubuk et al. 2020 (RandAugment); Müller & Hutter 2021 (TrivialAugment, wide); Touvron et al. 2022 (DeiT III,
     3-Augment, whose flip and colour jitter are settings of their own).
     """
     if config.policy == "none":
-        return pictures
+        return images
     from torchvision.transforms.v2 import functional
 
-    pixels = to_levels(pictures)
+    pixels = to_levels(images)
     for turn in decide(config, draws, channels=pixels.shape[1], size=(pixels.shape[2], pixels.shape[3])):
         groups: dict[tuple[str, float], list[int]] = {}
         for place, operation in enumerate(turn):
@@ -104,11 +104,11 @@ def apply_policy(
     return unit_scale(pixels)
 
 
-def to_levels(pictures: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
-    """Round values 0..1 to 0..255, a few pictures at a time on a CPU: they stay in its cache between the operations."""
-    pixels = torch.empty_like(pictures, dtype=torch.uint8)
-    few = _CHUNK if pictures.device.type == "cpu" else max(1, len(pictures))
-    for values, levels in zip(pictures.split(few), pixels.split(few), strict=True):
+def to_levels(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
+    """Round values 0..1 to 0..255, a few images at a time on a CPU: they stay in its cache between the operations."""
+    pixels = torch.empty_like(images, dtype=torch.uint8)
+    few = _CHUNK if images.device.type == "cpu" else max(1, len(images))
+    for values, levels in zip(images.split(few), pixels.split(few), strict=True):
         levels.copy_((values * 255).round_().clamp_(0, 255))
     return pixels
 
@@ -116,9 +116,9 @@ def to_levels(pictures: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
 def decide(
     config: AugmentConfig, draws: dict[str, np.ndarray], *, channels: int, size: tuple[int, int]
 ) -> list[list[tuple[str, float]]]:
-    """Return (operation, strength) of each picture of a batch, for each operation that is done one after the other.
+    """Return (operation, strength) of each image of a batch, for each operation that is done one after the other.
 
-    On grey pictures, operations on colour do nothing; others are drawn in their stead.
+    On grey images, operations on colour do nothing; others are drawn in their stead.
     """
     if config.policy == "none":
         return []
@@ -141,7 +141,7 @@ def decide(
 
 
 def strength_of(policy: str, name: str, step: int, negative: bool, size: tuple[int, int]) -> float:
-    """Return how strong an operation is at a step from 0 to 30, for pictures of `size` (h, w); 0 where it has no strength.
+    """Return how strong an operation is at a step from 0 to 30, for images of `size` (h, w); 0 where it has no strength.
 
     Shears are tan(angle), translations pixels, rotations degrees, `posterize` the bits that stay, `solarize` the share of
     the greatest value from which pixels are inverted, `blur` sigma in pixels; the others are added to a factor of 1.
@@ -170,6 +170,6 @@ def _affine(
 
 
 def _kernel_sizes(pixels: Tensor) -> list[int]:
-    """Return a width and height that hold the widest blur to three sigma, or as much as the picture can mirror."""
+    """Return a width and height that hold the widest blur to three sigma, or as much as the image can mirror."""
     radius = math.ceil(3 * SIGMAS[-1])
     return [2 * min(radius, side - 1) + 1 for side in (pixels.shape[3], pixels.shape[2])]

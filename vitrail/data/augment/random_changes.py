@@ -1,6 +1,6 @@
-"""Random changes to training pictures, a batch at a time.
+"""Random changes to training images, a batch at a time.
 
-Every number is drawn from (seed, occasion, picture) alone, so results do not depend on workers, processes or resuming.
+Every number is drawn from (seed, occasion, image) alone, so results do not depend on workers, processes or resuming.
 Geometry is one affine resample: crop, flip, rotation and shift together blur once, not four times.
 """
 
@@ -19,7 +19,7 @@ from vitrail.data.augment.policies import apply_policy
 from vitrail.data.images.preprocess import unit_scale
 
 _PADDING = {"black": "zeros", "edge": "border", "mirror": "reflection"}
-# What each column of a picture's random numbers decides.
+# What each column of an image's random numbers decides.
 _DRAWS = (
     "area",
     "ratio",
@@ -59,7 +59,7 @@ _DRAWS = (
 
 
 def draw_changes(seed: int, occasions: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Return uniform numbers in [0, 1) for each picture of a batch, by name: [B] float64.
+    """Return uniform numbers in [0, 1) for each image of a batch, by name: [B] float64.
 
     A counter-based generator (splitmix64's finaliser, Steele et al. 2014, figure 17): no state to save or to share.
     """
@@ -84,19 +84,19 @@ def scramble(z: np.ndarray | np.uint64) -> np.ndarray:
 
 
 def crop_boxes(config: AugmentConfig, draws: dict[str, np.ndarray], sizes: np.ndarray) -> np.ndarray:
-    """Return random resized crops (left, top, width, height) [B, 4] in pixels for pictures of `sizes` [B, 2] (h, w).
+    """Return random resized crops (left, top, width, height) [B, 4] in pixels for images of `sizes` [B, 2] (h, w).
 
     Area and log aspect ratio are uniform, as in Szegedy et al. 2015, section 6; a crop that would not fit is shrunk to
     fit, which keeps its aspect ratio.
     """
     height, width = sizes[:, 0].astype(float), sizes[:, 1].astype(float)
     area = height * width * (config.crop_scale + (1 - config.crop_scale) * draws["area"])
-    # Around a picture that is not square itself, ratios are relative to 1 as in torchvision, unless nothing is cropped.
+    # Around an image that is not square itself, ratios are relative to 1 as in torchvision, unless nothing is cropped.
     limit = math.log(config.crop_ratio) if config.crop_scale < 1 else 0.0
     ratio = np.exp((2 * draws["ratio"] - 1) * limit) if config.crop_scale < 1 else width / height
     crop_width, crop_height = np.sqrt(area * ratio), np.sqrt(area / ratio)
     shrink = np.minimum(1.0, np.minimum(width / crop_width, height / crop_height))
-    # Rounding must not make a crop larger than its picture: Pillow refuses a box that begins at -1e-14.
+    # Rounding must not make a crop larger than its image: Pillow refuses a box that begins at -1e-14.
     crop_width, crop_height = np.minimum(crop_width * shrink, width), np.minimum(crop_height * shrink, height)
     left, top = draws["left"] * (width - crop_width), draws["top"] * (height - crop_height)
     return np.stack([left, top, crop_width, crop_height], axis=1)
@@ -108,7 +108,7 @@ def geometry(
     """Return the affine maps [B, 2, 3] from output to input coordinates, both in -1..1 (as `affine_grid` wants).
 
     Args:
-        boxes: crops in pixels of a picture of `size` (h, w), or None when the pictures are cropped already.
+        boxes: crops in pixels of an image of `size` (h, w), or None when the images are cropped already.
     """
     flip = np.where(draws["flip"] < config.flip, -1.0, 1.0)
     vertical = np.where(draws["vertical"] < config.vertical_flip, -1.0, 1.0)
@@ -131,28 +131,28 @@ def geometry(
 
 
 def augment_batch(
-    pictures: Float[Tensor, "B C H W"] | UInt8[Tensor, "B C H W"],
+    images: Float[Tensor, "B C H W"] | UInt8[Tensor, "B C H W"],
     config: AugmentConfig,
     draws: dict[str, np.ndarray],
     boxes: np.ndarray | None,
     out_size: int,
 ) -> Float[Tensor, "B C S S"]:
-    """Change pictures at random, as drawn; the result has values 0..1.
+    """Change images at random, as drawn; the result has values 0..1.
 
     Args:
-        pictures: of values 0..1, or uint8.
-        boxes: crops to take, in pixels; None when the pictures are cropped and of `out_size` already.
+        images: of values 0..1, or uint8.
+        boxes: crops to take, in pixels; None when the images are cropped and of `out_size` already.
     """
-    size = (pictures.shape[2], pictures.shape[3])
+    size = (images.shape[2], images.shape[3])
     if boxes is not None or config.rotation or config.shift:
-        maps = torch.from_numpy(geometry(config, draws, boxes, size)).to(pictures.device, torch.float32)
+        maps = torch.from_numpy(geometry(config, draws, boxes, size)).to(images.device, torch.float32)
         # A crop alone reaches no further than half a pixel out; a mirror shows the edge there too, at a fourth more cost.
         fill = _PADDING[config.fill] if config.rotation or config.shift else "border"
         grid = sampling_grid(maps, out_size)
-        pictures = F.grid_sample(unit_scale(pictures), grid, padding_mode=fill, align_corners=False)
+        images = F.grid_sample(unit_scale(images), grid, padding_mode=fill, align_corners=False)
     else:
-        pictures = mirror(mirror(pictures, draws["flip"] < config.flip, 3), draws["vertical"] < config.vertical_flip, 2)
-    return apply_policy(colour(unit_scale(pictures), config, draws), config, draws)
+        images = mirror(mirror(images, draws["flip"] < config.flip, 3), draws["vertical"] < config.vertical_flip, 2)
+    return apply_policy(colour(unit_scale(images), config, draws), config, draws)
 
 
 def sampling_grid(maps: Float[Tensor, "B 2 3"], side: int) -> Float[Tensor, "B S S 2"]:
@@ -162,37 +162,37 @@ def sampling_grid(maps: Float[Tensor, "B 2 3"], side: int) -> Float[Tensor, "B S
     return (line * a + (line[:, None] * b + c)).movedim(1, 3)
 
 
-def mirror(pictures: Shaped[Tensor, "B C H W"], chosen: np.ndarray, dim: int) -> Shaped[Tensor, "B C H W"]:
-    """Mirror the chosen pictures along one side."""
+def mirror(images: Shaped[Tensor, "B C H W"], chosen: np.ndarray, dim: int) -> Shaped[Tensor, "B C H W"]:
+    """Mirror the chosen images along one side."""
     if not chosen.any():
-        return pictures
-    where = torch.from_numpy(np.flatnonzero(chosen)).to(pictures.device)
-    pictures = pictures.clone()
-    pictures[where] = pictures[where].flip(dim)
-    return pictures
+        return images
+    where = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
+    images = images.clone()
+    images[where] = images[where].flip(dim)
+    return images
 
 
 def colour(
-    pictures: Float[Tensor, "B C H W"], config: AugmentConfig, draws: dict[str, np.ndarray]
+    images: Float[Tensor, "B C H W"], config: AugmentConfig, draws: dict[str, np.ndarray]
 ) -> Float[Tensor, "B C H W"]:
     """Change brightness, contrast and saturation, as torchvision's ColorJitter does (without hue)."""
 
     def factor(name: str, strength: float) -> Tensor:
-        return torch.from_numpy(1 + (2 * draws[name] - 1) * strength).to(pictures)[:, None, None, None]
+        return torch.from_numpy(1 + (2 * draws[name] - 1) * strength).to(images)[:, None, None, None]
 
     if config.brightness:
-        pictures = (pictures * factor("bright", config.brightness)).clamp_(0, 1)
+        images = (images * factor("bright", config.brightness)).clamp_(0, 1)
     if config.contrast:
-        mean = grey(pictures).mean(dim=(1, 2, 3), keepdim=True)
-        pictures = torch.lerp(mean, pictures, factor("contrast", config.contrast)).clamp_(0, 1)
-    if config.saturation and pictures.shape[1] == 3:
-        pictures = torch.lerp(grey(pictures), pictures, factor("saturation", config.saturation)).clamp_(0, 1)
-    return pictures
+        mean = grey(images).mean(dim=(1, 2, 3), keepdim=True)
+        images = torch.lerp(mean, images, factor("contrast", config.contrast)).clamp_(0, 1)
+    if config.saturation and images.shape[1] == 3:
+        images = torch.lerp(grey(images), images, factor("saturation", config.saturation)).clamp_(0, 1)
+    return images
 
 
-def grey(pictures: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 1 H W"]:
+def grey(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 1 H W"]:
     """Return luma (ITU-R BT.601), as Pillow's mode L."""
-    if pictures.shape[1] == 1:
-        return pictures
-    weights = torch.tensor([0.299, 0.587, 0.114]).to(pictures).view(3, 1, 1)
-    return (pictures * weights).sum(dim=1, keepdim=True)
+    if images.shape[1] == 1:
+        return images
+    weights = torch.tensor([0.299, 0.587, 0.114]).to(images).view(3, 1, 1)
+    return (images * weights).sum(dim=1, keepdim=True)

@@ -1,10 +1,10 @@
-"""Decoded training pictures on disk, mapped into memory: from the second epoch on nothing is decoded.
+"""Decoded training images on disk, mapped into memory: from the second epoch on nothing is decoded.
 
-A picture is kept whole, its short side brought to a stated length, as uint8. Crops are taken from that form in every
-epoch, the first included, so that a batch is the same whether a picture was in the cache or not.
+An image is kept whole, its short side brought to a stated length, as uint8. Crops are taken from that form in every
+epoch, the first included, so that a batch is the same whether an image was in the cache or not.
 
-The file has a place for every picture. A place counts when its checksum holds, which each process looks at once: so a
-process that is killed, a full disk or two processes that write the same picture can spoil nothing.
+The file has a place for every image. A place counts when its checksum holds, which each process looks at once: so a
+process that is killed, a full disk or two processes that write the same image can spoil nothing.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import simplejpeg
 from vitrail.data.cache.rows import rows_folder
 from vitrail.files import filled_folder
 
-FORMAT = 1  # raise it when the same picture would be kept otherwise
+FORMAT = 1  # raise it when the same image would be kept otherwise
 _SPARE_BYTES = 2**28  # left on the disk: a checkpoint may have to go there
-_HEAD = 8  # bytes before each picture: whether it is there, and its checksum
+_HEAD = 8  # bytes before each image: whether it is there, and its checksum
 
 
 class DecodedImageCache:
-    """The kept pictures of a source; safe for threads and for processes of one machine.
+    """The kept images of a source; safe for threads and for processes of one machine.
 
     Attributes:
-        num_kept: how many pictures have a place, of those that were asked for.
+        num_kept: how many images have a place, of those that were asked for.
         num_bytes: what they take when all are there.
         full: why nothing more is written, or an empty string.
     """
@@ -75,7 +75,7 @@ class DecodedImageCache:
         self.starts[kept] = np.concatenate([[0], ends[: self.num_stored - 1]]) if self.num_stored else 0
         layout = hashlib.blake2b(self.stored_sizes[kept].tobytes()).hexdigest()
         what = (FORMAT, side, channels, PIL.__version__, simplejpeg.__version__, layout, *depends_on(kept))
-        self.folder = filled_folder(rows_folder("pictures", source, what), self._make)
+        self.folder = filled_folder(rows_folder("images", source, what), self._make)
         self._file = os.open(self.folder / "pixels", os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         # A file of no bytes cannot be mapped.
@@ -88,10 +88,10 @@ class DecodedImageCache:
             file.truncate(self.num_bytes)  # takes no space before it is written
 
     def read(self, index: int) -> np.ndarray:
-        """Return a picture in its kept form [H, W] or [H, W, 3]; it is decoded and kept when it was not yet.
+        """Return an image in its kept form [H, W] or [H, W, 3]; it is decoded and kept when it was not yet.
 
         Raises:
-            PictureError, OSError: the picture must be decoded, and cannot be.
+            ImageError, OSError: the image must be decoded, and cannot be.
         """
         start = int(self.starts[index])
         if start < 0:
@@ -112,7 +112,7 @@ class DecodedImageCache:
         return there == 1 and checksum == zlib.crc32(pixels.data)
 
     def _write(self, start: int, pixels: np.ndarray) -> None:
-        """Keep a picture. By a call and not through the map, where a full disk would be a signal that ends the process."""
+        """Keep an image. By a call and not through the map, where a full disk would be a signal that ends the process."""
         if self.full:
             return
         head = np.asarray([1, zlib.crc32(pixels.data)], dtype=np.uint32).tobytes()
@@ -130,6 +130,6 @@ class DecodedImageCache:
 
 
 def stored_sizes_of(sizes: np.ndarray, side: int) -> np.ndarray:
-    """Return the heights and widths [N, 2] in which pictures are kept: the short side is `side`, or its own where shorter."""
+    """Return the heights and widths [N, 2] in which images are kept: the short side is `side`, or its own where shorter."""
     scale = np.minimum(1.0, side / np.maximum(sizes.min(axis=1, keepdims=True), 1))
     return np.maximum(1, np.round(sizes * scale)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What was found out about a picture, kept on disk: after ten more pictures, ten are worked on."""
+"""What was found out about an image, kept on disk: after ten more images, ten are worked on."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _checksum(keys: np.ndarray, values: np.ndarray) -> int:
 def rows_folder(
     kind: str, source: str, what: Iterable[object], weights: Mapping[str, torch.Tensor] | None = None
 ) -> Path:
-    """Return the folder for rows about a source's pictures: its name tells the source, and a hash all that the rows depend on.
+    """Return the folder for rows about a source's images: its name tells the source, and a hash all that the rows depend on.
 
     Args:
         kind: the folder above it.

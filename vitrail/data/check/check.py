@@ -1,4 +1,4 @@
-"""Everything that can be said about a data set before a training: what `vitrail check` writes."""
+"""Everything that can be said about a dataset before a training: what `vitrail check` writes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CheckResult:
     """The result of a check.
 
     Attributes:
-        source: the listed pictures; None where nothing could be listed.
+        source: the listed images; None where nothing could be listed.
         facts: what JSON holds besides `ok` and `problems`.
         problems: errors first.
     """
@@ -55,10 +55,10 @@ class CheckResult:
 
 
 def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar) -> CheckResult:
-    """Look for everything that is known to spoil a training or its judgement.
+    """Look for everything that is known to spoil a training or its evaluation.
 
     Args:
-        quick: read headers and bytes and decode nothing: pictures that end too early, equal pictures in different files
+        quick: read headers and bytes and decode nothing: images that end too early, equal images in different files
             and near duplicates are not found.
         bar: gives a context with a function of the number done and the total, such as `Talk.bar`.
     """
@@ -77,7 +77,7 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
         problem = Problem("error", "missing-class", (), str(error))
         return CheckResult(None, {"num_images": 0, "classes": {}, "form": form}, (problem,))
     forms = FormatStats(len(dataset.paths), config.limit_pixels)
-    with bar(f"looking at {len(dataset.paths):,} pictures") as advance:
+    with bar(f"looking at {len(dataset.paths):,} images") as advance:
         scan = quick_scan(dataset, config, forms, advance) if quick else full_scan(dataset, config, forms, advance)
     problems = [*([level] if level else []), *dataset.problems, *label_problems(dataset.labels)]
     problems += [problem for problem in scan.problems if problem.kind in _BROKEN]
@@ -101,7 +101,7 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
 
 
 def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
-    """List the pictures; classes that only some parts have are listed too, where training would refuse them."""
+    """List the images; classes that only some parts have are listed too, where training would refuse them."""
     if root.is_dir() and not is_shards(config.source):
         damaged = "keep" if config.damaged == "keep" else "refuse"
         return open_folder(root, limit_pixels=config.limit_pixels, damaged=damaged, all_classes=True)
@@ -109,7 +109,7 @@ def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
 
 
 def full_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance: Advance) -> Scan:
-    """Decode every picture."""
+    """Decode every image."""
     return scan_dataset(
         dataset,
         damaged=config.damaged,
@@ -122,7 +122,7 @@ def full_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance:
 
 
 def quick_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance: Advance) -> Scan:
-    """Read every header, and compare files byte by byte; pictures that are arrays are compared by their pixels."""
+    """Read every header, and compare files byte by byte; images that are arrays are compared by their pixels."""
 
     def look(index: int) -> tuple[Any, int, ImageError | OSError | None]:
         try:
@@ -179,10 +179,10 @@ def check_facts(dataset: Dataset, scan: Scan, stats: FormatStats) -> dict[str, A
 
 
 def duplicate_problems(dataset: Dataset, scan: Scan) -> list[Problem]:
-    """Describe each group of equal or nearly equal pictures.
+    """Describe each group of equal or nearly equal images.
 
-    The same picture in two parts or under two labels is an error: a figure, or a label, is certainly wrong. For nearly
-    equal ones a person must look: it may be a copy, or the next picture of a series.
+    The same image in two parts or under two labels is an error: a figure, or a label, is certainly wrong. For nearly
+    equal ones a person must look: it may be a copy, or the next image of a series.
     """
     problems: list[Problem] = []
     fate = "Training and validation never get one each" if dataset.split is None else "It counts as often"
@@ -191,11 +191,11 @@ def duplicate_problems(dataset: Dataset, scan: Scan) -> list[Problem]:
             labels = [dataset.labels[each] for each in dict.fromkeys(dataset.targets[members].tolist())]
             parts = [] if dataset.split is None else list(dict.fromkeys(dataset.split[members].tolist()))
             paths = tuple(dataset.paths[index] for index in members)
-            what = "the same picture is" if same else "nearly the same picture is"
+            what = "the same image is" if same else "nearly the same image is"
             severity = "error" if same else "warning"
             names = _some(paths)
             if len(parts) > 1:
-                text = f"{what} in {' and '.join(parts)}: {names}. Keep it in one part, or the judgement is too good"
+                text = f"{what} in {' and '.join(parts)}: {names}. Keep it in one part, or the evaluation is too good"
                 problems.append(Problem(severity, "leak", paths, text))
             if len(labels) > 1:
                 text = f"{what} in the classes {' and '.join(map(repr, labels))}: {names}. Keep the right one"
@@ -208,7 +208,7 @@ def duplicate_problems(dataset: Dataset, scan: Scan) -> list[Problem]:
 
 
 def grouped(pairs: np.ndarray) -> list[list[int]]:
-    """Return the pictures that pairs [P, 2] link, group by group, ascending."""
+    """Return the images that pairs [P, 2] link, group by group, ascending."""
     members, places = np.unique(pairs, return_inverse=True)
     number = group_numbers(len(members), places.reshape(-1, 2))
     found: dict[int, list[int]] = {}

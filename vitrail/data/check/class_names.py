@@ -64,11 +64,11 @@ def level_problem(root: Path) -> Problem | None:
     """Recognise a folder that is one level too high or too low, or whose levels are swapped; None when it looks right."""
     folders = subfolders(root)
     if not folders:
-        pictures = any(is_image_name(each.name) for each in root.iterdir())
-        if not pictures:
+        images = any(is_image_name(each.name) for each in root.iterdir())
+        if not images:
             return None
         return _level(
-            f"{root} is itself a folder of pictures, one level too low: give the folder above it, {_above(root)}"
+            f"{root} is itself a folder of images, one level too low: give the folder above it, {_above(root)}"
         )
     if any(each.lower() in SPLIT_NAMES and subfolders(root / each) for each in folders):
         return None

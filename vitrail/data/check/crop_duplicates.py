@@ -1,7 +1,7 @@
-"""Pictures that are a slight crop of another one, or a re-encoded or resized copy too rough for the plain hash.
+"""Images that are a slight crop of another one, or a re-encoded or resized copy too rough for the plain hash.
 
-A crop moves everything a little, which a hash of the whole picture does not survive. So each picture's lowest
-frequencies are compared with those of 25 windows of every other picture; what looks alike is then laid over each other
+A crop moves everything a little, which a hash of the whole image does not survive. So each image's lowest
+frequencies are compared with those of 25 windows of every other image; what looks alike is then laid over each other
 to a fraction of a pixel (Lucas & Kanade 1981, with a shift and a scale for each axis) and must agree everywhere.
 """
 
@@ -20,16 +20,16 @@ from vitrail.data.images.decode import ImageError
 
 # Of each axis, what a window keeps. A crop between two of them is within 4 % of one, near enough for `align`.
 INTERVALS = np.asarray([(0.0, 1.0), (0.08, 1.0), (0.0, 0.92), (0.04, 0.96), (0.08, 0.92)], dtype=np.float32)
-LIMIT = 50_000  # pictures; the search takes time with their square: at this number minutes
+LIMIT = 50_000  # images; the search takes time with their square: at this number minutes
 _FREQUENCIES = 8
 # Of 1.4 million pairs of different photographs, one in 10,000 reaches this cosine.
 _ALIKE = 0.8
-_PER_PICTURE = 16  # candidates of one picture: in a set where everything looks alike, the nearest
+_PER_IMAGE = 16  # candidates of one image: in a set where everything looks alike, the nearest
 _ELEMENTS = 2**25  # of one block of the comparison: 128 MiB
 _LARGEST_CUT = 0.2  # of a side
 _ROUNDS = 12
 _CHUNK = 512
-SMALLEST_SIDE = 48  # pixels; a slight crop of a smaller picture is too like its neighbours
+SMALLEST_SIDE = 48  # pixels; a slight crop of a smaller image is too like its neighbours
 _FINE = 96  # side of the copies that decide, pixels
 # Least correlation of small copies that are worth a closer look, and of the fine ones that decide.
 _WORTH, _SAME = 0.88, 0.95
@@ -38,12 +38,12 @@ _WORTH, _SAME = 0.88, 0.95
 def cropped_pairs(
     dataset: Dataset, chosen: np.ndarray, sizes: np.ndarray, thumbnails: np.ndarray, workers: int
 ) -> np.ndarray:
-    """Find pairs of pictures of which one is a slight crop of the other, or a rough copy.
+    """Find pairs of images of which one is a slight crop of the other, or a rough copy.
 
     Args:
-        chosen: indices of the pictures to compare, each different from all others.
-        sizes: [N, 2] of all pictures.
-        thumbnails: grey copies [N, 32, 32] of all pictures.
+        chosen: indices of the images to compare, each different from all others.
+        sizes: [N, 2] of all images.
+        thumbnails: grey copies [N, 32, 32] of all images.
 
     Returns:
         [P, 2] indices, smaller first.
@@ -77,12 +77,12 @@ def _agreeing(
 
 
 def _fine_copy(dataset: Dataset, index: int) -> np.ndarray:
-    """Return a grey copy for the closer look; black where the picture cannot be read any more."""
+    """Return a grey copy for the closer look; black where the image cannot be read any more."""
     try:
-        picture = dataset.read(index, "L")
+        image = dataset.read(index, "L")
     except (ImageError, OSError):
         return np.zeros((_FINE, _FINE), dtype=np.uint8)
-    return np.asarray(picture.resize((_FINE, _FINE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return np.asarray(image.resize((_FINE, _FINE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
 def crop_candidates(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,8 +102,8 @@ def crop_candidates(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cosine = (cut.reshape(-1, cut.shape[-1]) @ whole.T).reshape(len(cut), windows, count)
         best = cosine.max(axis=1)
         best[np.arange(len(best)), np.arange(at, at + len(best))] = -1
-        if count > _PER_PICTURE:
-            least = np.partition(best, count - _PER_PICTURE, axis=1)[:, count - _PER_PICTURE, None]
+        if count > _PER_IMAGE:
+            least = np.partition(best, count - _PER_IMAGE, axis=1)[:, count - _PER_IMAGE, None]
             best[best < least] = -1
         first, second = np.nonzero(best > _ALIKE)
         window = cosine[first, :, second].argmax(axis=1)
@@ -114,7 +114,7 @@ def crop_candidates(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def align(whole: np.ndarray, crop: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the window of each first picture that shows what the second shows.
+    """Find the window of each first image that shows what the second shows.
 
     Args:
         whole: grey copies [P, S, S].
@@ -122,7 +122,7 @@ def align(whole: np.ndarray, crop: np.ndarray, start: np.ndarray) -> tuple[np.nd
         start: [P, 4] left, right, top, bottom to begin with, as shares of the sides.
 
     Returns:
-        The windows [P, 4], and the correlation [P] of pixels inside them with those of the second pictures.
+        The windows [P, 4], and the correlation [P] of pixels inside them with those of the second images.
     """
     side = whole.shape[1]
     u = ((np.arange(side) + 0.5) / side).astype(np.float32)
@@ -149,10 +149,10 @@ def align(whole: np.ndarray, crop: np.ndarray, start: np.ndarray) -> tuple[np.nd
     return best, score
 
 
-def _window(pictures: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Return windows of pictures [P, S, S], at the pictures' own size, by linear interpolation."""
-    side = pictures.shape[1]
-    return _sampling(place[:, 2:], side) @ pictures @ _sampling(place[:, :2], side).transpose(0, 2, 1)
+def _window(images: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return windows of images [P, S, S], at the images' own size, by linear interpolation."""
+    side = images.shape[1]
+    return _sampling(place[:, 2:], side) @ images @ _sampling(place[:, :2], side).transpose(0, 2, 1)
 
 
 def _sampling(interval: np.ndarray, side: int) -> np.ndarray:
@@ -163,9 +163,9 @@ def _sampling(interval: np.ndarray, side: int) -> np.ndarray:
     return np.clip(weight, 0, None).astype(np.float32)
 
 
-def _standard(pictures: np.ndarray) -> np.ndarray:
-    """Return pictures [P, S, S] with mean 0 and deviation 1; flat ones are 0."""
-    centred = pictures - pictures.mean(axis=(1, 2), keepdims=True)
+def _standard(images: np.ndarray) -> np.ndarray:
+    """Return images [P, S, S] with mean 0 and deviation 1; flat ones are 0."""
+    centred = images - images.mean(axis=(1, 2), keepdims=True)
     return centred / np.maximum(centred.std(axis=(1, 2), keepdims=True), 1.0)
 
 

@@ -1,8 +1,8 @@
-"""Equal and nearly equal pictures: perceptual hashes find candidates, small grey copies verify them.
+"""Equal and nearly equal images: perceptual hashes find candidates, small grey copies verify them.
 
 The hash is pHash (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2):
-the signs of the 8×8 lowest frequencies of a 32×32 grey copy. It is computed for thousands of pictures at once, which
-libraries that hash one picture a call cannot do within a training's start.
+the signs of the 8×8 lowest frequencies of a 32×32 grey copy. It is computed for thousands of images at once, which
+libraries that hash one image a call cannot do within a training's start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _CHUNK = 4096
 # untouched, so that every such pair is found.
 _HASH_BITS = 3
 # Two grey copies are near duplicates when their mean and their 99th-percentile difference are at most these many of
-# 255 levels: re-encoding as JPEG at quality 75 stays below, different pictures of one scene do not.
+# 255 levels: re-encoding as JPEG at quality 75 stays below, different images of one scene do not.
 _MEAN_LEVELS, _PEAK_LEVELS = 3.0, 16.0
 _BUCKET_LIMIT = 64
 
@@ -34,15 +34,15 @@ def hashes(thumbnails: np.ndarray) -> np.ndarray:
 
 
 def duplicate_pairs(thumbnails: np.ndarray, digests: np.ndarray, *, near: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Find pairs of equal and of nearly equal pictures.
+    """Find pairs of equal and of nearly equal images.
 
     Args:
         thumbnails: grey copies [N, 32, 32] uint8.
-        digests: [N] uint64 hash of each picture's decoded pixels and size.
+        digests: [N] uint64 hash of each image's decoded pixels and size.
 
     Returns:
-        The pairs of equal pictures [P, 2] and of nearly equal ones [Q, 2], as indices, smaller first. Of k equal
-        pictures, k-1 pairs are returned, each with the first.
+        The pairs of equal images [P, 2] and of nearly equal ones [Q, 2], as indices, smaller first. Of k equal
+        images, k-1 pairs are returned, each with the first.
     """
     order = np.argsort(digests, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(digests[order]) != 0][: len(order)])
@@ -63,7 +63,7 @@ def candidates(codes: np.ndarray) -> list[np.ndarray]:
     for band in range(4):
         keys = (codes >> np.uint64(16 * band)).astype(np.uint16)
         order = np.argsort(keys, kind="stable")
-        # Pair each picture with its next neighbours in the band; a bucket of flat pictures cannot grow quadratically.
+        # Pair each image with its next neighbours in the band; a bucket of flat images cannot grow quadratically.
         for step in range(1, _BUCKET_LIMIT):
             left, right = order[:-step], order[step:]
             same = keys[left] == keys[right]
@@ -77,7 +77,7 @@ def candidates(codes: np.ndarray) -> list[np.ndarray]:
 
 
 def similar(unique: np.ndarray, thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Keep the candidate pairs whose grey copies really look alike; returns indices into all pictures."""
+    """Keep the candidate pairs whose grey copies really look alike; returns indices into all images."""
     pairs = unique[pairs]
     if not len(pairs):
         return pairs
@@ -87,7 +87,7 @@ def similar(unique: np.ndarray, thumbnails: np.ndarray, pairs: np.ndarray) -> np
 
 
 def group_pairs(numbers: np.ndarray | None) -> np.ndarray:
-    """Return pairs [P, 2] that link the pictures of each group; -1 is no group."""
+    """Return pairs [P, 2] that link the images of each group; -1 is no group."""
     if numbers is None:
         return np.empty((0, 2), dtype=np.int64)
     order = np.argsort(numbers, kind="stable")
@@ -97,7 +97,7 @@ def group_pairs(numbers: np.ndarray | None) -> np.ndarray:
 
 
 def group_numbers(count: int, *pairs: np.ndarray) -> np.ndarray:
-    """Return a group number [count] such that linked pictures share one (connected components)."""
+    """Return a group number [count] such that linked images share one (connected components)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 

@@ -1,4 +1,4 @@
-"""How pictures are stored: colour mode, depth, frames, turn. A few bytes a picture, for millions of them."""
+"""How images are stored: colour mode, depth, frames, turn. A few bytes an image, for millions of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FormatStats:
         self.frames[index], self.alpha[index], self.ok[index] = info.frames, info.alpha, info.verdict == "ok"
 
     def counts(self, which: str) -> dict[str, int]:
-        """Return how many pictures have each mode or format, the commonest first."""
+        """Return how many images have each mode or format, the commonest first."""
         names, codes = (self.modes, self.mode) if which == "modes" else (self.formats, self.format)
         found = np.bincount(codes[self.ok], minlength=len(names))
         return {names[code]: int(found[code]) for code in np.argsort(-found, kind="stable") if found[code]}
@@ -49,7 +49,7 @@ def _code(names: list[str], name: str) -> int:
 
 
 def format_problems(dataset: Dataset, stats: FormatStats, sizes: np.ndarray) -> list[Problem]:
-    """Describe pictures that are stored in an unusual way; what Vitrail makes of them is told too."""
+    """Describe images that are stored in an unusual way; what Vitrail makes of them is told too."""
     ok, modes = stats.ok, np.asarray(stats.modes)[stats.mode]
     short, long = sizes.min(axis=1), sizes.max(axis=1)
     measured = ok & (short > 0)
@@ -69,7 +69,7 @@ def format_problems(dataset: Dataset, stats: FormatStats, sizes: np.ndarray) -> 
 
 def _finding(dataset: Dataset, kind: Kind, indices: np.ndarray, text: str) -> Problem:
     paths = tuple(dataset.paths[int(index)] for index in indices)
-    number = "1 picture is" if len(paths) == 1 else f"{len(paths):,} pictures are"
+    number = "1 image is" if len(paths) == 1 else f"{len(paths):,} images are"
     return Problem("warning", kind, paths, f"{number} {text}, for instance {paths[0]}")
 
 

@@ -1,6 +1,6 @@
-"""The look at every picture before training: is it whole, how large, is it there twice.
+"""The look at every image before training: is it whole, how large, is it there twice.
 
-Decoding is the cost, so small pictures of one size stay in memory from this pass on: for them, scan and load are one.
+Decoding is the cost, so small images of one size stay in memory from this pass on: for them, scan and load are one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vitrail.data.cache.scans import ScanCache
     from vitrail.data.check.image_formats import FormatStats
 
-# Pictures up to this side count as small: their decoded pixels are kept while they are all of one size.
+# Images up to this side count as small: their decoded pixels are kept while they are all of one size.
 _SMALL_SIDE = 256
 _SAMPLE = 64
 
@@ -35,17 +35,17 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Scan:
-    """What the pictures of a source are.
+    """What the images of a source are.
 
     Attributes:
-        good: [N] whether each picture can be used.
+        good: [N] whether each image can be used.
         sizes: [N, 2] height and width, after EXIF rotation; 0 for broken ones.
-        colour: whether any picture has colour.
-        pixels: uint8 [N, C, H, W] where all pictures are small, of one size and fit in memory; else None.
-        groups: [N] group number; equal and nearly equal pictures share one, and so do those of one of the source's groups.
+        colour: whether any image has colour.
+        pixels: uint8 [N, C, H, W] where all images are small, of one size and fit in memory; else None.
+        groups: [N] group number; equal and nearly equal images share one, and so do those of one of the source's groups.
         problems: what was found.
-        exact: [P, 2] pairs of equal pictures: each with the first that equals it.
-        near: [Q, 2] pairs of nearly equal pictures, each the first of its equals.
+        exact: [P, 2] pairs of equal images: each with the first that equals it.
+        near: [Q, 2] pairs of nearly equal images, each the first of its equals.
     """
 
     good: np.ndarray
@@ -79,12 +79,12 @@ def scan_dataset(
     stats: FormatStats | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scan:
-    """Decode every picture once, or only those of which nothing is kept from an earlier look.
+    """Decode every image once, or only those of which nothing is kept from an earlier look.
 
     Args:
         forms: what the files are is noted here; with it, near duplicates are looked for in slight crops too.
         kept: earlier looks, to which the new ones are added; where there are any, pixels do not stay in memory.
-        channels: 3 or 1 fixes the pixel format; 0 takes grey when the first pictures all are.
+        channels: 3 or 1 fixes the pixel format; 0 takes grey when the first images all are.
         advance: called with the number done and the total, for a progress bar.
     """
     count = len(dataset.paths)
@@ -131,53 +131,57 @@ def scan_dataset(
     if stats is not None and near_duplicates:
         crops = cropped_pairs(dataset, np.setdiff1d(usable, exact[:, 1]), sizes, thumbnails, workers)
         near = np.unique(np.concatenate([near, crops]), axis=0)
-    problems = [broken_image(dataset, index, error, damaged) for index, error in errors] + duplicate_warnings(dataset, exact, near)
+    problems = [broken_image(dataset, index, error, damaged) for index, error in errors] + duplicate_warnings(
+        dataset, exact, near
+    )
     linked = group_numbers(count, exact, near, group_pairs(dataset.groups))
     return Scan(good, sizes, mode == "RGB", pixels, linked, tuple(problems), exact, near)
 
 
 def scan_image(dataset: Dataset, strict: Dataset, index: int, mode: Literal["RGB", "L"]) -> _ScannedImage:
-    """Decode one picture and make what the scan needs of it.
+    """Decode one image and make what the scan needs of it.
 
     Args:
         strict: the same source, but refusing damaged files where `source` may keep them.
     """
     try:
-        picture, error = strict.read(index, mode), None
+        image, error = strict.read(index, mode), None
     except (ImageError, OSError) as found:
         error = found
         try:
-            picture = dataset.read(index, mode)
+            image = dataset.read(index, mode)
         except (ImageError, OSError):
             return _ScannedImage((0, 0), _NOTHING, _NOTHING, 0, error)
-    return summarise(picture, error)
+    return summarise(image, error)
 
 
-def scan_file(dataset: Dataset, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str) -> _ScannedImage:
-    """Look at one picture and tell what its file is; a picture that is an array has none."""
+def scan_file(
+    dataset: Dataset, index: int, mode: Literal["RGB", "L"], limit_pixels: int, damaged: str
+) -> _ScannedImage:
+    """Look at one image and tell what its file is; an image that is an array has none."""
     place = dataset.location(index)
     if isinstance(dataset, ArrayDataset):
         return scan_image(dataset, dataset, index, mode)
     try:
         stored = place if isinstance(dataset, FileDataset) else dataset.encoded(index)
-        picture, info = read_described(stored, limit_pixels=limit_pixels)
+        image, info = read_described(stored, limit_pixels=limit_pixels)
     except OSError as error:
         return _ScannedImage((0, 0), _NOTHING, _NOTHING, 0, error)
     info = replace(info, path=place)
     error = None if info.verdict == "ok" else ImageError(info)
-    if picture is None or (error is not None and damaged != "keep"):
+    if image is None or (error is not None and damaged != "keep"):
         return _ScannedImage((0, 0), _NOTHING, _NOTHING, 0, error, info)
-    return summarise(picture if picture.mode == mode else picture.convert(mode), error)._replace(info=info)
+    return summarise(image if image.mode == mode else image.convert(mode), error)._replace(info=info)
 
 
-def summarise(picture: PIL.Image.Image, error: ImageError | OSError | None) -> _ScannedImage:
-    """Make of a picture what the scan keeps of it."""
-    width, height = picture.size
-    pixels = np.asarray(picture)
+def summarise(image: PIL.Image.Image, error: ImageError | OSError | None) -> _ScannedImage:
+    """Make of an image what the scan keeps of it."""
+    width, height = image.size
+    pixels = np.asarray(image)
     content = f"{width}x{height}".encode() + pixels.tobytes()
     digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-    grey = picture.convert("L")
-    if picture.size != (THUMBNAIL, THUMBNAIL):
+    grey = image.convert("L")
+    if image.size != (THUMBNAIL, THUMBNAIL):
         grey = grey.resize((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
     if max(width, height) > _SMALL_SIDE:
         pixels = _NOTHING
@@ -189,7 +193,7 @@ def summarise(picture: PIL.Image.Image, error: ImageError | OSError | None) -> _
 
 
 def has_colour(dataset: Dataset) -> bool:
-    """Whether any of a sample of pictures, spread over the source, has colour."""
+    """Whether any of a sample of images, spread over the source, has colour."""
     for index in np.linspace(0, len(dataset.paths) - 1, _SAMPLE).astype(int):
         try:
             red, green, blue = dataset.read(int(index), "RGB").split()
@@ -204,8 +208,8 @@ def duplicate_warnings(dataset: Dataset, exact: np.ndarray, near: np.ndarray) ->
     """Describe duplicates: across parts they leak, across labels they contradict, else they are only counted."""
     problems: list[Problem] = []
     kinds: tuple[tuple[np.ndarray, Kind, str], ...] = (
-        (exact, "duplicate", "the same picture"),
-        (near, "near-duplicate", "nearly the same picture"),
+        (exact, "duplicate", "the same image"),
+        (near, "near-duplicate", "nearly the same image"),
     )
     for pairs, kind, word in kinds:
         if not len(pairs):
@@ -215,7 +219,7 @@ def duplicate_warnings(dataset: Dataset, exact: np.ndarray, near: np.ndarray) ->
         across = np.zeros(len(pairs), bool) if dataset.split is None else dataset.split[left] != dataset.split[right]
         findings: tuple[tuple[np.ndarray, Kind, str], ...] = (
             (conflict, "label-conflict", f"{word} is in two classes"),
-            (across, "leak", f"{word} is in two parts of the data set"),
+            (across, "leak", f"{word} is in two parts of the dataset"),
             (~conflict & ~across, kind, f"{word} is there more than once"),
         )
         for chosen, name, message in findings:

@@ -1,4 +1,4 @@
-"""Where a source's pictures lie: in files of their own, in arrays, or many together in one file."""
+"""Where a source's images lie: in files of their own, in arrays, or many together in one file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataset:
-    """What every source knows of its pictures before it reads one; `Source` says what each field means."""
+    """What every source knows of its images before it reads one; `Source` says what each field means."""
 
     name: str
     labels: tuple[str, ...]
@@ -48,7 +48,7 @@ class ImageDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class FileDataset(ImageDataset):
-    """Pictures in files of their own: class folders, tables, and data sets that are unpacked to files.
+    """Images in files of their own: class folders, tables, and datasets that are unpacked to files.
 
     Attributes:
         root: what `paths` are relative to; a path that is absolute stays so.
@@ -77,17 +77,17 @@ class FileDataset(ImageDataset):
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayDataset(ImageDataset):
-    """Pictures that are arrays already, uint8 [N, H, W] grey or [N, H, W, 3] colour, one array after the other."""
+    """Images that are arrays already, uint8 [N, H, W] grey or [N, H, W, 3] colour, one array after the other."""
 
     arrays: tuple[np.ndarray, ...]
 
     def pixels(self, index: int) -> np.ndarray:
-        """Return one picture's own pixels, not a copy."""
+        """Return one image's own pixels, not a copy."""
         for array in self.arrays:
             if index < len(array):
                 return array[index]
             index -= len(array)
-        raise IndexError(f"{self.name}: picture {index} after the last")
+        raise IndexError(f"{self.name}: image {index} after the last")
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
         return PIL.Image.fromarray(self.pixels(index)).convert(mode)
@@ -110,17 +110,17 @@ class ArrayDataset(ImageDataset):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedDataset(ImageDataset, abc.ABC):
-    """Pictures that are stored one after the other in files of many."""
+    """Images that are stored one after the other in files of many."""
 
     damaged: Literal["refuse", "keep"]
 
     @abc.abstractmethod
     def encoded(self, index: int) -> bytes:
-        """Return one picture as it is stored."""
+        """Return one image as it is stored."""
 
     @abc.abstractmethod
     def location(self, index: int) -> str:
-        """Return where one picture is, for people."""
+        """Return where one image is, for people."""
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
         return read_image(
@@ -137,11 +137,11 @@ class EncodedDataset(ImageDataset, abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetDataset(EncodedDataset):
-    """Encoded pictures one after the other in a file that is mapped into memory, not read into it.
+    """Encoded images one after the other in a file that is mapped into memory, not read into it.
 
     Attributes:
         packed: the file's bytes.
-        starts: [N + 1] where each picture begins, and the end of the last.
+        starts: [N + 1] where each image begins, and the end of the last.
     """
 
     content: np.ndarray
@@ -159,11 +159,11 @@ class ParquetDataset(EncodedDataset):
 
 @dataclass(frozen=True)
 class TarShard:
-    """A tar of pictures on this machine.
+    """A tar of images on this machine.
 
     Attributes:
         word: its path or address, as it was asked for.
-        stem: what the paths of its pictures begin with.
+        stem: what the paths of its images begin with.
         file: where its bytes are: itself, or a copy in the cache folder.
         state: length in bytes and instant of the last write (ns), when it was listed.
         identity: what changes when its content does.
@@ -178,15 +178,15 @@ class TarShard:
 
 @dataclass(frozen=True, kw_only=True)
 class TarDataset(EncodedDataset):
-    """Pictures in tars, each read from its place.
+    """Images in tars, each read from its place.
 
-    A tar is opened for each picture: held open, or mapped, a thousand of them would use up a process's files, and a
+    A tar is opened for each image: held open, or mapped, a thousand of them would use up a process's files, and a
     mapped file that is cut off kills the process instead of raising an error.
 
     Attributes:
-        shards: in the order of their pictures.
-        firsts: [S] the number of each shard's first picture.
-        starts, sizes: [N] first byte and length of each picture in its shard.
+        shards: in the order of their images.
+        firsts: [S] the number of each shard's first image.
+        starts, sizes: [N] first byte and length of each image in its shard.
     """
 
     shards: tuple[TarShard, ...]
@@ -195,7 +195,7 @@ class TarDataset(EncodedDataset):
     sizes: np.ndarray
 
     def shard(self, index: int) -> int:
-        """Return the number of the shard that holds a picture."""
+        """Return the number of the shard that holds an image."""
         return int(np.searchsorted(self.firsts, index, side="right")) - 1
 
     def encoded(self, index: int) -> bytes:
@@ -232,7 +232,7 @@ def file_identity(place: str) -> bytes | None:
 
 
 def flip_reason(labels: Sequence[str]) -> str:
-    """Say why pictures of these classes must not be mirrored, judging by the names; empty when they may."""
+    """Say why images of these classes must not be mirrored, from the names; empty when they may."""
     if all(len(label) == 1 and label.isalnum() for label in labels):
         return "the classes are single letters or digits, and a mirrored sign is another sign"
     sides = [
@@ -258,21 +258,21 @@ def broken_image(dataset: Dataset, index: int, error: ImageError | OSError, dama
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Labelled pictures, listed but not yet read.
+    """Labelled images, listed but not yet read.
 
     Attributes:
         name: what the user called it, for messages and file names.
         labels: class names in class order.
-        paths: one identifying path per picture, relative to the source, `/` between parts.
-        targets: [N] class index of every picture.
-        split: name of the part (train, val, test) of every picture where the source has parts, or None.
-        groups: [N] number of the group that the source puts each picture in, -1 for none; or None. Pictures of one group
+        paths: one identifying path per image, relative to the source, `/` between parts.
+        targets: [N] class index of every image.
+        split: name of the part (train, val, test) of every image where the source has parts, or None.
+        groups: [N] number of the group that the source puts each image in, -1 for none; or None. Images of one group
             (one patient, one video) are never divided.
-        weights: [N] what the source says that each picture counts in the training's loss, above 0; or None.
+        weights: [N] what the source says that each image counts in the training's loss, above 0; or None.
         split_origin: what the parts are, for people, such as "the folders".
         problems: what was found wrong while listing.
-        flip_reason: why pictures of this source must not be mirrored, or an empty string.
-        limit_pixels: a picture of more pixels is refused.
+        flip_reason: why images of this source must not be mirrored, or an empty string.
+        limit_pixels: an image of more pixels is refused.
     """
 
     @property
@@ -299,21 +299,21 @@ class Dataset(Protocol):
     def limit_pixels(self) -> int: ...
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
-        """Return one picture; raises `PictureError` when it is broken."""
+        """Return one image; raises `ImageError` when it is broken."""
         ...
 
     def encoded(self, index: int) -> bytes:
-        """Return one picture as a picture file holds it: as it is stored, or as PNG where only pixels are."""
+        """Return one image as an image file holds it: as it is stored, or as PNG where only pixels are."""
         ...
 
     def location(self, index: int) -> str:
-        """Return where one picture is, for people."""
+        """Return where one image is, for people."""
         ...
 
     def identity(self, index: int) -> bytes | None:
-        """Return what changes when the picture does, without decoding it; None where its file is gone."""
+        """Return what changes when the image does, without decoding it; None where its file is gone."""
         ...
 
     def strict(self) -> Dataset:
-        """Return the same source, but one that gives no damaged picture."""
+        """Return the same source, but one that gives no damaged image."""
         ...

@@ -21,14 +21,14 @@ def open_folder(
 ) -> FileDataset:
     """List class folders, as in ImageNet: `root/<class>/…` or `root/{train,val,test}/<class>/…`.
 
-    The first folder level is the class; pictures may lie deeper. Class order is the sorted names, as in torchvision's
+    The first folder level is the class; images may lie deeper. Class order is the sorted names, as in torchvision's
     ImageFolder.
 
     Args:
         all_classes: take the classes of all parts together, where otherwise one that training lacks is an error.
 
     Raises:
-        ValueError: there are no classes or no pictures, or the parts disagree on the classes.
+        ValueError: there are no classes or no images, or the parts disagree on the classes.
     """
     folders = subfolders(root)
     parts = split_folders(root, folders)
@@ -50,7 +50,7 @@ def open_folder(
         labels = sorted({label for _, folder in roots for label in subfolders(folder)})
     if not labels:
         raise ValueError(
-            f"{root}: no class folders found; expected {root}/<class>/picture.jpg, or {root}/train/<class>/picture.jpg"
+            f"{root}: no class folders found; expected {root}/<class>/image.jpg, or {root}/train/<class>/image.jpg"
         )
     paths, counts = StringArray(), []
     for part, folder in roots:
@@ -61,16 +61,14 @@ def open_folder(
             found, skipped = list_images(folder / label, root) if (folder / label).is_dir() else ([], [])
             if skipped:
                 problems.append(
-                    Problem(
-                        "warning", "name", tuple(skipped), f"{len(skipped)} files that are not pictures are skipped"
-                    )
+                    Problem("warning", "name", tuple(skipped), f"{len(skipped)} files that are not images are skipped")
                 )
             if not found:
                 problems.append(missing_class(part, label, (folder / label).relative_to(root).as_posix()))
             paths.extend(found)
             counts.append((part, target, len(found)))
     if not paths:
-        raise ValueError(f"{root}: the class folders {', '.join(labels[:5])} hold no pictures")
+        raise ValueError(f"{root}: the class folders {', '.join(labels[:5])} hold no images")
     names, targets, numbers = zip(*counts, strict=True)
     return FileDataset(
         name=root.resolve().name,
@@ -111,9 +109,9 @@ def split_folders(root: Path, folders: list[str]) -> dict[str, str] | None:
 
 
 def list_images(folder: Path, root: Path) -> tuple[list[str], list[str]]:
-    """Return the pictures below `folder` and the files skipped, as paths relative to `root`, sorted.
+    """Return the images below `folder` and the files skipped, as paths relative to `root`, sorted.
 
-    A file whose name does not end like a picture's is looked into: a JPEG without an ending is a picture.
+    A file whose name does not end like an image's is looked into: a JPEG without an ending is an image.
     """
     found, skipped = [], []
     start, prefix = len(os.path.join(folder, "")), folder.relative_to(root).as_posix()
@@ -128,7 +126,7 @@ def list_images(folder: Path, root: Path) -> tuple[list[str], list[str]]:
 
 
 def has_image_header(path: Path) -> bool:
-    """Whether a file begins like a picture; a pipe, a link to nowhere or a locked file does not."""
+    """Whether a file begins like an image; a pipe, a link to nowhere or a locked file does not."""
     try:
         return path.is_file() and inspect_image(path, decode=False).verdict == "ok"
     except OSError:
@@ -159,19 +157,19 @@ def check_classes(folder: Path, found: list[str], labels: Sequence[str]) -> None
 
 
 def missing_class(part: str, label: str, folder: str) -> Problem:
-    """Describe a class without pictures: an error where the model should learn it, else a warning."""
+    """Describe a class without images: an error where the model should learn it, else a warning."""
     severity = "error" if part in ("", "train") else "warning"
     where = f"in {part}/ " if part else ""
-    return Problem(severity, "missing-class", (folder,), f"class {label!r} has no pictures {where}({folder})")
+    return Problem(severity, "missing-class", (folder,), f"class {label!r} has no images {where}({folder})")
 
 
 def loose_files(folder: Path, root: Path) -> list[Problem]:
-    """Report pictures that lie beside the class folders and so have no label."""
+    """Report images that lie beside the class folders and so have no label."""
     with os.scandir(folder) as entries:
         loose = sorted(each.name for each in entries if each.is_file() and is_image_name(each.name))
     if not loose:
         return []
     names = tuple((folder / each).relative_to(root).as_posix() for each in loose)
     return [
-        Problem("warning", "name", names, f"{len(loose)} pictures in {folder} are in no class folder and are not used")
+        Problem("warning", "name", names, f"{len(loose)} images in {folder} are in no class folder and are not used")
     ]

@@ -1,4 +1,4 @@
-"""Data sets as the Hugging Face hub has them: `hf:FOLDER` that lies here, or `hf:NAME` through the extra `hf`."""
+"""Datasets as the Hugging Face hub has them: `hf:FOLDER` that lies here, or `hf:NAME` through the extra `hf`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitrail.files import cache_folder, filled_folder
 
 
 def open_hf(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FileDataset | ParquetDataset:
-    """List the pictures of a local folder (class folders, or Parquet files with pictures in them) or of a named data set.
+    """List the images of a local folder (class folders, or Parquet files with images in them) or of a named dataset.
 
     Raises:
         ValueError: there is no such folder, or what names need is not installed.
@@ -28,16 +28,16 @@ def open_hf(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"])
         return replace(open_folder(place, limit_pixels=limit_pixels, damaged=damaged), name=called)
     if not name or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"hf:{name}: no such folder; expected a data set's name, or a folder of class folders or .parquet"
+            f"hf:{name}: no such folder; expected a dataset's name, or a folder of class folders or .parquet"
         )
     return open_parquet(download(name), f"hf:{name}", limit_pixels=limit_pixels, damaged=damaged)
 
 
 def download(name: str) -> list[Path]:
-    """Return the Parquet files of a named data set, one a part, which are fetched on the first call.
+    """Return the Parquet files of a named dataset, one a part, which are fetched on the first call.
 
     Raises:
-        ValueError: the extra is not installed, or the data set cannot be fetched.
+        ValueError: the extra is not installed, or the dataset cannot be fetched.
     """
     folder = cache_folder() / "hf" / re.sub(r"[^A-Za-z0-9._-]", "--", name)
 
@@ -46,7 +46,7 @@ def download(name: str) -> list[Path]:
             from datasets import load_dataset  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         except ImportError:
             raise ValueError(
-                f"hf:{name}: data sets of the hub need the package datasets; type pip install 'vitrail[hf]', or download "
+                f"hf:{name}: datasets of the hub need the package datasets; type pip install 'vitrail[hf]', or download "
                 "its .parquet files and name their folder: hf:FOLDER"
             ) from None
         try:

@@ -15,7 +15,7 @@ from vitrail.threads import ordered_map
 
 
 def image_keys(dataset: Dataset, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
-    """Return what each picture is known by [N] V16: its path and its identity in the source, else its pixels."""
+    """Return what each image is known by [N] V16: its path and its identity in the source, else its pixels."""
 
     def key(index: int) -> bytes:
         known = dataset.identity(index) or _content(dataset, index, mode)
@@ -26,7 +26,7 @@ def image_keys(dataset: Dataset, indices: np.ndarray, mode: Literal["RGB", "L"],
 
 
 def _content(dataset: Dataset, index: int, mode: Literal["RGB", "L"]) -> bytes:
-    """Return what a picture without an identity is known by: its pixels, or nothing known when it is broken."""
+    """Return what an image without an identity is known by: its pixels, or nothing known when it is broken."""
     try:
         pixels = np.asarray(dataset.read(index, mode))
     except (ImageError, OSError):

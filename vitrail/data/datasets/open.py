@@ -1,4 +1,4 @@
-"""Labelled pictures, wherever they come from: what DATA may be on the command line."""
+"""Labelled images, wherever they come from: what DATA may be on the command line."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vitrail.data.datasets.webdataset.shards import is_address, is_shards, open_
 from vitrail.data.progress import Bar, no_bar
 from vitrail.lookup import unknown
 
-# What stands before the colon of a data set that has a name instead of a place.
+# What stands before the colon of a dataset that has a name instead of a place.
 SCHEMES: dict[str, Callable[..., Dataset]] = {"torchvision:": open_torchvision, "hf:": open_hf}
 
 
 def open_dataset(
     source: str, *, limit_pixels: int = 100_000_000, keep_damaged: bool = False, bar: Bar = no_bar
 ) -> Dataset:
-    """List the pictures of a source.
+    """List the images of a source.
 
     Args:
         bar: shows how far a long listing is, as `Talk.bar` does.
@@ -61,7 +61,7 @@ def dataset_hint(source: str) -> str:
     scheme, colon, _ = source.partition(":")
     if any(mark in scheme for mark in "/\\."):
         return ""
-    return unknown("data set", scheme + colon, ["digits", *SCHEMES])
+    return unknown("dataset", scheme + colon, ["digits", *SCHEMES])
 
 
 def run_name(source: str) -> str:
@@ -87,7 +87,7 @@ def same_dataset(one: str, other: str) -> bool:
 
 
 def is_name(source: str) -> bool:
-    """Whether a word names a data set rather than a place."""
+    """Whether a word names a dataset rather than a place."""
     return source == "digits" or source.startswith(tuple(SCHEMES)) or is_address(source)
 
 

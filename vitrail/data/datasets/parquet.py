@@ -1,7 +1,7 @@
-"""Parquet files that hold the pictures themselves, as data sets on the Hugging Face hub do.
+"""Parquet files that hold the images themselves, as datasets on the Hugging Face hub do.
 
 A row of Parquet cannot be read without the thousand around it, so a shuffled epoch would unpack everything again for
-each batch. The encoded pictures are therefore written once, one after the other, into a file in the cache folder, and
+each batch. The encoded images are therefore written once, one after the other, into a file in the cache folder, and
 that is mapped into memory.
 """
 
@@ -25,7 +25,7 @@ SPLIT_ORIGIN = "its own parts"
 
 
 def image_column(schema: Any) -> str | None:
-    """Return the column of encoded pictures: bytes, or `{bytes, path}` as the hub stores them; None where there is none."""
+    """Return the column of encoded images: bytes, or `{bytes, path}` as the hub stores them; None where there is none."""
     import pyarrow
 
     for field in schema:
@@ -40,7 +40,7 @@ def image_column(schema: Any) -> str | None:
 
 
 def has_images(place: Path) -> bool:
-    """Whether a Parquet file holds pictures, not paths; a broken one does not."""
+    """Whether a Parquet file holds images, not paths; a broken one does not."""
     import pyarrow
     import pyarrow.parquet
 
@@ -54,22 +54,18 @@ def has_images(place: Path) -> bool:
 def open_parquet(
     files: list[Path], name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]
 ) -> ParquetDataset:
-    """List the pictures of Parquet files; each file is of the part that its name begins with, or its folder has.
+    """List the images of Parquet files; each file is of the part that its name begins with, or its folder has.
 
     Raises:
-        ValueError: a file has no pictures or no labels, or only some are of a part.
+        ValueError: a file has no images or no labels, or only some are of a part.
     """
     import pyarrow.parquet
 
     schemas = [pyarrow.parquet.read_schema(file) for file in files]
-    columns = [
-        (image_column(schema), label_column(file, schema)) for file, schema in zip(files, schemas, strict=True)
-    ]
-    for file, (picture, _) in zip(files, columns, strict=True):
-        if picture is None:
-            raise ValueError(
-                f"{file}: has no column of pictures (bytes); its columns are {', '.join(schemas[0].names)}"
-            )
+    columns = [(image_column(schema), label_column(file, schema)) for file, schema in zip(files, schemas, strict=True)]
+    for file, (image, _) in zip(files, columns, strict=True):
+        if image is None:
+            raise ValueError(f"{file}: has no column of images (bytes); its columns are {', '.join(schemas[0].names)}")
     parts = [split_of_file(file) for file in files]
     known = {part for part in parts if part is not None}
     if known and None in parts:
@@ -90,7 +86,7 @@ def open_parquet(
     used = {name for pair in columns for name in pair}
     idle = tuple(dict.fromkeys(name for schema in schemas for name in schema.names if name not in used))
     problems = [Problem("warning", "name", idle, f"{name}: columns {', '.join(idle[:10])}: not read")] if idle else []
-    packed, starts = map_images(files, [str(picture) for picture, _ in columns])
+    packed, starts = map_images(files, [str(image) for image, _ in columns])
     return ParquetDataset(
         name=name,
         labels=labels,
@@ -128,7 +124,7 @@ def class_names(schema: Any, column: str) -> list[str]:
 
 
 def classes_of_column(values: list[Any], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return labels in class order and each picture's class: by the file's own numbers, else by the sorted texts."""
+    """Return labels in class order and each image's class: by the file's own numbers, else by the sorted texts."""
     if names and all(isinstance(value, int) and 0 <= value < len(names) for value in values):
         return tuple(names), np.asarray(values, dtype=np.int64)
     labels, targets = np.unique(np.asarray([str(value) for value in values]), return_inverse=True)
@@ -142,7 +138,7 @@ def split_of_file(file: Path) -> str | None:
 
 
 def map_images(files: list[Path], columns: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the encoded pictures of all files, mapped into memory, and where each begins; written on the first call."""
+    """Return the encoded images of all files, mapped into memory, and where each begins; written on the first call."""
     import pyarrow.parquet
 
     states = [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -159,7 +155,7 @@ def map_images(files: list[Path], columns: list[str]) -> tuple[np.ndarray, np.nd
                         raw = value.get("bytes") if isinstance(value, dict) else value
                         if not raw:
                             raise ValueError(
-                                f"{file}, row {len(starts)}: no bytes of a picture; only what the file holds is read"
+                                f"{file}, row {len(starts)}: no bytes of an image; only what the file holds is read"
                             )
                         starts.append(starts[-1] + handle.write(raw))
         with replacing(index) as draft, draft.open("wb") as handle:

@@ -1,4 +1,4 @@
-"""Tables of pictures: `.csv`, `.jsonl` and `.parquet` with the columns `path,label[,split][,group][,weight]`.
+"""Tables of images: `.csv`, `.jsonl` and `.parquet` with the columns `path,label[,split][,group][,weight]`.
 
 Rows are read one after the other and kept compactly, so that a table of a million rows costs a tenth of what its
 strings would. Errors name the file and the line (in Parquet, the row) as an editor counts them.
@@ -113,7 +113,7 @@ class Table:
             raise self.fault(
                 line,
                 f"{path!r} leads out of the table's folder {self.root}; write it as an absolute path, or put the table "
-                "above its pictures",
+                "above its images",
             )
         return clean
 
@@ -149,7 +149,7 @@ class Table:
 
 
 def open_table(place: Path, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FileDataset | ParquetDataset:
-    """List the pictures of a table. Class order is the sorted labels, as that of folders.
+    """List the images of a table. Class order is the sorted labels, as that of folders.
 
     Raises:
         ValueError: a column is missing, or a row cannot be used; the message names it.
@@ -250,7 +250,7 @@ def check_once(place: Path, rows: TableRows) -> None:
 
 
 def check_twice(table: Table) -> None:
-    """Raise a ValueError when a picture is named twice."""
+    """Raise a ValueError when an image is named twice."""
     if twice := first_repeated(table.paths):
         first, second = twice
         labels = list(table.names["label"])
@@ -263,7 +263,7 @@ def check_twice(table: Table) -> None:
 
 
 def check_files(table: Table) -> None:
-    """Raise a ValueError when a picture is not there."""
+    """Raise a ValueError when an image is not there."""
     gone = [
         index
         for index, path in enumerate(table.paths)
@@ -323,7 +323,7 @@ def missing_classes(labels: tuple[str, ...], targets: np.ndarray, split: np.ndar
         here = targets[split == part]
         counts = np.bincount(here, minlength=len(labels))
         for label in np.flatnonzero(counts == 0) if len(here) else ():
-            text = f"class {labels[label]!r} has no pictures in part {part}"
+            text = f"class {labels[label]!r} has no images in part {part}"
             problems.append(Problem("warning", "missing-class", (labels[label],), text))
     return problems
 
@@ -333,7 +333,7 @@ def torn_groups(names: Sequence[str], parts: np.ndarray, groups: np.ndarray) -> 
 
     Args:
         names: of the groups.
-        parts, groups: [N] each picture's number in `PARTS` and in `names`, -1 for no group.
+        parts, groups: [N] each image's number in `PARTS` and in `names`, -1 for no group.
     """
     grouped = groups >= 0
     met = np.zeros((len(names), len(SPLITS)), dtype=bool)

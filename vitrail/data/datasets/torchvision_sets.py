@@ -1,4 +1,4 @@
-"""`torchvision:NAME`: torchvision's classification data sets, in the parts that their makers gave them."""
+"""`torchvision:NAME`: torchvision's classification datasets, in the parts that their makers gave them."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def by_split(**names: str) -> Mapping[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class SetReader:
-    """How one of torchvision's data sets is read.
+    """How one of torchvision's datasets is read.
 
     Attributes:
         parts: part → the arguments that ask for it; "" for all of a set without parts.
-        held: the attribute with the pictures: `data` for arrays; else paths, or (path, class) in `samples`.
+        held: the attribute with the images: `data` for arrays; else paths, or (path, class) in `samples`.
         answers: the attribute with the classes, where `held` has none.
         labels: class names, where torchvision gives none.
-        flip_reason: why its pictures must not be mirrored, where the class names do not tell.
+        flip_reason: why its images must not be mirrored, where the class names do not tell.
     """
 
     splits: Mapping[str, dict[str, Any]]
@@ -67,7 +67,7 @@ SETS: dict[str, SetReader] = {
 
 @dataclass
 class _Gathered:
-    """The pictures of all parts, one part after the other."""
+    """The images of all parts, one part after the other."""
 
     held: list[Any] = field(default_factory=list)
     targets: list[np.ndarray] = field(default_factory=list)
@@ -75,17 +75,15 @@ class _Gathered:
     labels: tuple[str, ...] = ()
 
 
-def open_torchvision(
-    name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]
-) -> ArrayDataset | FileDataset:
-    """List the pictures of a data set of torchvision, in any case of letters; it is downloaded on the first call.
+def open_torchvision(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> ArrayDataset | FileDataset:
+    """List the images of a dataset of torchvision, in any case of letters; it is downloaded on the first call.
 
     Raises:
-        ValueError: the name is unknown, the data set cannot be downloaded, or its files are broken.
+        ValueError: the name is unknown, the dataset cannot be downloaded, or its files are broken.
     """
     known = next((each for each in SETS if each.lower() == name.lower()), None)
     if known is None:
-        raise ValueError(f"torchvision:{name}: {unknown('data set', name, SETS)}")
+        raise ValueError(f"torchvision:{name}: {unknown('dataset', name, SETS)}")
     entry, root = SETS[known], cache_folder() / "torchvision" / known
     found = gather(known, entry, root)
     common: dict[str, Any] = {
@@ -116,7 +114,7 @@ def open_torchvision(
 
 
 def gather(name: str, entry: SetReader, root: Path) -> _Gathered:
-    """Load all parts of a data set, which is downloaded when its folder is not there."""
+    """Load all parts of a dataset, which is downloaded when its folder is not there."""
     from torchvision import datasets
 
     kind, found = getattr(datasets, name), _Gathered()
@@ -152,6 +150,6 @@ def gather(name: str, entry: SetReader, root: Path) -> _Gathered:
 
 
 def as_array(values: Any) -> np.ndarray:
-    """Return pictures as uint8 [N, H, W] or [N, H, W, 3]; torchvision holds some as a tensor, some channels first."""
+    """Return images as uint8 [N, H, W] or [N, H, W, 3]; torchvision holds some as a tensor, some channels first."""
     array = np.asarray(values)
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 and array.shape[1] == 3 else array

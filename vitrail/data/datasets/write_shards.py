@@ -1,6 +1,6 @@
-"""Any source as WebDataset shards: `train-000000.tar` and so on, with each picture's bytes as they are.
+"""Any source as WebDataset shards: `train-000000.tar` and so on, with each image's bytes as they are.
 
-Equal pictures, labels and seed give equal bytes. A sample is `00000012.jpg`, `.cls` with the number of its class in
+Equal images, labels and seed give equal bytes. A sample is `00000012.jpg`, `.cls` with the number of its class in
 `classes.json`, and `.json` with label, path in the source, part, group and weight.
 """
 
@@ -39,7 +39,7 @@ class WrittenShards:
 
     Attributes:
         names: of the shards.
-        counts: part → number of pictures.
+        counts: part → number of images.
     """
 
     names: tuple[str, ...]
@@ -59,15 +59,15 @@ class _Encoded:
 def write_shards(
     config: DataConfig, out: Path, *, size: int, limit_bytes: int | None = None, seed: int = 0, bar: Bar = no_bar
 ) -> WrittenShards:
-    """Write the pictures of a source into shards, in an order shuffled by `seed`; each is decoded once, to know it whole.
+    """Write the images of a source into shards, in an order shuffled by `seed`; each is decoded once, to know it whole.
 
     Args:
         out: the folder to make; it is there when all is written, and not at all before.
-        size: pictures in a shard, at most.
+        size: images in a shard, at most.
         limit_bytes: a shard is no larger, unless one sample is.
 
     Raises:
-        ValueError: the folder holds something, or a picture is broken and that was to stop the writing.
+        ValueError: the folder holds something, or an image is broken and that was to stop the writing.
     """
     check_free(out)
     for name, value in (("--size", size), ("--bytes", limit_bytes)):
@@ -83,7 +83,7 @@ def write_shards(
     out.parent.mkdir(parents=True, exist_ok=True)
     names, counts, left_out, written = [], {}, 0, 0
     try:
-        with new_folder(out) as draft, bar(f"writing {total:,} pictures") as advance:
+        with new_folder(out) as draft, bar(f"writing {total:,} images") as advance:
             for part, indices in order.items():
                 with _Shards(draft, part, size=size, limit_bytes=limit_bytes) as shards:
                     for index, found in encoded_images(dataset, indices, config):
@@ -100,7 +100,7 @@ def write_shards(
                     counts[part] = shards.num_samples
             stop_on_errors(problems)
             if not counts:
-                raise ValueError(f"{dataset.name}: none of {total:,} pictures is whole; nothing is written")
+                raise ValueError(f"{dataset.name}: none of {total:,} images is whole; nothing is written")
             about = {"classes": list(dataset.labels), "flip_reason": dataset.flip_reason}
             write_text(draft / CLASSES, json.dumps(about) + "\n")
     except OSError as error:
@@ -130,7 +130,7 @@ def check_names(dataset: Dataset) -> None:
 
 
 def shuffled_splits(dataset: Dataset, seed: int) -> dict[str, np.ndarray]:
-    """Return the pictures of each part in a shuffled order; in shards of one class, no batch would be mixed."""
+    """Return the images of each part in a shuffled order; in shards of one class, no batch would be mixed."""
     everything = np.arange(len(dataset.paths))
     parts = {WITHOUT_SPLITS: everything}
     if dataset.split is not None:
@@ -142,18 +142,18 @@ def shuffled_splits(dataset: Dataset, seed: int) -> dict[str, np.ndarray]:
 
 
 def encoded_images(dataset: Dataset, indices: np.ndarray, config: DataConfig) -> Iterator[tuple[int, _Encoded]]:
-    """Yield each picture's number and its bytes, none where it is broken and not to be kept."""
+    """Yield each image's number and its bytes, none where it is broken and not to be kept."""
 
     def one(index: int) -> _Encoded:
         try:
             content = dataset.encoded(index)
-            picture, info = read_described(content, limit_pixels=config.limit_pixels)
+            image, info = read_described(content, limit_pixels=config.limit_pixels)
         except OSError as error:
             return _Encoded(b"", "", error)
         error = None
         if info.verdict != "ok":
             error = ImageError(dataclasses.replace(info, path=dataset.location(index)))
-        kept = picture is not None and (error is None or config.damaged == "keep")
+        kept = image is not None and (error is None or config.damaged == "keep")
         return _Encoded(content if kept else b"", ENDINGS_OF.get(info.format, ("",))[0], error)
 
     numbers = indices.tolist()
@@ -206,7 +206,7 @@ class _Shards:
             self.names.append(f"{self.split}-{len(self.names):06d}.tar")
             self._file, self._here = (self.folder / self.names[-1]).open("wb"), 0
         for name, content in files.items():
-            info = tarfile.TarInfo(name)  # no owner, and 1970 as its time: equal pictures give equal bytes
+            info = tarfile.TarInfo(name)  # no owner, and 1970 as its time: equal images give equal bytes
             info.size, info.mode = len(content), 0o644
             self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
             self._file.write(content)

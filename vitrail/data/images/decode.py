@@ -1,6 +1,6 @@
-"""From a file's bytes to pixels: the only place where Vitrail decodes pictures.
+"""From a file's bytes to pixels: the only place where Vitrail decodes images.
 
-What every picture goes through, whatever its format: EXIF orientation is applied; an animation or a multi-page
+What every image goes through, whatever its format: EXIF orientation is applied; an animation or a multi-page
 file gives its first frame; transparency is composed on white; 16 bits become 8 over their nominal range, not
 clipped; CMYK becomes RGB by Pillow's formula; colour profiles (ICC) are ignored, so numbers are taken as sRGB.
 
@@ -26,12 +26,12 @@ from vitrail.data.images.jpeg import START as JPEG_START
 from vitrail.data.images.jpeg import decode_jpeg, jpeg_header
 from vitrail.data.images.pixel_modes import flatten
 
-# damaged: a part of the pixels can be recovered. unreadable: no picture, or one of which nothing can be recovered
+# damaged: a part of the pixels can be recovered. unreadable: no image, or one of which nothing can be recovered
 # (so are WebP, AVIF, JPEG 2000 that were cut: their decoders give all or nothing). refused: too many pixels.
 Verdict = Literal["ok", "damaged", "unreadable", "refused"]
 Stream = io.BytesIO | io.BufferedReader
 
-# Format → endings of its files, the usual one first; MPO is a JPEG of several pictures.
+# Format → endings of its files, the usual one first; MPO is a JPEG of several images.
 ENDINGS_OF = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "MPO": ("jpg", "jpeg", "jpe", "jfif", "mpo"), "PNG": ("png", "apng"),
     "GIF": ("gif",), "BMP": ("bmp", "dib"), "DIB": ("bmp", "dib"), "WEBP": ("webp",), "TIFF": ("tif", "tiff"),
@@ -39,7 +39,7 @@ ENDINGS_OF = {
 }  # fmt: skip
 ENDINGS = frozenset(ending for endings in ENDINGS_OF.values() for ending in endings)
 # In the order tried. MPO comes with JPEG; TGA has no magic number, so it is last. Left out on purpose: formats that
-# make Pillow start another program (EPS) or that are no pictures of things (fonts, metafiles).
+# make Pillow start another program (EPS) or that are no images of things (fonts, metafiles).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 WHOLE_BYTES = 64 * 2**20  # larger files are not read into memory at once
 MEND_BYTES = 2**30  # of a larger damaged file, only the beginning is mended
@@ -59,10 +59,10 @@ _settings_lock = threading.Lock()
 class ImageInfo:
     """What a file turned out to be.
 
-    `reason` is empty when the verdict is "ok". Width and height (px) are those of the turned picture, 0 when no
+    `reason` is empty when the verdict is "ok". Width and height (px) are those of the turned image, 0 when no
     header could be read; `mode` is Pillow's name for what is stored, `bits` how many a channel has there, `alpha`
     whether any pixel may be transparent; `orientation` is EXIF's 1 to 8, and 1 when there is none or it is broken;
-    `frames` counts the pages or the pictures of an animation.
+    `frames` counts the pages or the images of an animation.
     """
 
     path: str
@@ -79,7 +79,7 @@ class ImageInfo:
 
 
 class ImageError(ValueError):
-    """A file gave no picture; `info` holds all that is known of it."""
+    """A file gave no image; `info` holds all that is known of it."""
 
     def __init__(self, info: ImageInfo) -> None:
         super().__init__(info)
@@ -90,7 +90,7 @@ class ImageError(ValueError):
 
 
 def is_image_name(name: str) -> bool:
-    """Say whether a file of this name is taken for a picture, by its ending.
+    """Say whether a file of this name is taken for an image, by its ending.
 
     Hidden files (`.x.jpg`, macOS's `._x.jpg`) never are. HEIC is not: Pillow alone cannot open it.
     """
@@ -106,39 +106,39 @@ def read_image(
     damaged: Literal["refuse", "keep"] = "refuse",
     name: str | None = None,
 ) -> Image.Image:
-    """Decode one picture to 8 bits a channel, as described at the top of this module.
+    """Decode one image to 8 bits a channel, as described at the top of this module.
 
     Args:
         source: a path, or the file's bytes.
         mode: colour, or grey by ITU-R 601.
-        limit_pixels: a picture of more pixels is refused from its header.
+        limit_pixels: an image of more pixels is refused from its header.
         damaged: "keep" returns what a damaged file still holds; the rest is black, or grey in a JPEG.
-        name: what messages call the picture, instead of its path.
+        name: what messages call the image, instead of its path.
 
     Raises:
-        PictureError: the file is damaged (unless kept), unreadable or refused.
+        ImageError: the file is damaged (unless kept), unreadable or refused.
         OSError: the file is missing, or the disk failed.
     """
-    picture, info = _read(source, name, limit_pixels, decode=True, count=False)
-    if picture is None or (info.verdict == "damaged" and damaged != "keep"):
+    image, info = _read(source, name, limit_pixels, decode=True, count=False)
+    if image is None or (info.verdict == "damaged" and damaged != "keep"):
         raise ImageError(info)
-    return picture if picture.mode == mode else picture.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
-def as_decoded(picture: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
-    """Return a picture from memory as decoding its file would give it: turned by its EXIF, opaque, in `mode`."""
+def as_decoded(image: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
+    """Return an image from memory as decoding its file would give it: turned by its EXIF, opaque, in `mode`."""
     try:
-        turn = picture.getexif().get(ORIENTATION)
+        turn = image.getexif().get(ORIENTATION)
     except Exception:
         turn = 1
-    picture = flatten(picture.transpose(TURNS[turn]) if turn in TURNS else picture)
-    return picture if picture.mode == mode else picture.convert(mode)
+    image = flatten(image.transpose(TURNS[turn]) if turn in TURNS else image)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def inspect_image(
     source: str | os.PathLike[str] | bytes, *, limit_pixels: int = 100_000_000, decode: bool = True
 ) -> ImageInfo:
-    """Judge one file; a bad picture raises nothing, a missing file or a failing disk raises OSError.
+    """Evaluate one file; a bad image raises nothing, a missing file or a failing disk raises OSError.
 
     Without `decode` only the header is read, and "ok" means no more than that the header is good.
     """
@@ -148,9 +148,9 @@ def inspect_image(
 def read_described(
     source: str | os.PathLike[str] | bytes, *, limit_pixels: int = 100_000_000
 ) -> tuple[Image.Image | None, ImageInfo]:
-    """Decode one picture and tell what the file is, in one reading.
+    """Decode one image and tell what the file is, in one reading.
 
-    The picture is in mode L or RGB; it is None where nothing could be decoded, and incomplete where the verdict is
+    The image is in mode L or RGB; it is None where nothing could be decoded, and incomplete where the verdict is
     "damaged". A missing file or a failing disk raises OSError.
     """
     return _read(source, None, limit_pixels, decode=True, count=True)
@@ -159,14 +159,14 @@ def read_described(
 def _read(
     source: str | os.PathLike[str] | bytes, name: str | None, limit_pixels: int, decode: bool, count: bool
 ) -> tuple[Image.Image | None, ImageInfo]:
-    """Return the verdict, with the picture (mode L or RGB) where there is one, damaged or not."""
+    """Return the verdict, with the image (mode L or RGB) where there is one, damaged or not."""
     in_memory = isinstance(source, bytes)
     info = ImageInfo(name or ("<bytes>" if in_memory else os.fspath(source)), "ok")
     with io.BytesIO(source) if in_memory else open(source, "rb") as stream:
         whole = stream.seek(0, os.SEEK_END) <= WHOLE_BYTES
         stream.seek(0)
         data = stream.read() if whole else b""
-        several = count and SEVERAL in data  # pictures in one JPEG, which Pillow counts
+        several = count and SEVERAL in data  # images in one JPEG, which Pillow counts
         if decode and not several and (plain := _read_plain_jpeg(data, info, limit_pixels)):
             return plain
         return _read_any(io.BytesIO(data) if whole else stream, info, limit_pixels, decode, count)
@@ -181,10 +181,10 @@ def _read_plain_jpeg(data: bytes, info: ImageInfo, limit_pixels: int) -> tuple[I
     pixels = decode_jpeg(data, header, mode)
     if pixels is None:
         return None
-    # A grey picture would share the thread's memory; colour is copied, since Pillow keeps four bytes a pixel.
-    picture = Image.fromarray(pixels.copy() if mode == "L" else pixels)
-    width, height = picture.size
-    return picture, replace(info, format="JPEG", width=width, height=height, mode=mode, orientation=header.turn)
+    # A grey image would share the thread's memory; colour is copied, since Pillow keeps four bytes a pixel.
+    image = Image.fromarray(pixels.copy() if mode == "L" else pixels)
+    width, height = image.size
+    return image, replace(info, format="JPEG", width=width, height=height, mode=mode, orientation=header.turn)
 
 
 def _read_any(
@@ -192,25 +192,25 @@ def _read_any(
 ) -> tuple[Image.Image | None, ImageInfo]:
     _set_pillow(limit_pixels)
     try:
-        picture, found = _decode(stream, info, limit_pixels, decode)
-        return picture, replace(found, frames=_count_frames(stream)) if count else found
+        image, found = _decode(stream, info, limit_pixels, decode)
+        return image, replace(found, frames=_count_frames(stream)) if count else found
     except ImageError as error:
         strict = error.info
     if strict.verdict == "refused":
         return None, strict
     try:  # damaged if anything can be recovered, else unreadable
-        picture, found = _decode(_mend(stream), info, limit_pixels, decode, tolerant=True)
+        image, found = _decode(_mend(stream), info, limit_pixels, decode, tolerant=True)
     except ImageError as error:
         return None, error.info if error.verdict == "refused" else strict
     reason = f'{strict.reason}; damaged="keep" decodes what is left'
-    return picture, replace(found, verdict="damaged", reason=reason)
+    return image, replace(found, verdict="damaged", reason=reason)
 
 
 def _set_pillow(limit_pixels: int) -> None:
     """Make the two process-wide settings (top of this module).
 
     `warnings.catch_warnings` around a decode is not thread-safe, and under warnings as errors Pillow would give up
-    on pictures that it can decode. Its own size limit stays as a net, at twice `limit_pixels`, for sizes that no
+    on images that it can decode. Its own size limit stays as a net, at twice `limit_pixels`, for sizes that no
     header shows (a GIF's frame, the PNG inside an ICO).
     """
     with _settings_lock:
@@ -223,7 +223,7 @@ def _set_pillow(limit_pixels: int) -> None:
 def _decode(
     stream: Stream, info: ImageInfo, limit_pixels: int, decode: bool, tolerant: bool = False
 ) -> tuple[Image.Image | None, ImageInfo]:
-    """Decode with Pillow; raise `PictureError` with what is known ("unreadable" stands for any fault)."""
+    """Decode with Pillow; raise `ImageError` with what is known ("unreadable" stands for any fault)."""
     try:
         with Image.open(stream, formats=FORMATS) as opened:
             info = _describe(opened, info)
@@ -232,7 +232,7 @@ def _decode(
                 return None, info
             _load(opened, tolerant)
             turn = _orientation(opened)  # again: a PNG may tell it at its end, a TIFF was turned by Pillow
-            picture = flatten(opened.transpose(TURNS[turn]) if turn in TURNS else opened)
+            image = flatten(opened.transpose(TURNS[turn]) if turn in TURNS else opened)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -240,14 +240,14 @@ def _decode(
         raise ImageError(replace(info, verdict="refused", reason=reason)) from error
     except Exception as error:  # Pillow's formats raise nearly every kind of exception
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # the disk's fault; EINVAL is a seek to nowhere, ordered by a broken picture
+            raise  # the disk's fault; EINVAL is a seek to nowhere, ordered by a broken image
         reason = _explain(error, stream, info)
         raise ImageError(replace(info, verdict="unreadable", reason=reason)) from error
-    picture.info = {}  # no EXIF or profile left that a later step could apply once more
+    image.info = {}  # no EXIF or profile left that a later step could apply once more
     orientation = max(turn, info.orientation)
-    info = replace(info, orientation=orientation, width=picture.width, height=picture.height)
-    _check_size(info, limit_pixels)  # again: an ICO holds pictures of other sizes than it says
-    return picture, info
+    info = replace(info, orientation=orientation, width=image.width, height=image.height)
+    _check_size(info, limit_pixels)  # again: an ICO holds images of other sizes than it says
+    return image, info
 
 
 def _describe(opened: ImageFile.ImageFile, info: ImageInfo) -> ImageInfo:
@@ -285,8 +285,8 @@ def _load(opened: ImageFile.ImageFile, tolerant: bool) -> None:
     """Decode the pixels; if tolerant, keep those before a fault.
 
     `ImageFile.LOAD_TRUNCATED_IMAGES` would do this for all threads at once, and so let their damaged files pass.
-    Instead: decoders write straight into the picture's memory, where a fault leaves what was decoded before it,
-    and a picture without tiles counts as loaded.
+    Instead: decoders write straight into the image's memory, where a fault leaves what was decoded before it,
+    and an image without tiles counts as loaded.
     """
     try:
         opened.load()
@@ -331,4 +331,4 @@ def _explain(error: Exception, stream: Stream, info: ImageInfo) -> str:
     if not start:
         return "the file is empty"
     unknown = isinstance(error, UnidentifiedImageError)
-    return f"{'not a picture of a known format' if unknown else what}; the file begins with {start!r}"
+    return f"{'not an image of a known format' if unknown else what}; the file begins with {start!r}"

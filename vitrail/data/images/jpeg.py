@@ -1,7 +1,7 @@
-"""JPEG by simplejpeg: faster than Pillow for small pictures and, decoded smaller than they are, for large ones.
+"""JPEG by simplejpeg: faster than Pillow for small images and, decoded smaller than they are, for large ones.
 
 Both use libjpeg-turbo and give the same bits (5,842 files of four sources). simplejpeg is strict: at any complaint of
-libjpeg (a missing end, stray bytes) Pillow judges the file, and so it does where a JPEG's header is out of the ordinary.
+libjpeg (a missing end, stray bytes) Pillow evaluates the file, and so it does where a JPEG's header is out of the ordinary.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import simplejpeg
 from PIL import Image
 
 START = b"\xff\xd8\xff"
-FACTORS = (8, 4, 2)  # libjpeg has fast code for these; 7/8, 6/8, 5/8 and 3/8 cost more than the whole picture
+FACTORS = (8, 4, 2)  # libjpeg has fast code for these; 7/8, 6/8, 5/8 and 3/8 cost more than the whole image
 _ORIENTATION = 274
-_KEPT_BYTES = 64 * 2**20  # a larger picture's pixels are not kept for the next one
+_KEPT_BYTES = 64 * 2**20  # a larger image's pixels are not kept for the next one
 _XMP_ORIENTATION = b"tiff:Orientation"
 _EXIF, _SCAN = b"Exif\0\0", b"\xff\xda"
 
@@ -36,17 +36,17 @@ class Jpeg(NamedTuple):
 
     @property
     def mirrored(self) -> bool:
-        """Whether the picture as seen begins with what is stored last in each of its rows."""
+        """Whether the image as seen begins with what is stored last in each of its rows."""
         return self.turn in (2, 3, 6, 7)
 
     @property
     def upside_down(self) -> bool:
-        """Whether the picture as seen begins with what is stored last in each of its columns."""
+        """Whether the image as seen begins with what is stored last in each of its columns."""
         return self.turn in (3, 4, 7, 8)
 
 
 def jpeg_header(data: bytes) -> Jpeg | None:
-    """Read the header of a JPEG of three colours or of grey; None for anything else, and where Pillow must judge."""
+    """Read the header of a JPEG of three colours or of grey; None for anything else, and where Pillow must decide."""
     if not data.startswith(START):
         return None
     turn = _turn(data)
@@ -90,7 +90,7 @@ def _turn(data: bytes) -> int:
 
 
 def decode_jpeg(data: bytes, header: Jpeg, mode: Literal["RGB", "L"], factor: int = 1) -> np.ndarray | None:
-    """Decode a JPEG, turned as EXIF says; None where Pillow must judge.
+    """Decode a JPEG, turned as EXIF says; None where Pillow must decide.
 
     Args:
         mode: "RGB", or "L" for a JPEG that is grey itself; a colour one stays RGB.

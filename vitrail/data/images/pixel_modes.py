@@ -6,19 +6,19 @@ import numpy as np
 from PIL import Image
 
 
-def flatten(picture: Image.Image) -> Image.Image:
+def flatten(image: Image.Image) -> Image.Image:
     """Bring any mode to 8-bit L or RGB, transparency on white."""
-    if picture.mode[0] in "IF":
-        values = np.asarray(picture)
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
         grey = to_bytes(values)
-        key = picture.info.get("transparency")
+        key = image.info.get("transparency")
         return Image.fromarray(np.where(values == key, np.uint8(255), grey) if isinstance(key, int) else grey)
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
         page = Image.new("RGB", rgba.size, "white")
         page.paste(rgba, mask=rgba.getchannel("A"))
         return page
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From a picture of any size to the model's input: one function for training's judgement, predict and serve."""
+"""From an image of any size to the model's input: one function for training's evaluation, predict and serve."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INTERPOLATIONS = {
     "nearest": PIL.Image.Resampling.NEAREST,
 }
 
-_PIXELS_LIMIT = 30_000_000  # of a resized picture before its centre is cut out
+_PIXELS_LIMIT = 30_000_000  # of a resized image before its centre is cut out
 
 
 @dataclass(frozen=True)
@@ -69,49 +69,49 @@ class Preprocess:
         """Pillow's name of the pixel format."""
         return "RGB" if self.channels == 3 else "L"
 
-    def apply(self, picture: PIL.Image.Image) -> np.ndarray:
-        """Resize and crop a picture of mode `self.mode`; returns uint8 [C, S, S], with `aspect` [C, H, W].
+    def apply(self, image: PIL.Image.Image) -> np.ndarray:
+        """Resize and crop an image of mode `self.mode`; returns uint8 [C, S, S], with `aspect` [C, H, W].
 
         With resampler `fractions` it is float32 in 0..1, or a little outside where a bicubic filter overshoots.
         """
         if self.resampler != "fractions":
-            return to_array(self.resized(picture))
-        bands = [self.resized(band.convert("F")) for band in picture.split()]
+            return to_array(self.resized(image))
+        bands = [self.resized(band.convert("F")) for band in image.split()]
         return np.stack([np.asarray(band) for band in bands]) / np.float32(255)
 
-    def resized(self, picture: PIL.Image.Image) -> PIL.Image.Image:
-        """Return a picture of any mode that Pillow resizes, with the sides of the result."""
+    def resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """Return an image of any mode that Pillow resizes, with the sides of the result."""
         size = self.image_size
-        width, height = picture.size
+        width, height = image.size
         if self.resize == "aspect":
             target = self.aspect_size(width, height)
-            return picture if picture.size == target else self.resample(picture, target)
+            return image if image.size == target else self.resample(image, target)
         # Sides are rounded as in torchvision's Resize.
         short = size if self.resize == "squash" else max(size, int(size / self.crop_fraction))
         if self.resize in ("squash", "squash_crop"):
-            picture = picture if picture.size == (short, short) else self.resample(picture, (short, short))
+            image = image if image.size == (short, short) else self.resample(image, (short, short))
         elif short * short * max(width, height) > _PIXELS_LIMIT * min(width, height):
             # A strip a thousand times longer than wide would be resized to gigabytes: resample only what is kept.
             half = min(width, height) * size / short / 2
             box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-            return picture.resize((size, size), INTERPOLATIONS[self.interpolation], box=box)
+            return image.resize((size, size), INTERPOLATIONS[self.interpolation], box=box)
         elif min(width, height) != short:
             longer = int(short * max(width, height) / min(width, height))
-            picture = self.resample(picture, (short, longer) if width <= height else (longer, short))
-        left, top = self.offset(picture.width - size), self.offset(picture.height - size)
-        if picture.size == (size, size):
-            return picture
-        return picture.crop((left, top, left + size, top + size))
+            image = self.resample(image, (short, longer) if width <= height else (longer, short))
+        left, top = self.offset(image.width - size), self.offset(image.height - size)
+        if image.size == (size, size):
+            return image
+        return image.crop((left, top, left + size, top + size))
 
-    def resample(self, picture: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
-        """Return a picture at another (width, height)."""
+    def resample(self, image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+        """Return an image at another (width, height)."""
         if self.resampler != "torchvision":
-            return picture.resize(size, INTERPOLATIONS[self.interpolation])
+            return image.resize(size, INTERPOLATIONS[self.interpolation])
         import torch
         from torchvision.transforms.v2 import InterpolationMode, functional
 
         mode = InterpolationMode[self.interpolation.upper()]
-        pixels = functional.resize(torch.from_numpy(to_array(picture).copy()), [size[1], size[0]], mode, antialias=True)
+        pixels = functional.resize(torch.from_numpy(to_array(image).copy()), [size[1], size[0]], mode, antialias=True)
         return PIL.Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())
 
     def offset(self, spare: int) -> int:
@@ -119,7 +119,7 @@ class Preprocess:
         return spare // 2 if self.crop_offset == "down" else round(spare / 2)  # half to even, as torchvision's
 
     def aspect_size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the width and height that keep a picture's aspect ratio at about image_size² pixels (Dehghani et al.
+        """Return the width and height that keep an image's aspect ratio at about image_size² pixels (Dehghani et al.
         2023, NaViT, section 2): to the nearest multiple, and at most twice that area for a strip."""
         scale = self.image_size / (width * height) ** 0.5
         short = max(1, round(min(width, height) * scale / self.multiple)) * self.multiple
@@ -128,7 +128,7 @@ class Preprocess:
         return (short, long) if width <= height else (long, short)
 
     def normalise(self, pixels: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Turn uint8 or 0..1 float pictures [B, C, H, W] into the model's float input, in `out` where it is given."""
+        """Turn uint8 or 0..1 float images [B, C, H, W] into the model's float input, in `out` where it is given."""
         import torch
 
         mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
@@ -157,10 +157,10 @@ def crop_fraction_of(size: int, side: int) -> float:
     """Return the `crop_fraction` with which the shortest side becomes exactly `side` before `size` is cut out.
 
     Raises:
-        ValueError: the picture would be smaller than what is cut out of it.
+        ValueError: the image would be smaller than what is cut out of it.
     """
     if side < size:
-        raise ValueError(f"a picture resized to {side} px is smaller than the {size} px that are cut out of it")
+        raise ValueError(f"an image resized to {side} px is smaller than the {size} px that are cut out of it")
     fraction = size / side
     # The half keeps rounding from taking a pixel away, as in 224 / (224 / 232).
     return fraction if int(size / fraction) == side else size / (side + 0.5)
@@ -171,7 +171,7 @@ def unit_scale(pixels: torch.Tensor) -> torch.Tensor:
     return pixels if pixels.is_floating_point() else pixels.float().div_(255)
 
 
-def to_array(picture: PIL.Image.Image) -> np.ndarray:
-    """Return a picture's pixels as uint8 [C, H, W]."""
-    pixels = np.asarray(picture)
+def to_array(image: PIL.Image.Image) -> np.ndarray:
+    """Return an image's pixels as uint8 [C, H, W]."""
+    pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,4 +1,4 @@
-"""What each training picture counts in the loss: by the size of its class, and by what its table says."""
+"""What each training image counts in the loss: by the size of its class, and by what its table says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vitrail.data.datasets.base import Dataset
 
 
 def class_weights(sizes: np.ndarray, optim: OptimConfig) -> np.ndarray:
-    """Return the weight of a picture of each class [C] from the classes' sizes, before it is normalised; 0 for none.
+    """Return the weight of an image of each class [C] from the classes' sizes, before it is normalised; 0 for none.
 
     Effective numbers: Cui et al. 2019, section 3.3.
     """
@@ -23,9 +23,9 @@ def class_weights(sizes: np.ndarray, optim: OptimConfig) -> np.ndarray:
 
 
 def loss_weights(dataset: Dataset, part: np.ndarray, optim: OptimConfig) -> np.ndarray | None:
-    """Return what each picture of a source counts in the loss [N], 1 on average over `part`; None where all are 1.
+    """Return what each image of a source counts in the loss [N], 1 on average over `part`; None where all are 1.
 
-    The weight of a picture's class and its own in the table are multiplied.
+    The weight of an image's class and its own in the table are multiplied.
     """
     if optim.class_weights == "none" and dataset.weights is None:
         return None
@@ -37,7 +37,7 @@ def loss_weights(dataset: Dataset, part: np.ndarray, optim: OptimConfig) -> np.n
 
 
 def mean_weights(dataset: Dataset, part: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    """Return what a picture of each class counts on average over `part`, for the record."""
+    """Return what an image of each class counts on average over `part`, for the record."""
     targets = dataset.targets[part]
     sizes = np.bincount(targets, minlength=len(dataset.labels))
     sums = np.bincount(targets, weights[part], minlength=len(dataset.labels))

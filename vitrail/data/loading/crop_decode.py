@@ -1,4 +1,4 @@
-"""A box of a picture brought to the model's size: what training reads, where `preprocess.py` is what judging reads."""
+"""A box of an image brought to the model's size: what training reads, where `preprocess.py` is what evaluation reads."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ class Box(NamedTuple):
     height: float
 
     def scaled(self, x: float, y: float) -> Box:
-        """Return the same rectangle of a picture that is so many times as wide and as high."""
+        """Return the same rectangle of an image that is so many times as wide and as high."""
         return Box(self.left * x, self.top * y, self.width * x, self.height * y)
 
 
-BoxSampler = Callable[[int, int], Box]  # from a picture's width and height
+BoxSampler = Callable[[int, int], Box]  # from an image's width and height
 
 
 @dataclass(frozen=True)
 class CropReader:
-    """How training takes a box out of a picture.
+    """How training takes a box out of an image.
 
     Attributes:
         side: of the square that the box becomes, pixels.
         fast: a JPEG is decoded 2, 4 or 8 times smaller where the box stays as large as the square, and PyTorch resizes:
-            pixels differ a little from Pillow's resizing of the whole picture.
+            pixels differ a little from Pillow's resizing of the whole image.
     """
 
     side: int
@@ -57,11 +57,11 @@ class CropReader:
     fast: bool = False
 
     def read(self, dataset: Dataset, index: int, box_sampler: BoxSampler) -> np.ndarray:
-        """Return a box of one of a source's pictures as uint8 [C, S, S]; errors are those of `Source.read`."""
+        """Return a box of one of a source's images as uint8 [C, S, S]; errors are those of `Source.read`."""
         return self.resize(*self.region(dataset, index, box_sampler), (self.side, self.side))
 
     def region(self, dataset: Dataset, index: int, box_sampler: BoxSampler) -> tuple[np.ndarray, Box]:
-        """Decode what holds a box: uint8 [H, W] or [H, W, 3], good until the thread's next picture, and the box in it."""
+        """Decode what holds a box: uint8 [H, W] or [H, W, 3], good until the thread's next image, and the box in it."""
         data = jpeg_of(dataset, index)
         header = jpeg_header(data)
         if header is not None and header.width * header.height <= dataset.limit_pixels:
@@ -72,8 +72,8 @@ class CropReader:
                 pixels = decode_jpeg(data, header, self.mode, factor)
                 if pixels is not None:
                     return pixels, box if factor == 1 else shrunk(box, factor, header, pixels.shape)
-        picture = dataset.read(index, self.mode)
-        return np.asarray(picture), box_sampler(*picture.size)
+        image = dataset.read(index, self.mode)
+        return np.asarray(image), box_sampler(*image.size)
 
     def whole(self, dataset: Dataset, index: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Return an image [H, W] or [H, W, 3], its short side brought to `side`, or as it is where that is shorter.
@@ -110,7 +110,7 @@ class CropReader:
 
 
 def jpeg_of(dataset: Dataset, index: int) -> bytes:
-    """Return a picture's file if it is a JPEG that memory may hold; else nothing."""
+    """Return an image's file if it is a JPEG that memory may hold; else nothing."""
     if isinstance(dataset, ArrayDataset):
         return b""
     if not isinstance(dataset, FileDataset):
@@ -125,7 +125,7 @@ def jpeg_of(dataset: Dataset, index: int) -> bytes:
 def shrunk(box: Box, factor: int, header: Jpeg, shape: tuple[int, ...]) -> Box:
     """Return where a box lies in a JPEG that was decoded smaller.
 
-    There a pixel is `factor` pixels wide, also the last one, which reaches beyond the picture; turned, it may come first.
+    There a pixel is `factor` pixels wide, also the last one, which reaches beyond the image; turned, it may come first.
     """
     width, height = header.turned_size
     before_x = shape[1] - width / factor if header.mirrored else 0.0
@@ -135,12 +135,12 @@ def shrunk(box: Box, factor: int, header: Jpeg, shape: tuple[int, ...]) -> Box:
 
 
 def by_pillow(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """Resize by Pillow, which is given no more of the picture than its filter reaches.
+    """Resize by Pillow, which is given no more of the image than its filter reaches.
 
-    From the whole picture it may take its two passes in the other order, and then rounds between them otherwise.
+    From the whole image it may take its two passes in the other order, and then rounds between them otherwise.
     """
     high, wide = pixels.shape[:2]
-    # Pillow rounds to float32. Done before the shift, the corners lie where they would in the whole picture.
+    # Pillow rounds to float32. Done before the shift, the corners lie where they would in the whole image.
     left, right = (float(np.float32(x)) for x in (max(0.0, box.left), min(wide, box.left + box.width)))
     top, bottom = (float(np.float32(y)) for y in (max(0.0, box.top), min(high, box.top + box.height)))
     x0, x1 = _reached(left, right, wide, size[0], interpolation)

@@ -1,4 +1,4 @@
-"""Batches for judging: every picture once, in order, by the model's own preprocessing."""
+"""Batches for evaluation: every image once, in order, by the model's own preprocessing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitrail.data.loading.train_loader import Batch
 
 @dataclass(frozen=True)
 class VariableSizeBatch:
-    """A batch whose pictures [C, H, W] differ in size: a model computes it by `forward_packed`."""
+    """A batch whose images [C, H, W] differ in size: a model computes it by `forward_packed`."""
 
     images: list[Tensor]
     targets: Tensor
@@ -27,9 +27,9 @@ class VariableSizeBatch:
 def eval_batches(
     reader: ImageReader, indices: np.ndarray, *, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1
 ) -> Iterator[Batch | VariableSizeBatch]:
-    """Yield every picture of a part exactly once, over all processes, unchanged but for the model's preprocessing.
+    """Yield every image of a part exactly once, over all processes, unchanged but for the model's preprocessing.
 
-    Batches are mixed where preprocessing keeps the aspect ratio and pictures have different ones.
+    Batches are mixed where preprocessing keeps the aspect ratio and images have different ones.
     """
     mine = indices[rank::ranks]
     targets = torch.from_numpy(reader.targets)
@@ -62,7 +62,7 @@ def eval_batches(
 
 
 def start_reading(reader: ImageReader, chunk: np.ndarray) -> list[Future[list[ReadResult]]]:
-    """Start the threads on some pictures."""
+    """Start the threads on some images."""
 
     def read(places: range) -> list[ReadResult]:
         return [attempt(lambda place: reader.read_whole(int(chunk[place])), place) for place in places]

@@ -1,4 +1,4 @@
-"""Random access to a source's pictures, for training and for judging, on threads."""
+"""Random access to a source's images, for training and for evaluation, on threads."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from vitrail.data.images.preprocess import Preprocess
 from vitrail.data.loading.crop_decode import BoxSampler, CropReader
 
 R = TypeVar("R")
-ReadResult = np.ndarray | ImageError | OSError  # of reading one picture
+ReadResult = np.ndarray | ImageError | OSError  # of reading one image
 
 
 @dataclass
 class ImageReader:
-    """Random access to a source's pictures, from memory or from files.
+    """Random access to a source's images, from memory or from files.
 
     Attributes:
-        targets: [N] class index of every picture, as the model numbers its classes.
-        stored: decoded pictures uint8 [N, C, H, W], or None to read files.
-        is_ready: whether the stored pictures are the model's input as they are.
-        sizes: [N, 2] height and width of every picture; needed for training from files.
+        targets: [N] class index of every image, as the model numbers its classes.
+        stored: decoded images uint8 [N, C, H, W], or None to read files.
+        is_ready: whether the stored images are the model's input as they are.
+        sizes: [N, 2] height and width of every image; needed for training from files.
         fast: whether training may decode and resize faster, and a little differently; see `Cut`.
-        cache: decoded training pictures on disk.
+        cache: decoded training images on disk.
         dropped: paths of files that failed after the scan, with the reason.
         told: those of them that the user was told of.
     """
@@ -57,12 +57,14 @@ class ImageReader:
     def submit(self, task: Callable[[range], R], count: int, run: int) -> list[Future[R]]:
         """Start `task` on the threads for the places 0 … count - 1 of a batch, `run` of them at a time.
 
-        A task a picture would cost a tenth of an ImageNet picture's decoding, and more than a small one's.
+        A task an image would cost a tenth of an ImageNet image's decoding, and more than a small one's.
         """
         return [self.pool.submit(task, range(start, min(start + run, count))) for start in range(0, count, run)]
 
-    def collect(self, futures: list[Future[list[ReadResult]]], indices: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """Return the pictures that were read, each of its own size, and their places; one that failed is noted."""
+    def collect(
+        self, futures: list[Future[list[ReadResult]]], indices: np.ndarray
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the images that were read, each of its own size, and their places; one that failed is noted."""
         pixels, places = [], []
         for place, found in enumerate(each for future in futures for each in future.result()):
             if isinstance(found, np.ndarray):
@@ -79,7 +81,7 @@ class ImageReader:
         return CropReader(preprocess.image_size, preprocess.interpolation, preprocess.mode, self.fast)
 
     def read_crop(self, index: int, box_sampler: BoxSampler) -> np.ndarray:
-        """Return a crop of one picture, uint8 [C, S, S]."""
+        """Return a crop of one image, uint8 [C, S, S]."""
         cut = self.crop_reader
         if self.cache is None:
             return cut.read(self.dataset, index, box_sampler)
@@ -92,7 +94,7 @@ class ImageReader:
             raise ValueError(f"none of {wanted} files can be read any more: {next(iter(self.dropped.items()))}")
 
     def read_whole(self, index: int) -> np.ndarray:
-        """Return one picture as `Preprocess.apply` does: [C, S, S], or [C, H, W] with preprocessing `aspect`."""
+        """Return one image as `Preprocess.apply` does: [C, S, S], or [C, H, W] with preprocessing `aspect`."""
         if self.stored is None:
             return self.preprocess.apply(self.dataset.read(index, self.preprocess.mode))
         pixels = self.stored[index]

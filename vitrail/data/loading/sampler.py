@@ -1,4 +1,4 @@
-"""Which picture of the training part comes when: a function of the step's number, so that resuming needs no state."""
+"""Which image of the training split comes when: a function of the step's number, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _CLASSES, _MIXED = 2, 3
 
 
 class Sampler:
-    """The samples of every step: the place of each in the training part, and its occasion.
+    """The samples of every step: the place of each in the training split, and its occasion.
 
-    An occasion tells apart the times that one picture comes; with seed and place it decides the augmentation. Step s takes
+    An occasion tells apart the times that one image comes; with seed and place it decides the augmentation. Step s takes
     turns s·B/R … (s+1)·B/R - 1 of an endless row of epochs, each R times (`repeats`), so every batch of B is full.
 
     Args:
@@ -19,9 +19,9 @@ class Sampler:
         batch_size: B, over all processes.
         sampling: natural: each epoch is a permutation of the part, and its number is the occasion. balanced, sqrt: each
             epoch has as many samples, of which every class has a fixed share, the same or in proportion to the square root
-            of its size (Mahajan et al. 2018, section 2.2); a class's pictures take their turns in an endless row of
+            of its size (Mahajan et al. 2018, section 2.2); a class's images take their turns in an endless row of
             permutations of their own, and the number of the permutation is the occasion.
-        repeats: R, repeated augmentation (Hoffer et al. 2020): each picture of a step comes so often in its batch, B/R
+        repeats: R, repeated augmentation (Hoffer et al. 2020): each image of a step comes so often in its batch, B/R
             samples apart, each time on an occasion of its own.
     """
 
@@ -34,13 +34,15 @@ class Sampler:
         if sampling != "natural":
             self.members = [np.flatnonzero(targets == label) for label in np.unique(targets)]
             sizes = np.asarray([len(each) for each in self.members])
-            self.shares = largest_remainder(self.count, np.ones(len(sizes)) if sampling == "balanced" else np.sqrt(sizes))
+            self.shares = largest_remainder(
+                self.count, np.ones(len(sizes)) if sampling == "balanced" else np.sqrt(sizes)
+            )
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def samples(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Return (occasion, place in the part) of every sample of one process in step `step` (from 0).
 
-        A place, unlike a picture's number in the listing, stays when files are added to the folder.
+        A place, unlike an image's number in the listing, stays when files are added to the folder.
         """
         share, distinct = self.batch_size // ranks, self.batch_size // self.repeats
         repeat, turn = np.divmod(np.arange(rank * share, (rank + 1) * share), distinct)

@@ -24,20 +24,20 @@ from vitrail.data.loading.sampler import Sampler
 
 T = TypeVar("T")
 
-_CACHE_BYTES = 5 * 2**19  # of float pictures that a thread works on at once; from 4 MB on it is three times slower
+_CACHE_BYTES = 5 * 2**19  # of float images that a thread works on at once; from 4 MB on it is three times slower
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some labelled pictures on the device.
+    """Some labelled images on the device.
 
     Attributes:
         images: normalised model input [B, C, S, S].
         targets: class indices [B].
-        indices: [B] which pictures of the source these are (host memory).
+        indices: [B] which images of the source these are (host memory).
         patch_size: side of the patches to cut them into, where the step chose one; None leaves it to the model.
-        weights: [B] what each picture counts in the loss; None where all count alike. Never in a judgement.
-        mix: the other label of each picture and its own one's share, where pictures are mixed.
+        weights: [B] what each image counts in the loss; None where all count alike. Never in an evaluation.
+        mix: the other label of each image and its own one's share, where images are mixed.
     """
 
     images: Tensor
@@ -61,12 +61,12 @@ class Batch:
         )
 
 
-# Normalised pictures [n, C, S, S] and their places in the batch; failed ones are not there.
+# Normalised images [n, C, S, S] and their places in the batch; failed ones are not there.
 Assembled = tuple[Tensor, np.ndarray]
 
 
 class _Step(NamedTuple):
-    """A batch that is being made; `wait` gives its pictures."""
+    """A batch that is being made; `wait` gives its images."""
 
     indices: np.ndarray
     draws: dict[str, np.ndarray]
@@ -74,12 +74,12 @@ class _Step(NamedTuple):
 
 
 class TrainLoader:
-    """The training part as endless shuffled batches; batch `s` depends on nothing but the arguments and `s`.
+    """The training split as endless shuffled batches; batch `s` depends on nothing but the arguments and `s`.
 
-    `Order` says which pictures it has.
+    `Order` says which images it has.
 
     Args:
-        weights: [N] what each picture of the source counts in the loss; None where all count alike.
+        weights: [N] what each image of the source counts in the loss; None where all count alike.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class TrainLoader:
         return dataclasses.replace(batch, patch_size=int(random.choice(self.patch_sizes)))
 
     def submit(self, step: int) -> _Step:
-        """Start the threads on a batch. On a CPU they do all of a picture's work; else they read, and the device does the rest."""
+        """Start the threads on a batch. On a CPU they do all of an image's work; else they read, and the device does the rest."""
         occasions, places = self.sampler.samples(step, self.rank, self.ranks)
         indices = self.indices[places]
         draws = draw_changes(self.seed, occasions, places)
@@ -137,7 +137,7 @@ class TrainLoader:
         return _Step(indices, draws, make(indices, draws))
 
     def collate(self, step: _Step) -> Batch:
-        """Wait for a batch's pictures and do what concerns several of them."""
+        """Wait for a batch's images and do what concerns several of them."""
         images, places = step.wait()
         indices = step.indices[places]
         chosen = torch.from_numpy(indices)
@@ -147,7 +147,7 @@ class TrainLoader:
         return Batch(images, targets, indices, weights=weights, mix=mix)
 
     def from_memory(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Assembled]:
-        """Augment stored pictures, crop included."""
+        """Augment stored images, crop included."""
         stored, side = self.reader.stored, self.reader.preprocess.image_size
         assert stored is not None
         boxes, count, size = None, len(indices), stored.shape[2:]
@@ -226,12 +226,12 @@ class TrainLoader:
         return torch.empty(shape, device=self.device)
 
     def chunk_size(self, wanted: int) -> int:
-        """Return how many pictures a thread works on at once: as many as wanted, if the caches hold them."""
+        """Return how many images a thread works on at once: as many as wanted, if the caches hold them."""
         preprocess = self.reader.preprocess
         return max(1, min(wanted, _CACHE_BYTES // (4 * preprocess.channels * preprocess.image_size**2)))
 
     def augment(self, pixels: Tensor, draws: dict[str, np.ndarray], boxes: np.ndarray | None, out: Tensor) -> None:
-        """Augment and normalise pictures [B, C, H, W] on their device, into `out`.
+        """Augment and normalise images [B, C, H, W] on their device, into `out`.
 
         Args:
             boxes: crops that are yet to be taken.
@@ -242,7 +242,7 @@ class TrainLoader:
 
 
 def take(draws: dict[str, np.ndarray], places: np.ndarray | slice) -> dict[str, np.ndarray]:
-    """Return the random numbers of some of a batch's pictures."""
+    """Return the random numbers of some of a batch's images."""
     return {name: values[places] for name, values in draws.items()}
 
 

@@ -1,4 +1,4 @@
-"""Cross-validation: every picture is in one fold's validation part, whole groups together, classes spread evenly."""
+"""Cross-validation: every image is in one fold's validation split, whole groups together, classes spread evenly."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from vitrail.data.problems import Problem
 
 
 def fold_numbers(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Return the fold of every picture of `pool`; -1 where it is judged in none, and always trained on.
+    """Return the fold of every image of `pool`; -1 where it is evaluated in none, and always trained on.
 
-    Groups of several pictures come first, the largest before the others, each into the fold that has the least of its
-    classes; single pictures then level the classes. Without such groups, folds differ by at most one picture, in
-    all and of each class. A group that holds all of a class is judged in no fold, since that fold could not learn the class.
+    Groups of several images come first, the largest before the others, each into the fold that has the least of its
+    classes; single images then level the classes. Without such groups, folds differ by at most one image, in
+    all and of each class. A group that holds all of a class is evaluated in no fold, since that fold could not learn the class.
     """
     random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, 1]))
     order = random.permutation(len(pool))
@@ -52,8 +52,8 @@ def fold_numbers(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fold
 
 
 def levelled(filled: np.ndarray, label: int, count: int) -> np.ndarray:
-    """Return how many of `count` single pictures of a class each fold gets, so that all have as many or nearly."""
-    places = filled[:, label, None] + np.arange(count)  # the level that each further picture would bring a fold to
+    """Return how many of `count` single images of a class each fold gets, so that all have as many or nearly."""
+    places = filled[:, label, None] + np.arange(count)  # the level that each further image would bring a fold to
     fold, _ = np.indices(places.shape)
     totals = np.broadcast_to(filled.sum(axis=1)[:, None], places.shape)
     lowest = np.lexsort((fold.ravel(), totals.ravel(), places.ravel()))[:count]
@@ -61,10 +61,10 @@ def levelled(filled: np.ndarray, label: int, count: int) -> np.ndarray:
 
 
 def ordered_by_group(order: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pictures of `order` group after group, groups in the order met, and where each begins, and the end.
+    """Return the images of `order` group after group, groups in the order met, and where each begins, and the end.
 
     Args:
-        groups: the group of every picture that `order` may name.
+        groups: the group of every image that `order` may name.
     """
     _, first, number = np.unique(groups[order], return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
@@ -74,10 +74,10 @@ def ordered_by_group(order: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray,
 
 
 def fold_problems(labels: tuple[str, ...], targets: np.ndarray, numbers: np.ndarray, folds: int) -> list[Problem]:
-    """Name the classes that not every fold can judge.
+    """Name the classes that not every fold can evaluate.
 
     Args:
-        targets: the class of every picture that is divided.
+        targets: the class of every image that is divided.
         numbers: its fold.
     """
     sizes = np.bincount(targets, minlength=len(labels))
@@ -85,14 +85,14 @@ def fold_problems(labels: tuple[str, ...], targets: np.ndarray, numbers: np.ndar
     problems = []
     if few:
         text = (
-            f"{len(few)} classes have fewer pictures than there are folds ({folds}), so that some folds judge none of them: "
+            f"{len(few)} classes have fewer images than there are folds ({folds}), so that some folds evaluate none of them: "
             f"{', '.join(few[:10])}"
         )
         problems.append(Problem("warning", "small-class", few, text))
     alone = tuple(labels[label] for label in np.unique(targets[numbers < 0]))
     if alone:
         text = (
-            f"{int((numbers < 0).sum())} pictures are judged in no fold, since they are all or nearly all of a class, in one "
+            f"{int((numbers < 0).sum())} images are evaluated in no fold, since they are all or nearly all of a class, in one "
             f"group: of {', '.join(alone[:10])}"
         )
         problems.append(Problem("warning", "small-class", alone, text))

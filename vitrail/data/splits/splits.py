@@ -1,4 +1,4 @@
-"""Which picture is in which part, decided once and recorded."""
+"""Which image is in which part, decided once and recorded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Splits:
     """The division of a source.
 
     Attributes:
-        parts: part name → indices of its pictures, ascending. `test` never chooses a model.
+        parts: part name → indices of its images, ascending. `test` never chooses a model.
         fingerprint: hash of which file, with which label, is in which part.
         rule: how the division came about, for people.
         problems: what was found wrong while dividing.
@@ -38,24 +38,27 @@ class Splits:
 def split_dataset(dataset: Dataset, config: DataConfig, good: np.ndarray, groups: np.ndarray) -> Splits:
     """Divide a source: its own parts where it has them, else a stratified split.
 
-    Pictures of one group (duplicates, or what the source calls a group) stay on one side. Pictures that are not `good` are in no part.
+    Images of one group (duplicates, or what the source calls a group) stay on one side. Images that are not `good` are in no part.
 
-    With `data.folds`, one fold of what is not the test part becomes the validation part.
+    With `data.folds`, one fold of what is not the test split becomes the validation split.
 
     Raises:
-        ValueError: there are to be folds, but the source has a validation part of its own.
+        ValueError: there are to be folds, but the source has a validation split of its own.
     """
     usable = np.flatnonzero(good)
     mark = "/" if dataset.split_origin == SPLIT_BY_FOLDERS else ""
     if dataset.split is None:
-        pool, parts, rule = usable, {}, "a stratified split of all pictures"
+        pool, parts, rule = usable, {}, "a stratified split of all images"
     else:
         parts = {name: usable[dataset.split[usable] == name] for name in dict.fromkeys(dataset.split.tolist())}
-        pool, rule = parts.get("train", usable[:0]), f"{dataset.split_origin} " + ", ".join(name + mark for name in parts)
+        pool, rule = (
+            parts.get("train", usable[:0]),
+            f"{dataset.split_origin} " + ", ".join(name + mark for name in parts),
+        )
     if config.folds and "val" in parts:
         raise ValueError(
-            f"{dataset.name}: data.folds {config.folds} makes validation parts of the training pictures, but {dataset.split_origin} "
-            f"name one already (val{mark}); move its pictures into train{mark}, or leave data.folds out"
+            f"{dataset.name}: data.folds {config.folds} makes validation splits of the training images, but {dataset.split_origin} "
+            f"name one already (val{mark}); move its images into train{mark}, or leave data.folds out"
         )
     wanted = {
         "test": 0.0 if "test" in parts else config.test_fraction,
@@ -83,28 +86,28 @@ def split_dataset(dataset: Dataset, config: DataConfig, good: np.ndarray, groups
 
 
 def refuse_empty(dataset: Dataset, numbers: np.ndarray, groups: np.ndarray, folds: int) -> None:
-    """Raise a ValueError when a fold would have nothing to judge, before any of them is trained."""
+    """Raise a ValueError when a fold would have nothing to evaluate, before any of them is trained."""
     empty = folds - len(np.unique(numbers[numbers >= 0]))
     if empty:
-        what = f"{len(numbers):,} pictures in {len(np.unique(groups)):,} groups (a picture alone is one)"
+        what = f"{len(numbers):,} images in {len(np.unique(groups)):,} groups (an image alone is one)"
         raise ValueError(
-            f"data.folds is {folds}, but {empty} of them would have no picture: {dataset.name} has {what}; lower data.folds"
+            f"data.folds is {folds}, but {empty} of them would have no image: {dataset.name} has {what}; lower data.folds"
         )
 
 
 def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Take about `fraction` of every class from `pool`, whole groups at a time; at least one picture of each class
-    that has two or more, and never a class's only picture."""
+    """Take about `fraction` of every class from `pool`, whole groups at a time; at least one image of each class
+    that has two or more, and never a class's only image."""
     if fraction == 0.0:
         return pool[:0]
     random = np.random.Generator(np.random.Philox(key=seed))
     order = random.permutation(pool)
-    # A group that spans classes (the same picture under two labels) is taken or left with the class it is met in first.
+    # A group that spans classes (the same image under two labels) is taken or left with the class it is met in first.
     members, starts = ordered_by_group(order, groups)
     sizes = np.bincount(targets[pool])
     quota = np.where(sizes > 1, np.clip(np.round(sizes * fraction), 1, np.maximum(sizes - 1, 1)), 0).astype(int)
     taken = np.zeros(len(starts) - 1, dtype=bool)
-    filled, limits = [0] * len(quota), quota.tolist()  # Python's own numbers: a million steps, most of one picture
+    filled, limits = [0] * len(quota), quota.tolist()  # Python's own numbers: a million steps, most of one image
     classes, bounds = targets[members].tolist(), starts.tolist()
     for group, (start, stop) in enumerate(pairwise(bounds)):
         own = classes[start:stop]
@@ -119,12 +122,12 @@ def stratified(pool: np.ndarray, targets: np.ndarray, groups: np.ndarray, fracti
 def add_large_groups(
     taken: np.ndarray, filled: np.ndarray, quota: np.ndarray, sizes: np.ndarray, classes: np.ndarray, starts: np.ndarray
 ) -> None:
-    """Take groups of several pictures that do not fit into what their classes should give, where that is better.
+    """Take groups of several images that do not fit into what their classes should give, where that is better.
 
     Args:
         taken: which groups are taken; changed in place.
-        filled, quota, sizes: of each class, how many pictures are taken, should be, and there are.
-        classes: the class of every picture, group after group.
+        filled, quota, sizes: of each class, how many images are taken, should be, and there are.
+        classes: the class of every image, group after group.
         starts: where each group begins, and the end.
     """
     several = np.flatnonzero(np.diff(starts) > 1)
@@ -141,7 +144,7 @@ def add_large_groups(
     # Where large groups leave a gap that none fits into, one that overshoots may still bring the sizes nearer.
     for group in several[~taken[several]].tolist():
         take(group, if_nearer=True)
-    # A class whose groups are all larger than its share gives its smallest, if that leaves it a picture.
+    # A class whose groups are all larger than its share gives its smallest, if that leaves it an image.
     for label in np.flatnonzero((quota > 0) & (filled == 0)):
         if not filled[label]:
             own = [group for group, each in counts.items() if label in each]
@@ -166,13 +169,13 @@ def fingerprint(dataset: Dataset, parts: dict[str, np.ndarray]) -> str:
 
 
 def check_trainable(dataset: Dataset, splits: Splits, *, evaluated: str = "val") -> list[Problem]:
-    """Return what training should say of the parts; what makes training or its judgement impossible raises.
+    """Return what training should say of the parts; what makes training or its evaluation impossible raises.
 
     Args:
-        judged: the part that the judgement cannot do without.
+        evaluated: the part that the evaluation cannot do without.
 
     Raises:
-        ValueError: fewer than two classes, or no pictures to train on or to judge by.
+        ValueError: fewer than two classes, or no images to train on or to evaluate by.
     """
     train = splits.indices.get("train", np.zeros(0, dtype=np.int64))
     if len(dataset.labels) == 1:
@@ -180,17 +183,17 @@ def check_trainable(dataset: Dataset, splits: Splits, *, evaluated: str = "val")
     counts = np.bincount(dataset.targets[train], minlength=len(dataset.labels))
     if not len(train) or (counts == 0).any():
         empty = [dataset.labels[i] for i in np.flatnonzero(counts == 0)]
-        raise ValueError(f"{dataset.name}: no pictures to train on for {len(empty)} classes: {', '.join(empty[:10])}")
+        raise ValueError(f"{dataset.name}: no images to train on for {len(empty)} classes: {', '.join(empty[:10])}")
     if evaluated not in splits.indices:
-        why = "add val/ folders, more pictures (at least two a class), or raise --data.val_fraction"
+        why = "add val/ folders, more images (at least two a class), or raise --data.val_fraction"
         if dataset.groups is not None:
             why += "; groups are never divided, and one that holds a whole class must be trained on"
-        raise ValueError(f"{dataset.name}: no pictures for validation ({len(train)} for training); {why}")
+        raise ValueError(f"{dataset.name}: no images for validation ({len(train)} for training); {why}")
     return [*splits.problems, *class_problems(dataset, splits)]
 
 
 def class_problems(dataset: Dataset, splits: Splits) -> list[Problem]:
-    """Describe classes that a part lacks, that have few pictures, or that are very uneven."""
+    """Describe classes that a part lacks, that have few images, or that are very uneven."""
     counts = np.bincount(
         dataset.targets[splits.indices.get("train", np.zeros(0, dtype=np.int64))], minlength=len(dataset.labels)
     )
@@ -200,14 +203,14 @@ def class_problems(dataset: Dataset, splits: Splits) -> list[Problem]:
             present = np.bincount(dataset.targets[splits.indices[part]], minlength=len(dataset.labels))
             gone = tuple(dataset.labels[i] for i in np.flatnonzero(present == 0))
             if gone:
-                text = f"{part} has no picture of {len(gone)} classes: {', '.join(gone[:10])}"
+                text = f"{part} has no image of {len(gone)} classes: {', '.join(gone[:10])}"
                 problems.append(Problem("warning", "missing-class", gone, text))
     small = tuple(dataset.labels[i] for i in np.flatnonzero((counts > 0) & (counts < 10)))
     if small:
-        text = f"{len(small)} classes have fewer than 10 training pictures: {', '.join(small[:10])}"
+        text = f"{len(small)} classes have fewer than 10 training images: {', '.join(small[:10])}"
         problems.append(Problem("warning", "small-class", small, text))
     if counts.max() >= UNEVEN * max(counts.min(), 1):
-        text = f"classes are uneven: {counts.min()} to {counts.max()} training pictures"
+        text = f"classes are uneven: {counts.min()} to {counts.max()} training images"
         problems.append(Problem("warning", "imbalance", (), text))
     return problems
 
@@ -220,13 +223,13 @@ def save_splits(dataset: Dataset, splits: Splits, path: Path) -> None:
 
 
 def load_splits(dataset: Dataset, path: Path, good: np.ndarray | None = None) -> Splits:
-    """Read a division back and find its pictures in the source.
+    """Read a division back and find its images in the source.
 
     Args:
-        good: [N] whether each picture can be used, where that is known.
+        good: [N] whether each image can be used, where that is known.
 
     Raises:
-        ValueError: a recorded picture is gone from the source, is broken, or has another label now.
+        ValueError: a recorded image is gone from the source, is broken, or has another label now.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     parts = {}
@@ -235,15 +238,15 @@ def load_splits(dataset: Dataset, path: Path, good: np.ndarray | None = None) ->
         gone = np.flatnonzero(parts[part] < 0)
         if len(gone):
             raise ValueError(
-                f"{dataset.name}: {len(gone)} pictures of the recorded {part} part are gone, for instance "
+                f"{dataset.name}: {len(gone)} images of the recorded {part} part are gone, for instance "
                 f"{names[gone[0]]} (recorded in {path}); restore them, or train anew"
             )
         broken = parts[part][~good[parts[part]]] if good is not None else parts[part][:0]
         if len(broken):
             raise ValueError(
-                f"{dataset.name}: {len(broken)} pictures of the recorded {part} part are broken now, for instance "
+                f"{dataset.name}: {len(broken)} images of the recorded {part} part are broken now, for instance "
                 f"{dataset.paths[broken[0]]} (recorded in {path}); restore them, or train anew"
             )
     if fingerprint(dataset, parts) != content["fingerprint"]:
-        raise ValueError(f"{dataset.name}: the labels of pictures have changed since {path} was written; train anew")
+        raise ValueError(f"{dataset.name}: the labels of images have changed since {path} was written; train anew")
     return Splits(parts, content["fingerprint"], content["rule"])

@@ -62,14 +62,14 @@ def read_hf_folder(folder: Path, described: Mapping[str, Any], origin: str = "")
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    labels, picture_fields = split_described(described, f"{folder}: its config.json says its architecture")
+    labels, image_fields = split_described(described, f"{folder}: its config.json says its architecture")
     try:
-        return _read(folder, labels, picture_fields, origin or str(folder))
+        return _read(folder, labels, image_fields, origin or str(folder))
     except ValueError as error:
         raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
 
 
-def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[str, Any], origin: str) -> ImportedModel:
+def _read(folder: Path, labels: tuple[str, ...] | None, image_fields: Mapping[str, Any], origin: str) -> ImportedModel:
     raw = read_json(folder / "config.json")
     if "model_type" not in raw and "pretrained_cfg" in raw:
         name = f"hf-hub:{origin.removeprefix('hf:')}" if origin.startswith("hf:") else folder
@@ -89,7 +89,7 @@ def _read(folder: Path, labels: tuple[str, ...] | None, picture_fields: Mapping[
     num_classes, pair = _classifier(raw, tensors)
     built = architecture(model_type, settings, num_classes, pair=pair)
     weights, unexpected = matched(tensors, family, built, absent_biases(settings))
-    preprocess, more = _preprocess(folder, family, built, picture_fields)
+    preprocess, more = _preprocess(folder, family, built, image_fields)
     built, weights, resized = at_size(built, weights, preprocess.image_size, antialias=family.antialias)
     own = raw["vitrail"] if isinstance(raw.get("vitrail"), dict) else {}
     header = ModelHeader(
@@ -144,7 +144,7 @@ def matched(
 def at_size(
     config: ViTConfig, weights: dict[str, Tensor], image_size: int, *, antialias: bool
 ) -> tuple[ViTConfig, dict[str, Tensor], tuple[str, ...]]:
-    """Return architecture and weights for pictures of another size, resized as transformers does at run time.
+    """Return architecture and weights for images of another size, resized as transformers does at run time.
 
     Raises:
         ValueError: the size is no multiple of the patch.
@@ -247,7 +247,7 @@ def _preprocess(
     if not path.exists():
         if not described:
             raise ValueError(
-                f"{path}: no such file, so it is unknown how pictures become its input, and guessing costs accuracy silently; "
+                f"{path}: no such file, so it is unknown how images become its input, and guessing costs accuracy silently; "
                 f"add the file, or make a model file that says it: vitrail export {folder} --to vitrail --describe mean=0.5 std=0.5 "
                 "resize=squash interpolation=bilinear"
             )
@@ -271,7 +271,7 @@ def _told(raw: Mapping[str, Any], labels: tuple[str, ...]) -> list[str]:
         notes.append(f"of its training, not taken over: {', '.join(dropped)}")
     if raw.get("problem_type") == "multi_label_classification":
         notes.append(
-            "trained for several labels per picture (sigmoid); probabilities here are those of one label (softmax)"
+            "trained for several labels per image (sigmoid); probabilities here are those of one label (softmax)"
         )
     twice = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
     if twice:

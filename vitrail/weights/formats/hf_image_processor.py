@@ -64,9 +64,9 @@ def from_processor(settings: Mapping[str, Any], default: str, channels: int) -> 
         if step.startswith("do_") and step not in _KNOWN and own[step]:
             raise ValueError(f"{step} is {own[step]!r}, a step that is unknown here")
     if own["do_pad"]:
-        raise ValueError("do_pad is true; pictures are resized and cropped here, never padded")
+        raise ValueError("do_pad is true; images are resized and cropped here, never padded")
     if not own["do_resize"]:
-        raise ValueError("do_resize is false, so that pictures must come in the model's size; set it, or describe one")
+        raise ValueError("do_resize is false, so that images must come in the model's size; set it, or describe one")
     size, resize, fraction = _sides(own)
     mean, std = _levels(own, channels)
     filters = {number: name for name, number in RESAMPLE.items()}
@@ -94,7 +94,7 @@ def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
     """
     if preprocess.resize == "aspect":
         raise ValueError(
-            "preprocessing 'aspect' keeps whole pictures in their own aspect ratio, which no image processor of transformers "
+            "preprocessing 'aspect' keeps whole images in their own aspect ratio, which no image processor of transformers "
             "does; train with, or choose, preprocess.resize crop or squash"
         )
     size, short = preprocess.image_size, int(preprocess.image_size / preprocess.crop_fraction)
@@ -117,12 +117,12 @@ def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
         "do_normalize": True,
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
-        "do_convert_rgb": preprocess.channels == 3,  # BitImageProcessor makes grey pictures colour where this is unsaid
+        "do_convert_rgb": preprocess.channels == 3,  # BitImageProcessor makes grey images colour where this is unsaid
     }
     notes = []
     if preprocess.channels == 1:
         notes.append(
-            'its pictures are grey, and image processors of transformers make none so: open them as mode L, image.convert("L")'
+            'its images are grey, and image processors of transformers make none so: open them as mode L, image.convert("L")'
         )
     if preprocess.resampler == "pillow":
         notes.append(
@@ -131,7 +131,7 @@ def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
         )
     if preprocess.crop_offset != "down" and (preprocess.resize == "crop" or (short - size) % 2):
         notes.append(
-            "transformers begins a centre crop half a pixel earlier where it cannot lie in the middle: pictures of which an "
+            "transformers begins a centre crop half a pixel earlier where it cannot lie in the middle: images of which an "
             "odd number of pixels is cut off are seen one pixel beside, and answers can change; train with "
             "--preprocess.crop_offset down for the very same crop"
         )
@@ -146,14 +146,14 @@ def _sides(own: Mapping[str, Any]) -> tuple[int, str, float]:
     if not own["do_center_crop"]:
         if "shortest_edge" in size:
             raise ValueError(
-                "shortest_edge without a centre crop gives pictures of every aspect ratio; this reads squares, so set "
+                "shortest_edge without a centre crop gives images of every aspect ratio; this reads squares, so set "
                 "do_center_crop and crop_size, or a size of height and width"
             )
         return _side(size, "size"), "squash", 1.0
     side = _side(_size(own, "crop_size", square=True), "crop_size")
     short = size["shortest_edge"] if "shortest_edge" in size else _side(size, "size")
     if short < side:
-        raise ValueError(f"crop_size {side} is larger than size {short}, so that pictures would get a black border")
+        raise ValueError(f"crop_size {side} is larger than size {short}, so that images would get a black border")
     return side, "crop" if "shortest_edge" in size else "squash_crop", crop_fraction_of(side, short)
 
 

@@ -50,7 +50,7 @@ def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -
         ValueError: transformers has no model or image processor that does the same; the message says why.
     """
     made = as_hf_model(header.architecture, weights)
-    processor, picture_notes = to_processor(header.preprocess)
+    processor, image_notes = to_processor(header.preprocess)
     family = FAMILIES[made.model_type]
     tensors = _tensors(made, family)
     dtype = str(next(iter(tensors.values())).dtype)
@@ -69,7 +69,7 @@ def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     save_tensors(folder / "model.safetensors", tensors, {})
-    notes = [f"written as {settings['architectures'][0]} ({made.model_type})", *made.notes, *picture_notes]
+    notes = [f"written as {settings['architectures'][0]} ({made.model_type})", *made.notes, *image_notes]
     twice = sorted({label for label in header.labels if header.labels.count(label) > 1})
     if twice:
         notes.append(

@@ -1,4 +1,4 @@
-"""Google's `.npz` files: the model of an array tree, its architecture, and the preprocessing it was judged with."""
+"""Google's `.npz` files: the model of an array tree, its architecture, and the preprocessing it was evaluated with."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_jax(name: str, tensors: Mapping[str, Tensor], said: UserSpec) -> Import
     fields = {"mlp": "gelu", **facts, **said.model}
     if "image_size" not in fields:
         raise ValueError(
-            f"{name}: its positions are computed (sincos2d) and not in the file; make a model file that says the picture size "
+            f"{name}: its positions are computed (sincos2d) and not in the file; make a model file that says the image size "
             f"it was trained with: vitrail export {name} --to vitrail --describe image_size=224"
         )
     config = ViTConfig(**fields)
@@ -94,7 +94,7 @@ def to_google(weights: Mapping[str, Tensor], config: ViTConfig, *, big_vision: b
 
 
 def read_tree(name: str, tensors: Mapping[str, Tensor]) -> Tree:
-    """Return the part of a file that is the picture's model, without its place in the file.
+    """Return the part of a file that is the image's model, without its place in the file.
 
     Raises:
         ValueError: there is no ViT in it.
@@ -197,7 +197,7 @@ def _pooling(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _published(is_old: bool, tree: Tree, config: ViTConfig) -> tuple[dict[str, Any], list[str]]:
-    """Return the preprocessing with which such weights were judged, and a note.
+    """Return the preprocessing with which such weights were evaluated, and a note.
 
     Source: vision_transformer, vit_jax/input_pipeline.py (resize to a square); big_vision, configs/vit_s16_i1k.py
     (`resize_small(256)|central_crop(224)`) and proj/image_text for two towers (`resize(256)`); all in -1 to 1.

@@ -23,9 +23,9 @@ from vitrail.weights.key_mapping import Rule, to_ours
 from vitrail.weights.naming import has
 from vitrail.weights.user_spec import sort_described
 
-# Shortest side to 256, the middle 224: DeiT, DINO, DINOv2 and MAE judge so; torchvision too, but bilinear.
+# Shortest side to 256, the middle 224: DeiT, DINO, DINOv2 and MAE evaluate so; torchvision too, but bilinear.
 CROP_256 = {**IMAGENET, "resize": "crop", "crop_fraction": crop_fraction_of(224, 256), "interpolation": "bicubic"}
-# Code of one's own resizes to the model's square; pictures that are of its size already stay as they are.
+# Code of one's own resizes to the model's square; images that are of its size already stay as they are.
 WHOLE = {"resize": "squash", "interpolation": "bilinear"}
 
 

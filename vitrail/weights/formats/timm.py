@@ -181,7 +181,7 @@ def timm_preprocess(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tup
     if mode not in ("center", "squash"):
         problems.append(f"crop_mode {mode!r} is neither 'center' nor 'squash'")
     if share > 1:
-        problems.append(f"crop_pct {share} pads pictures")
+        problems.append(f"crop_pct {share} pads images")
     if problems:
         raise ValueError(f"{word}: its preprocessing cannot be expressed: {'; '.join(problems)}")
     preprocess = Preprocess(

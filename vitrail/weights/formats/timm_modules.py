@@ -23,7 +23,7 @@ class Described(NamedTuple):
     """A timm model as one of ours.
 
     Attributes:
-        any_size: it takes pictures of other sizes than its own.
+        any_size: it takes images of other sizes than its own.
     """
 
     config: ViTConfig
@@ -68,7 +68,7 @@ def describe(model: Any, word: str) -> Described:
 
 
 def _stem(model: Any, problems: list[str]) -> dict[str, Any]:
-    """Return the encoder, its stride and the picture's size."""
+    """Return the encoder, its stride and the image's size."""
     embed: Any = model.patch_embed
     fields = {"embed_dim": model.embed_dim, "in_channels": getattr(model, "in_chans", 3)}
     height, width = embed.img_size
@@ -77,9 +77,9 @@ def _stem(model: Any, problems: list[str]) -> dict[str, Any]:
     stride = int(ratio[0])
     fields |= {"image_size": height, "patch_size": stride}
     if height != width or ratio[0] != ratio[1]:
-        problems.append(f"pictures of {height}×{width} in patches of {ratio[0]}×{ratio[1]} are not square")
+        problems.append(f"images of {height}×{width} in patches of {ratio[0]}×{ratio[1]} are not square")
     elif height % stride:
-        problems.append(f"pictures of {height} px are no multiple of its patches of {stride}, and timm drops the rest")
+        problems.append(f"images of {height} px are no multiple of its patches of {stride}, and timm drops the rest")
     if is_hybrid:
         return fields | {"encoder": _cnn(embed, stride, problems)}
     if type(embed) is not PatchEmbed or not isinstance(getattr(embed, "norm", None), nn.Identity):

@@ -130,7 +130,7 @@ def timm_arguments(config: ViTConfig) -> tuple[str, dict[str, Any]]:
 
 
 def pretrained_cfg(preprocess: Preprocess, config: ViTConfig) -> dict[str, Any]:
-    """Return what timm keeps of a model's pictures."""
+    """Return what timm keeps of a model's images."""
     return {
         "input_size": [preprocess.channels, preprocess.image_size, preprocess.image_size],
         "fixed_input_size": preprocess.image_size == config.image_size,

@@ -29,7 +29,7 @@ _INTERPOLATIONS = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BIC
 def open_torchvision(rest: str, described: Mapping[str, Any] | None = None) -> ImportedModel:
     """Read what stands behind `torchvision:`: NAME, NAME.WEIGHTS, or either with =FILE.
 
-    The picture size, preprocessing and labels are those of the weights, by default the ones torchvision calls so.
+    The image size, preprocessing and labels are those of the weights, by default the ones torchvision calls so.
 
     Raises:
         ValueError: torchvision has no such model or weights, they cannot be had, or they do not fit.

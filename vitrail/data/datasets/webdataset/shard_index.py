@@ -1,4 +1,4 @@
-"""What one shard holds: the place of each picture in the tar, and all that is said of it; kept in the cache folder.
+"""What one shard holds: the place of each image in the tar, and all that is said of it; kept in the cache folder.
 
 A sample is the files that follow each other and share a key, which is the path up to the first dot of the file's name
 (WebDataset's convention): `a/7.jpg`, `a/7.cls`, `a/7.json`.
@@ -59,16 +59,16 @@ class ClassMarks(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The pictures of a shard.
+    """The images of a shard.
 
     Attributes:
         paths: their names in the tar.
         starts, sizes: first byte and length of each.
         said: what is said of classes, each different thing once.
-        codes: for each picture its number in `said`.
-        parts: for each picture its number in `PARTS`, -1 where its .json has no split.
-        groups: for each picture its number in `group_names`, -1 for none.
-        weights: what each picture counts in the loss, NaN where its .json has no weight.
+        codes: for each image its number in `said`.
+        parts: for each image its number in `PARTS`, -1 where its .json has no split.
+        groups: for each image its number in `group_names`, -1 for none.
+        weights: what each image counts in the loss, NaN where its .json has no weight.
         unread: what is in the tar and is not read.
     """
 
@@ -117,10 +117,8 @@ class _Sample:
 
     key: str
     first: str
-    pictures: list[Member] = field(default_factory=list)
-    others: list[Member] = field(
-        default_factory=list
-    )  # pictures such as x.mask.png, which count where there is no x.png
+    images: list[Member] = field(default_factory=list)
+    others: list[Member] = field(default_factory=list)  # images such as x.mask.png, which count where there is no x.png
     cls: str = ""
     json: dict[str, Any] = field(default_factory=dict)
     endings: set[str] = field(default_factory=set)
@@ -190,7 +188,7 @@ class _IndexBuilder:
             raise self.fault(member.name, "is there twice; keep one of them")
         sample.endings.add(ending)
         if ending in ENDINGS:
-            sample.pictures.append(member)
+            sample.images.append(member)
         elif ending.rpartition(".")[2] in ENDINGS:
             sample.others.append(member)
         elif ending == "cls":
@@ -220,21 +218,21 @@ class _IndexBuilder:
         """Keep a sample whose files have all been met."""
         if sample is None:
             return
-        pictures = sample.pictures or sample.others
-        for other in sample.others if sample.pictures else ():
+        images = sample.images or sample.others
+        for other in sample.others if sample.images else ():
             self.note("." + os.path.basename(other.name).partition(".")[2])
-        if not pictures:
+        if not images:
             raise self.fault(
                 sample.first,
-                f"the sample {sample.key!r} has no picture, but {', '.join(f'.{each}' for each in sorted(sample.endings))}",
+                f"the sample {sample.key!r} has no image, but {', '.join(f'.{each}' for each in sorted(sample.endings))}",
             )
-        if len(pictures) > 1:
+        if len(images) > 1:
             raise self.fault(
                 sample.first,
-                f"the sample {sample.key!r} has {len(pictures)} pictures ({', '.join(each.name for each in pictures)}); a "
-                "name counts up to its first dot, so give each picture a name of its own before it",
+                f"the sample {sample.key!r} has {len(images)} images ({', '.join(each.name for each in images)}); a "
+                "name counts up to its first dot, so give each image a name of its own before it",
             )
-        name, start, size = pictures[0]
+        name, start, size = images[0]
         said = self.class_of(sample, name)
         self.keys.append(sample.key)
         self.paths.append(name)

@@ -18,7 +18,7 @@ BY_JSON, BY_NAME, BY_FOLDER = "the split in .json:", "the names of the shards:",
 
 
 class ClassNames(NamedTuple):
-    """What is written beside the shards: class names in class order, and why pictures must not be mirrored."""
+    """What is written beside the shards: class names in class order, and why images must not be mirrored."""
 
     names: tuple[str, ...]
     flip_reason: str
@@ -44,13 +44,13 @@ class _Together:
         return np.concatenate([np.asarray(getattr(index, name)) for index in self.indexes])
 
     def fault(self, index: int, text: str) -> ValueError:
-        """Return an error about a picture."""
+        """Return an error about an image."""
         number = int(np.searchsorted(self.firsts, index, side="right")) - 1
         inside = self.indexes[number].paths[index - int(self.firsts[number])]
         return ValueError(f"{self.shards[number].word}: {inside}: {text}")
 
     def first(self, code: int) -> int:
-        """Return the first picture of which something is said."""
+        """Return the first image of which something is said."""
         return int(np.argmax(self.codes == code))
 
 
@@ -111,10 +111,10 @@ def join_shards(
 
 
 def weights_of(whole: _Together) -> np.ndarray | None:
-    """Return what each picture counts in the loss, None where nothing is said of it.
+    """Return what each image counts in the loss, None where nothing is said of it.
 
     Raises:
-        ValueError: it is said of some pictures only.
+        ValueError: it is said of some images only.
     """
     silent = np.isnan(whole.weights)
     if silent.all():
@@ -170,10 +170,10 @@ def number_name(cls: str, classes: tuple[str, ...] | None) -> str | None:
 
 
 def by_folder(folders: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
-    """Return parts and classes by the folders of pictures in their tars.
+    """Return parts and classes by the folders of images in their tars.
 
     As in folders on disk, the first level is the class, below train/ val/ test/ where all lie in such; folders above,
-    in which all pictures lie, do not count.
+    in which all images lie, do not count.
     """
     levels = [folder.split("/") for folder in folders]
     while (
@@ -186,11 +186,13 @@ def by_folder(folders: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     return None, [each[0] for each in levels]
 
 
-def splits_of_shards(whole: _Together, named: Sequence[int], folder_parts: np.ndarray | None) -> tuple[np.ndarray | None, str]:
-    """Return each picture's number in `PARTS`, None where there are no parts, and what tells them.
+def splits_of_shards(
+    whole: _Together, named: Sequence[int], folder_parts: np.ndarray | None
+) -> tuple[np.ndarray | None, str]:
+    """Return each image's number in `PARTS`, None where there are no parts, and what tells them.
 
     Raises:
-        ValueError: a shard's name and what is in it disagree, or only some pictures are of a part.
+        ValueError: a shard's name and what is in it disagree, or only some images are of a part.
     """
     inside = whole.parts if folder_parts is None else np.where(whole.parts < 0, folder_parts[whole.codes], whole.parts)
     outside = np.repeat(np.asarray(named, dtype=np.int8), whole.counts)
@@ -215,10 +217,10 @@ def splits_of_shards(whole: _Together, named: Sequence[int], folder_parts: np.nd
 def classes_of_shards(
     whole: _Together, names: Sequence[str], classes: tuple[str, ...] | None, split: np.ndarray | None
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return labels in class order, that of `classes` or of the sorted names, and the class of every picture.
+    """Return labels in class order, that of `classes` or of the sorted names, and the class of every image.
 
     Raises:
-        ValueError: a picture is of an unknown class, or of one that training does not have.
+        ValueError: an image is of an unknown class, or of one that training does not have.
     """
     train = split is not None and (split == 0).any()
     known = np.unique(whole.codes[split == 0] if train else whole.codes)
@@ -228,10 +230,10 @@ def classes_of_shards(
     foreign = np.flatnonzero(targets < 0)
     if len(foreign):
         first = int(foreign[0])
-        where = "classes.json does not have it" if classes else "no picture of train is of it"
+        where = "classes.json does not have it" if classes else "no image of train is of it"
         raise whole.fault(
             first,
-            f"{unknown('class', names[int(whole.codes[first])], labels[:50])}. In all, {len(foreign):,} pictures are of classes "
+            f"{unknown('class', names[int(whole.codes[first])], labels[:50])}. In all, {len(foreign):,} images are of classes "
             f"that are not known: {where}",
         )
     return labels, targets

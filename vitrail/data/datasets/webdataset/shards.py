@@ -1,7 +1,7 @@
-"""Tars of pictures as WebDataset writes them: a file, a range `train-{000..123}.tar`, a glob, here or at an address.
+"""Tars of images as WebDataset writes them: a file, a range `train-{000..123}.tar`, a glob, here or at an address.
 
-Training asks for any picture at any time (see `loader`), so shards are listed, not streamed: one walk over each tar's
-headers says where its pictures lie. Tars on this machine are read in place; others are fetched once to the cache folder.
+Training asks for any image at any time (see `loader`), so shards are listed, not streamed: one walk over each tar's
+headers says where its images lie. Tars on this machine are read in place; others are fetched once to the cache folder.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ def is_shards(word: str) -> bool:
     return word.lower().endswith((".tar", *COMPRESSED))
 
 
-def open_shards(
-    word: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"], bar: Bar = no_bar
-) -> TarDataset:
-    """List the pictures of shards.
+def open_shards(word: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"], bar: Bar = no_bar) -> TarDataset:
+    """List the images of shards.
 
     Raises:
         ValueError: a shard is missing, is no whole tar or cannot be fetched, or a sample in it cannot be used.
@@ -87,7 +85,7 @@ def gaps(words: Sequence[str]) -> list[Problem]:
     ]
     if not missing:
         return []
-    text = f"between the shards that are there, {shorten(missing)} are missing: are pictures lost?"
+    text = f"between the shards that are there, {shorten(missing)} are missing: are images lost?"
     return [Problem("warning", "name", tuple(missing), text)]
 
 
@@ -150,11 +148,11 @@ def refuse_others(words: list[str]) -> list[str]:
         path = (urlsplit(word).path if is_address(word) else word).lower()
         if path.endswith(COMPRESSED):
             raise ValueError(
-                f"{word}: is compressed, so that no picture can be read without all before it; unpack it once to .tar: "
-                "pictures are compressed already"
+                f"{word}: is compressed, so that no image can be read without all before it; unpack it once to .tar: "
+                "images are compressed already"
             )
         if not path.endswith(".tar"):
-            what = "of addresses, only tars of pictures are read" if is_address(word) else "is no tar"
+            what = "of addresses, only tars of images are read" if is_address(word) else "is no tar"
             raise ValueError(f"{word}: {what}; expected a name that ends in .tar, such as train-{{000..123}}.tar")
     return words
 
@@ -189,7 +187,9 @@ def fetched_shards(urls: Sequence[str], bar: Bar) -> list[TarShard]:
         state = os.stat(place)
         # By what its store says, not by the copy: fetched again, the same shard is the same.
         shards.append(
-            TarShard(each.url, stem, str(place), (state.st_size, state.st_mtime_ns), f"{each.url}\0{each.digest}".encode())
+            TarShard(
+                each.url, stem, str(place), (state.st_size, state.st_mtime_ns), f"{each.url}\0{each.digest}".encode()
+            )
         )
     return shards
 
@@ -210,7 +210,7 @@ def find_classes(words: Sequence[str]) -> ClassNames | None:
         found[None if copy is None else read_classes(copy, place)] = place
     if len(found) > 1:
         raise ValueError(
-            f"{' and '.join(found.values())}: are not the same; shards of one data set have the same classes"
+            f"{' and '.join(found.values())}: are not the same; shards of one dataset have the same classes"
         )
     return next(iter(found))
 

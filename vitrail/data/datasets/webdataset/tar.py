@@ -126,8 +126,8 @@ class TarReader:
         for start, program in COMPRESSED.items():
             if header.startswith(start):
                 raise ValueError(
-                    f"{self.place}: is compressed, so that no picture can be read without all before it; unpack it once "
-                    f"({program}): pictures are compressed already"
+                    f"{self.place}: is compressed, so that no image can be read without all before it; unpack it once "
+                    f"({program}): images are compressed already"
                 )
         raise ValueError(f"{self.place}: is no tar (no header of one at the beginning of its {self.size:,} bytes)")
 
