@@ -48,7 +48,7 @@ def main() -> None:
     )
     good = np.ones(rows, dtype=bool)
     step("stratified", lambda: stratified(np.arange(rows), targets, groups, 0.2, 0))
-    splits = step("make_splits", lambda: split_dataset(source, DataConfig(), good, groups))
+    splits = step("split_dataset", lambda: split_dataset(source, DataConfig(), good, groups))
     print(splits.fingerprint, {part: len(indices) for part, indices in splits.indices.items()})
     step("fingerprint", lambda: fingerprint(source, splits.indices))
     with tempfile.TemporaryDirectory() as folder:

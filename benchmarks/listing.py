@@ -22,7 +22,7 @@ FORMS = ["t.csv", "t.jsonl", "t.parquet", "pictures", "shards"]
 OPEN = """
 import gc, json, resource, sys, time
 import pyarrow.parquet
-from vitrail.data.sources import open_source
+from vitrail.data.sources import open_dataset
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -30,7 +30,7 @@ def resident():
 gc.collect()
 before = resident()
 start = time.perf_counter()
-source = open_source(sys.argv[1])
+source = open_dataset(sys.argv[1])
 seconds = time.perf_counter() - start
 gc.collect()
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

@@ -119,17 +119,17 @@ import sys, torch
 import torch.distributed as dist
 from vitrail.training import parallel
 from vitrail.training import loop
-from vitrail.console import Talk
+from vitrail.console import Console
 from vitrail.training.session import train
 from vitrail.weights.store import ModelHeader, load_model, save_model
 seen = {}
-original = loop.judge_and_keep
+original = loop.evaluate_and_save_best
 def spy(config, data, run, world, state, *rest):
     seen.update({name: each.clone() for name, each in state.model.named_buffers() if "running" in name})
     return original(config, data, run, world, state, *rest)
-loop.judge_and_keep = spy
+loop.evaluate_and_save_best = spy
 settings = {"model.depth": 1, "epochs": 1.0, "batch_size": 16, "model.drop_path": 0.0}
-train(sys.argv[1], out=sys.argv[2], model="nano8-resnet18", talk=Talk(quiet=True), **settings)
+train(sys.argv[1], out=sys.argv[2], model="nano8-resnet18", console=Console(quiet=True), **settings)
 assert len(seen) > 4
 all_seen = [None, None]
 dist.all_gather_object(all_seen, seen)

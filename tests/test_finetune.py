@@ -271,7 +271,7 @@ def test_auto_keeps_what_the_weights_bring(tuned):
     uneven = dataclasses.replace(FACTS, class_sizes=(20, 900))
     left, told = build_config("auto", uneven, {"pretrained": str(tuned)}, header)
     assert left.data.sampling == "natural"
-    assert [each.reason[:27] for each in told if each.setting == "data.sampling"] == ["classes have 20 to 900 pict"]
+    assert [each.reason[:27] for each in told if each.setting == "data.sampling"] == ["classes have 20 to 900 imag"]
     article, _ = build_config("article", FACTS, {"pretrained": str(tuned)}, header)
     assert (article.optim.lr, article.model.depth, article.preprocess.mean) == (3e-5, 2, (0.5, 0.5, 0.5))
 

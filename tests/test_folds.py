@@ -190,7 +190,7 @@ def test_resume_goes_on_with_what_is_unfinished(crossed, tmp_path, monkeypatch):
     begun = []
     real = folds_module.start
     monkeypatch.setattr(
-        folds_module, "begin", lambda place, *more, **words: begun.append(place.name) or real(place, *more, **words)
+        folds_module, "start", lambda place, *more, **words: begun.append(place.name) or real(place, *more, **words)
     )
     again = train(data, out=cut, console=QUIET, resume=True, **{"data.folds": 3})
     assert begun == ["fold-2"]

@@ -506,7 +506,9 @@ def test_what_is_evaluated_was_never_fitted(model, make_folder, tmp_path, cache,
         for label in ("flat", "steep", "slant"):
             shutil.copy(data / label / f"{number:03d}.png", data / label / f"copy{number:03d}.png")
     seen = {}
-    monkeypatch.setattr(module, "fit", lambda *given: seen.update(given=given) or ({"logistic": 0.0}, None, None))
+    monkeypatch.setattr(
+        module, "fit_classifiers", lambda *given: seen.update(given=given) or ({"logistic": 0.0}, None, None)
+    )
     found = probed(model, data)
     known, asked = seen["given"][0], seen["given"][2]
     assert (len(known), len(asked)) == (found["num_train"], found["num_images"]) == (96, 24)

@@ -267,7 +267,7 @@ def test_a_changed_shard_is_fetched_anew(shards, tmp_path):
 
 def test_two_processes_fetch_each_shard_once(shards, cache):
     program = (
-        "import sys; from vitrail.data.datasets.open import open_source; print(len(open_source(sys.argv[1]).paths))"
+        "import sys; from vitrail.data.datasets.open import open_dataset; print(len(open_dataset(sys.argv[1]).paths))"
     )
     server = Server(shards, ranges=True)
     with serving(server):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vitrail.config import DataConfig
 from vitrail.console import Console
-from vitrail.data.check.duplicates import THUMBNAIL, candidates, duplicate_pairs, hashes
+from vitrail.data.cache.scans import THUMBNAIL
+from vitrail.data.check.duplicates import candidates, duplicate_pairs, hashes
 from vitrail.data.check.scan import Scan, has_colour, scan_dataset
 from vitrail.data.datasets.base import Dataset
 from vitrail.data.datasets.open import open_dataset

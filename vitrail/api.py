@@ -289,7 +289,7 @@ def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> Non
     own = set() if checked.dataset.split is None else set(checked.dataset.split.tolist())
     for part in ("val", "test"):
         if part in own and f"data.{part}_fraction" in given:
-            raise ValueError(f"data.{part}_fraction has no effect: {checked.dataset.name} has its own {part} part")
+            raise ValueError(f"data.{part}_fraction has no effect: {checked.dataset.name} has its own {part} split")
 
 
 def run_to_end(config: RunConfig, data: TrainData, run: Run, world: World, console: Console, start: Start) -> Result:

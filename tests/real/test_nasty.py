@@ -38,7 +38,7 @@ def noted(row: dict[str, str], pattern: str, default: str) -> str:
 
 
 def expected(row: dict[str, str]) -> dict[str, object]:
-    """What `inspect_picture` must find; sizes in the list are as stored, ours are after turning."""
+    """What `inspect_image` must find; sizes in the list are as stored, ours are after turning."""
     facts: dict[str, object] = {"verdict": CORRECTED.get(row["file"], row["verdict"])}
     if not row["format"]:
         return facts

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 Advance = Callable[[int, int], None]
-Bar = Callable[[str], contextlib.AbstractContextManager[Advance]]  # such as `Talk.bar`
+Bar = Callable[[str], contextlib.AbstractContextManager[Advance]]  # such as `Console.bar`
 
 
 def no_bar(what: str) -> contextlib.AbstractContextManager[Advance]:

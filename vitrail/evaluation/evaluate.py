@@ -114,7 +114,7 @@ def warn_of_training_images(
     if classifier.header.split.get("source") != dataset.name:
         return
     if part in ("train", "all"):
-        console.warn(f"the model was trained on images of part {part!r}: this figure says how well it remembers them")
+        console.warn(f"the model was trained on images of split {part!r}: this figure says how well it remembers them")
     left = num_good - sum(len(indices) for indices in splits.indices.values())
     if left > 0 and part != "all":
         console.warn(

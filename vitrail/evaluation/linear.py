@@ -26,7 +26,7 @@ class Ridge:
 
     Attributes:
         penalty: the λ with the least leave-one-out error.
-        weight, bias: [r, classes] and [classes], on coordinates of a `Spectrum`.
+        weight, bias: [r, classes] and [classes], on coordinates of a `PrincipalAxes`.
         errors: leave-one-out squared error per image, for each penalty of the grid.
         top1: leave-one-out accuracy, for each penalty of the grid.
     """
@@ -67,7 +67,7 @@ class Logistic:
 
     Attributes:
         penalty: α, of the mean cross-entropy plus α/2 times the squared weights on standardised features.
-        weight, bias: [r, classes] and [classes], on coordinates of a `Spectrum`.
+        weight, bias: [r, classes] and [classes], on coordinates of a `PrincipalAxes`.
         steps: how often loss and gradient were computed.
         gradient: largest entry of the gradient that was left.
     """

@@ -77,7 +77,7 @@ def train_folds(
         evaluations.append(result.evaluation)
     found = {"source": source, **summarise_folds(evaluations)}
     for part, figures in found["parts"].items():
-        console.info(f"{part} part, mean ± standard deviation over {count} folds:")
+        console.info(f"{part} split, mean ± standard deviation over {count} folds:")
         for name, word in AVERAGED_METRICS.items():
             console.info(f"  {word:<28}{percent(name, figures['mean'][name], figures['deviation'][name])}")
     if world.is_main:

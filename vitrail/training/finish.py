@@ -48,7 +48,7 @@ def evaluate_best_weights(
     outputs = {}
     for part in ("val", "test"):
         if part in data.splits.indices:
-            with console.bar(f"evaluating the {part} part") as advance:
+            with console.bar(f"evaluating the {part} split") as advance:
                 outputs[part] = predict_logits(
                     model, data.reader, data.splits.indices[part], device=device, world=world, advance=advance
                 )

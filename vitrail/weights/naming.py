@@ -134,7 +134,7 @@ _NORMED_PATCH = (
     Rule("to_patch_embedding.3.{p}", "patch_embed.norm_out.{p}"),
 )
 _TOKENS = (Rule("cls_token", "cls_token"), Rule("pos_embedding", "pos_embed"))
-_ROW_TOKENS = tuple(rule._replace(form=ONE_ROW) for rule in _TOKENS)
+_ROW_TOKENS = tuple(rule._replace(layout=ONE_ROW) for rule in _TOKENS)
 _WRAPPED_BLOCKS = (
     Rule("transformer.layers.{i}.0.norm.{p}", "blocks.{i}.norm1.{p}"),
     Rule("transformer.layers.{i}.0.fn.to_qkv.{p}", "blocks.{i}.attn.qkv.{p}"),

@@ -34,7 +34,7 @@ class DecodedImageCache:
     """The kept images of a source; safe for threads and for processes of one machine.
 
     Attributes:
-        num_kept: how many images have a place, of those that were asked for.
+        num_stored: how many images have a place, of those that were asked for.
         num_bytes: what they take when all are there.
         full: why nothing more is written, or an empty string.
     """

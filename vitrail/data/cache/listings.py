@@ -13,7 +13,7 @@ import numpy as np
 
 from vitrail.files import cache_folder, replacing
 
-_FORM = 4  # of these files and of what is kept in them: another number makes all be made anew
+_FORM = 5  # of these files and of what is kept in them: another number makes all be made anew
 
 
 def read_listing(kind: str, identity: bytes) -> tuple[dict[str, np.ndarray], Any] | None:

@@ -60,7 +60,7 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
     Args:
         quick: read headers and bytes and decode nothing: images that end too early, equal images in different files
             and near duplicates are not found.
-        bar: gives a context with a function of the number done and the total, such as `Talk.bar`.
+        bar: gives a context with a function of the number done and the total, such as `Console.bar`.
     """
     started = time.perf_counter()
     form = "quick" if quick else "full"

@@ -27,7 +27,7 @@ def open_dataset(
     """List the images of a source.
 
     Args:
-        bar: shows how far a long listing is, as `Talk.bar` does.
+        bar: shows how far a long listing is, as `Console.bar` does.
 
     Raises:
         ValueError: it is no known kind of source, is empty, or its parts disagree on the classes.

@@ -323,7 +323,7 @@ def missing_classes(labels: tuple[str, ...], targets: np.ndarray, split: np.ndar
         here = targets[split == part]
         counts = np.bincount(here, minlength=len(labels))
         for label in np.flatnonzero(counts == 0) if len(here) else ():
-            text = f"class {labels[label]!r} has no images in part {part}"
+            text = f"class {labels[label]!r} has no images in split {part}"
             problems.append(Problem("warning", "missing-class", (labels[label],), text))
     return problems
 

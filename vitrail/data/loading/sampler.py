@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# Beside (seed, epoch), what a row of random numbers is for; the patch sizes of `TrainStream` have 1, natural order 0.
+# Beside (seed, epoch), what a row of random numbers is for; the patch sizes of `TrainLoader` have 1, natural order 0.
 _CLASSES, _MIXED = 2, 3
 
 

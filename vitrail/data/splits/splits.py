@@ -238,13 +238,13 @@ def load_splits(dataset: Dataset, path: Path, good: np.ndarray | None = None) ->
         gone = np.flatnonzero(parts[part] < 0)
         if len(gone):
             raise ValueError(
-                f"{dataset.name}: {len(gone)} images of the recorded {part} part are gone, for instance "
+                f"{dataset.name}: {len(gone)} images of the recorded {part} split are gone, for instance "
                 f"{names[gone[0]]} (recorded in {path}); restore them, or train anew"
             )
         broken = parts[part][~good[parts[part]]] if good is not None else parts[part][:0]
         if len(broken):
             raise ValueError(
-                f"{dataset.name}: {len(broken)} images of the recorded {part} part are broken now, for instance "
+                f"{dataset.name}: {len(broken)} images of the recorded {part} split are broken now, for instance "
                 f"{dataset.paths[broken[0]]} (recorded in {path}); restore them, or train anew"
             )
     if fingerprint(dataset, parts) != content["fingerprint"]:

@@ -30,7 +30,7 @@ _NUMBERS = {
     "starts": "q",
     "sizes": "q",
     "codes": "i",
-    "parts": "b",
+    "splits": "b",
     "groups": "i",
     "weights": "d",
 }  # as `array` writes their forms
@@ -239,7 +239,7 @@ class _IndexBuilder:
         self.numbers["starts"].append(start)
         self.numbers["sizes"].append(size)
         self.numbers["codes"].append(self.said.setdefault(said, len(self.said)))
-        self.numbers["parts"].append(self.split_of(sample, name))
+        self.numbers["splits"].append(self.split_of(sample, name))
         group = self.word(sample, name, "group")
         self.numbers["groups"].append(self.group_names.setdefault(group, len(self.group_names)) if group else -1)
         self.numbers["weights"].append(self.weight_of(sample, name))

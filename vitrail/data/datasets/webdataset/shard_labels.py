@@ -31,7 +31,7 @@ class _Together:
         self.shards, self.indexes = shards, indexes
         self.counts = np.asarray([len(index.paths) for index in indexes])
         self.firsts = np.cumsum(self.counts) - self.counts
-        self.starts, self.sizes, self.parts = (self.whole(each) for each in ("starts", "sizes", "parts"))
+        self.starts, self.sizes, self.splits = (self.whole(each) for each in ("starts", "sizes", "splits"))
         self.weights = self.whole("weights")
         said: dict[ClassMarks, int] = {}
         groups: dict[str, int] = {}
@@ -74,14 +74,14 @@ def join_shards(
 
     Args:
         classes: what is written beside the shards, where it is.
-        parts: for each shard the number in `PARTS` that its name tells, -1 for none.
+        parts: for each shard the number in `SPLITS` that its name tells, -1 for none.
 
     Raises:
         ValueError: samples contradict each other, or some lack what others have.
     """
     whole = _Together(shards, indexes)
-    folder_parts, names = class_names_of(whole, classes and classes.names)
-    split, split_origin = splits_of_shards(whole, parts, folder_parts)
+    folder_splits, names = class_names_of(whole, classes and classes.names)
+    split, split_origin = splits_of_shards(whole, parts, folder_splits)
     labels, targets = classes_of_shards(whole, names, classes and classes.names, split)
     grouped = bool((whole.groups >= 0).any())
     problems = torn_groups(whole.group_names, split, whole.groups) if grouped and split is not None else []
@@ -187,14 +187,16 @@ def by_folder(folders: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
 
 
 def splits_of_shards(
-    whole: _Together, named: Sequence[int], folder_parts: np.ndarray | None
+    whole: _Together, named: Sequence[int], folder_splits: np.ndarray | None
 ) -> tuple[np.ndarray | None, str]:
-    """Return each image's number in `PARTS`, None where there are no parts, and what tells them.
+    """Return each image's number in `SPLITS`, None where there are no parts, and what tells them.
 
     Raises:
         ValueError: a shard's name and what is in it disagree, or only some images are of a part.
     """
-    inside = whole.parts if folder_parts is None else np.where(whole.parts < 0, folder_parts[whole.codes], whole.parts)
+    inside = (
+        whole.splits if folder_splits is None else np.where(whole.splits < 0, folder_splits[whole.codes], whole.splits)
+    )
     outside = np.repeat(np.asarray(named, dtype=np.int8), whole.counts)
     against = np.flatnonzero((inside >= 0) & (outside >= 0) & (inside != outside))
     if len(against):
@@ -211,7 +213,7 @@ def splits_of_shards(
             "is of no part, as others are; write a split in each .json, or let the names of all shards tell it (train-…, "
             "val-…, test-…)",
         )
-    return split, BY_JSON if (whole.parts >= 0).any() else BY_FOLDER if (inside >= 0).any() else BY_NAME
+    return split, BY_JSON if (whole.splits >= 0).any() else BY_FOLDER if (inside >= 0).any() else BY_NAME
 
 
 def classes_of_shards(
