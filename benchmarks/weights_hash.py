@@ -4,7 +4,7 @@
 
 Makes images itself, and trains through the public command line only, so that one copy of this script compares any two
 versions of Vitrail on one machine. Between machines, or versions of PyTorch and Pillow, hashes differ. Everything that
-decides the result is given explicitly: fp32 on the CPU, one thread, a fixed attention kernel, fixed seeds. The runs:
+a recipe would choose is given explicitly: fp32 on the CPU, one thread, a fixed attention kernel, fixed seeds. The runs:
 
 - `digits`: images in memory, global attention, a class token.
 - `folder`: JPEG and PNG files, random resized crops, flips, rotations, colours, EMA.
@@ -48,42 +48,45 @@ ON_IMAGES = """
     --model nano4 --model.image-size 32 --model.patch-size 8 --model.depth 2 --model.in-channels 3
     --preprocess.mean 0.5 0.5 0.5 --preprocess.std 0.25 0.25 0.25 --preprocess.resize crop --preprocess.crop-fraction 0.9
     --preprocess.interpolation bicubic --batch-size 8 --log.every 2steps --log.eval-every 1epochs
-    --augment.flip 0.5 --augment.crop-scale 0.4 --augment.rotation 15
+    --augment.flip 0.5 --augment.crop-scale 0.4 --augment.rotation 15 --augment.brightness 0.2 --augment.contrast 0.2
+    --augment.saturation 0.2 --model.drop-path 0.1 --optim.label-smoothing 0.1
 """
 
 SETTINGS = {
     "digits": """
         --model nano2 --model.image-size 8 --model.patch-size 2 --model.depth 2 --model.in-channels 1
         --model.decoder token --model.class-token True --model.positions learned --model.dropout 0.1
-        --preprocess.mean 0.5 --preprocess.std 0.5 --preprocess.crop-fraction 1 --data.val-fraction 0.2
+        --model.drop-path 0.1 --preprocess.mean 0.5 --preprocess.std 0.5 --preprocess.crop-fraction 1
+        --data.val-fraction 0.2 --optim.ema-decay 0.5 --optim.label-smoothing 0.1
         --data.sampling natural --augment.flip 0 --augment.crop-scale 0.8 --augment.rotation 12 --augment.shift 0.08
         --augment.fill edge --batch-size 64 --epochs 1.5 --log.every 5steps --log.eval-every 10steps
     """,
     "folder": f"""{ON_IMAGES}
-        --model.decoder mean --model.class-token False --model.positions sincos2d --model.drop-path 0.1
-        --data.val-fraction 0.25 --data.test-fraction 0.1 --data.decode exact --augment.brightness 0.2
-        --augment.contrast 0.2 --augment.saturation 0.2 --augment.fill mirror --optim.ema-decay 0.9
-        --optim.label-smoothing 0.1 --epochs 4
+        --model.decoder mean --model.class-token False --model.positions sincos2d
+        --data.val-fraction 0.25 --data.test-fraction 0.1 --data.decode exact --augment.fill mirror
+        --optim.ema-decay 0.9 --epochs 4
     """,
     "table": f"""{ON_IMAGES}
         --model.attention local,global --model.window 3 --kernels.local-attention tiles --model.num-registers 2
         --model.decoder concat --model.class-token True --model.positions rope2d --model.layer-scale 0.1
-        --data.val-fraction 0.25 --data.sampling balanced --data.cache-side 48 --augment.policy randaugment
-        --augment.erasing 0.3 --augment.vertical-flip 0.5 --epochs 4
+        --data.val-fraction 0.25 --data.sampling balanced --data.cache-side 48 --data.decode exact
+        --augment.policy randaugment --augment.erasing 0.3 --augment.vertical-flip 0.5 --optim.ema-decay 0 --epochs 4
     """,
     "shards": f"""{ON_IMAGES}
         --model.patch-sizes 4 8 16 --model.decoder attention --model.class-token False --model.positions sincos2d
         --data.val-fraction 0.25 --data.decode fast --augment.mixup 0.4 --augment.cutmix 1 --augment.mix-chance 0.8
-        --epochs 4
+        --optim.ema-decay 0.9 --epochs 4
     """,
     "finetuned": """
         --batch-size 8 --epochs 4 --log.every 2steps --log.eval-every 1epochs --data.val-fraction 0.25
-        --augment.flip 0.5 --augment.crop-scale 0.6 --augment.rotation 5 --optim.layer-decay 0.7
-        --optim.head-warmup 3steps --optim.class-weights inverse --optim.ema-decay 0.8 --model.drop-path 0.1
+        --data.decode exact --augment.flip 0.5 --augment.crop-scale 0.6 --augment.rotation 5 --optim.layer-decay 0.7
+        --optim.head-warmup 3steps --optim.class-weights inverse --optim.ema-decay 0.8 --optim.label-smoothing 0.1
+        --model.drop-path 0.1
     """,
     "two-processes": f"""{ON_IMAGES}
         --model.encoder conv --model.decoder mean --model.class-token False --model.positions learned
-        --data.val-fraction 0.25 --optim.accumulate 2 --augment.repeats 2 --optim.ema-decay 0.9 --epochs 4
+        --data.val-fraction 0.25 --data.decode exact --optim.accumulate 2 --augment.repeats 2 --optim.ema-decay 0.9
+        --epochs 4
     """,
 }
 
