@@ -19,8 +19,6 @@ from conftest import draw_image
 
 from vitrail.cli import COMMANDS, run, train
 from vitrail.cli.options import given_settings
-from vitrail.config import RunConfig
-from vitrail.config_schema import flatten
 
 
 def said(capsys) -> str:
@@ -43,22 +41,6 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Start with:  vitrail train digits" in done.stdout
-
-
-def test_public_names_and_flags_grow_only_by_decision():
-    import vitrail
-
-    assert sorted(COMMANDS) == [
-        "check", "doctor", "eval", "export", "models", "predict", "probe", "report", "shard", "train"
-    ]  # fmt: skip
-    assert vitrail.__all__ == [
-        "Classifier", "Prediction", "RunConfig", "ViT", "ViTConfig", "__version__", "load", "train"
-    ]  # fmt: skip
-    flags = [name for name, _ in flatten(RunConfig)]
-    assert len(flags) == 108, "a setting came or went: was that a decision?"
-    assert {"epochs", "batch_size", "seed", "device", "optim.lr", "model.window", "schedule.decay"} <= set(flags)
-    own = [field.name for field in dataclasses.fields(train.OwnOptions)]
-    assert own == ["data_source", "out", "model_name", "recipe", "resume"]
 
 
 def test_command_files_have_one_shape():
