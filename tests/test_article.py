@@ -18,7 +18,7 @@ from vitrail.config import RunConfig, ScheduleConfig
 from vitrail.export.targets import TARGETS
 from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES
 from vitrail.models.variants import variant_config
-from vitrail.recipes import Facts, build_config
+from vitrail.recipes import DatasetFacts, build_config
 from vitrail.settings import flatten
 from vitrail.training.schedules import Schedule
 from vitrail.training.start import meaning
@@ -26,7 +26,7 @@ from vitrail.training.start import meaning
 ROOT = Path(__file__).parents[1]
 ARTICLE = ROOT / "docs" / "article.md"
 PAGES = (ARTICLE, ROOT / "README.zh-CN.md")
-FACTS = Facts(50_000, 10, 256, False, 3, "", "cpu", False)
+FACTS = DatasetFacts(50_000, 10, 256, False, 3, "", "cpu", False)
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -96,7 +96,7 @@ def test_encoders_and_decoders_are_the_ones_of_the_tables(page):
     assert build_config("auto", rich(200_000), {})[0].model.positions == "learned"
 
 
-def rich(num_train: int) -> Facts:
+def rich(num_train: int) -> DatasetFacts:
     return dataclasses.replace(FACTS, num_train=num_train)
 
 

@@ -21,7 +21,7 @@ from vitrail.config import OptimConfig, RunConfig, load_config
 from vitrail.evaluation.classifier import load
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.recipes import Facts, build_config
+from vitrail.recipes import DatasetFacts, build_config
 from vitrail.settings import leaves, override
 from vitrail.training.optim import build_optimizer, layer_of, num_layers
 from vitrail.training.session import train
@@ -29,7 +29,7 @@ from vitrail.training.start import learning, let_learn, pinned, ready_start, sta
 from vitrail.weights.store import load_model
 
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)
-FACTS = Facts(2_000, 5, 480, False, 3, "", "cpu", False)
+FACTS = DatasetFacts(2_000, 5, 480, False, 3, "", "cpu", False)
 QUICK = {"epochs": 3.0, "batch_size": 16}
 GENTLE = {"optim.layer_decay": 0.5, "optim.head_warmup": "4 steps", "schedule.warmup": "2 steps"}
 
@@ -271,7 +271,7 @@ def test_auto_keeps_what_the_weights_bring(tuned):
     uneven = dataclasses.replace(FACTS, class_sizes=(20, 900))
     left, told = build_config("auto", uneven, {"pretrained": str(tuned)}, header)
     assert left.data.sampling == "natural"
-    assert [each.reason[:27] for each in told if each.setting == "data.sampling"] == ["classes have 20 to 900 pict"]
+    assert [each.reason[:27] for each in told if each.setting == "data.sampling"] == ["classes have 20 to 900 imag"]
     article, _ = build_config("article", FACTS, {"pretrained": str(tuned)}, header)
     assert (article.optim.lr, article.model.depth, article.preprocess.mean) == (3e-5, 2, (0.5, 0.5, 0.5))
 

@@ -20,7 +20,7 @@ from vitrail.data.sources import same_source
 from vitrail.data.splits import save_splits
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.cost import num_parameters
-from vitrail.recipes import Choice, Facts, build_config, recipe_file
+from vitrail.recipes import Choice, DatasetFacts, build_config, recipe_file
 from vitrail.report.page import build_report
 from vitrail.settings import leaves, override
 from vitrail.training import parallel
@@ -328,7 +328,7 @@ def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | No
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
-    nothing = Facts(1000, 2, 224, True, channels, "", "cpu", False)
+    nothing = DatasetFacts(1000, 2, 224, True, channels, "", "cpu", False)
     config = build_config(recipe, nothing, given, source)[0]
     model = config.model
     if source is not None:
@@ -341,13 +341,13 @@ def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | No
         index_of(model.encoder, model.patch_size) if fixed else feature_strides(model.encoder)
 
 
-def facts_of(checked: CheckedData, device: str) -> Facts:
+def facts_of(checked: CheckedData, device: str) -> DatasetFacts:
     """Return what recipes may look at."""
     train_part = checked.splits.parts["train"]
     counts = np.bincount(checked.source.targets[train_part], minlength=len(checked.source.labels))
     sizes = checked.scan.sizes[checked.scan.good]
     chosen = pick_device(device)
-    return Facts(
+    return DatasetFacts(
         num_train=len(train_part),
         num_classes=len(checked.source.labels),
         side=int(np.median(sizes.min(axis=1))),
