@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from vitrail.api import facts_of
 from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Console
 from vitrail.data.loading.train_loader import Batch
@@ -36,6 +35,7 @@ from vitrail.machine import processor_name
 from vitrail.models.cost import num_macs, num_parameters
 from vitrail.objectives.classification import Classification
 from vitrail.recipes import build_config
+from vitrail.recipes.facts import facts_of
 from vitrail.training.loop import start_state, update
 from vitrail.training.loop import train_steps as train_loop
 from vitrail.training.run_folder import create_run, open_run

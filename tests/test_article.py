@@ -21,13 +21,12 @@ from vitrail.export.formats import FORMATS
 from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES
 from vitrail.models.variants import variant_config
 from vitrail.optim.schedules import Schedule
-from vitrail.recipes import Facts, build_config
-from vitrail.training.start import parse_model_spec
+from vitrail.recipes import DatasetFacts, build_config
 
 ROOT = Path(__file__).parents[1]
 ARTICLE = ROOT / "docs" / "article.md"
 PAGES = (ARTICLE, ROOT / "README.zh-CN.md")
-FACTS = Facts(50_000, 10, 256, False, 3, "", "cpu", False)
+FACTS = DatasetFacts(50_000, 10, 256, False, 3, "", "cpu", False)
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -97,7 +96,7 @@ def test_encoders_and_decoders_are_the_ones_of_the_tables(page):
     assert build_config("auto", rich(200_000), {})[0].model.positions == "learned"
 
 
-def rich(num_train: int) -> Facts:
+def rich(num_train: int) -> DatasetFacts:
     return dataclasses.replace(FACTS, num_train=num_train)
 
 

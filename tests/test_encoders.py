@@ -30,13 +30,13 @@ from vitrail.models.config import ViTConfig
 from vitrail.models.cost import num_macs, num_parameters
 from vitrail.models.variants import variant_config
 from vitrail.models.vit import ViT
-from vitrail.recipes import Facts, build_config
-from vitrail.training.frozen import freeze, running_statistics, scale_bn_momentum
+from vitrail.recipes import DatasetFacts, build_config
+from vitrail.training.frozen import freeze, running_statistics
 from vitrail.weights.model_file import ModelHeader, load_model, save_model
 
 QUIET = Console(quiet=True)
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=3, embed_dim=24, depth=1, num_heads=3)
-FACTS = Facts(2000, 3, 32, True, 3, "", "cpu", False)
+FACTS = DatasetFacts(2000, 3, 32, True, 3, "", "cpu", False)
 
 
 @pytest.fixture

@@ -24,12 +24,12 @@ from vitrail.evaluation.classifier import load
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.optim.optimizers import build_optimizer, layer_of, num_layers
-from vitrail.recipes import Facts, build_config
-from vitrail.training.start import load_start, pin_revision, set_trainable, start_model, trainable_parameters
+from vitrail.recipes import DatasetFacts, build_config
+from vitrail.training.start import start_model
 from vitrail.weights.model_file import load_model
 
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)
-FACTS = Facts(2_000, 5, 480, False, 3, "", "cpu", False)
+FACTS = DatasetFacts(2_000, 5, 480, False, 3, "", "cpu", False)
 QUICK = {"epochs": 3.0, "batch_size": 16}
 GENTLE = {"optim.layer_decay": 0.5, "optim.head_warmup": "4 steps", "schedule.warmup": "2 steps"}
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vitrail import distributed
@@ -22,13 +21,14 @@ from vitrail.data.datasets.open import same_dataset
 from vitrail.data.loading.class_weights import loss_weights, mean_weights
 from vitrail.data.setup import CheckedData, TrainData, build_train_data, check_cache_settings, load_data, report_cache
 from vitrail.data.splits.splits import save_splits
-from vitrail.device import autocast, pick_device, supports_bf16
+from vitrail.device import autocast, pick_device
 from vitrail.distributed import World
 from vitrail.models.config import ENCODER_NAMES
 from vitrail.models.cost import num_parameters
 from vitrail.models.kernel_choice import remark_on_window
 from vitrail.optim.schedules import Schedule
-from vitrail.recipes import Choice, Facts, build_config, recipe_file
+from vitrail.recipes import Choice, DatasetFacts, build_config, recipe_file
+from vitrail.recipes.facts import facts_of
 from vitrail.report.run_page import build_report
 from vitrail.training.finish import evaluate_best_weights
 from vitrail.training.loop import build_cadence
@@ -340,7 +340,7 @@ def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | No
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
-    nothing = Facts(1000, 2, 224, True, channels, "", "cpu", False)
+    nothing = DatasetFacts(1000, 2, 224, True, channels, "", "cpu", False)
     config = build_config(recipe, nothing, given, source)[0]
     model = config.model
     if source is not None:
@@ -351,25 +351,6 @@ def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | No
         # The images' size may yet decide the stride; a name or a stride that is given is known to be wrong now.
         fixed = "variant" in given or "model.patch_size" in given
         index_of(model.encoder, model.patch_size) if fixed else feature_strides(model.encoder)
-
-
-def facts_of(checked: CheckedData, device: str) -> Facts:
-    """Return what recipes may look at."""
-    train_part = checked.splits.indices["train"]
-    counts = np.bincount(checked.dataset.targets[train_part], minlength=len(checked.dataset.labels))
-    sizes = checked.scan.sizes[checked.scan.good]
-    chosen = pick_device(device)
-    return Facts(
-        num_train=len(train_part),
-        num_classes=len(checked.dataset.labels),
-        side=int(np.median(sizes.min(axis=1))),
-        uniform=bool((sizes == sizes[0]).all()),
-        channels=3 if checked.scan.colour else 1,
-        flip_reason=checked.dataset.flip_reason,
-        device=chosen.type,
-        bf16=supports_bf16(chosen),
-        class_sizes=(int(counts.min()), int(counts.max())),
-    )
 
 
 def print_choices(checked: CheckedData, choices: list[Choice], console: Console) -> None:

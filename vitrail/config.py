@@ -1,6 +1,6 @@
 """The whole of a training run as one value: a tree of frozen dataclasses, JSON in and out.
 
-Recipes (`recipes.py`) make one, `--section.field value` changes it, `config.json` in the run folder keeps it.
+Recipes (`recipes/`) make one, `--section.field value` changes it, `config.json` in the run folder keeps it.
 Imports no torch: `vitrail train --help` is made from it.
 """
 

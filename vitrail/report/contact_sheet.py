@@ -60,7 +60,7 @@ def write_sheet(data: DataConfig, path: Path, *, recipe: str = "auto", given: Ma
     Raises:
         ValueError: the data cannot be trained on, or a setting is refused.
     """
-    from vitrail.api import facts_of
+    from vitrail.recipes.facts import facts_of
 
     earlier = recipe_file(recipe)
     channels = 0 if earlier is None else earlier.model.in_channels
