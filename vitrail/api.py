@@ -1,11 +1,11 @@
-"""One training as a user asks for it: check the data, choose, train, evaluate, report; or go on with a run."""
+"""`vitrail.train`: check the data, choose, train, evaluate, report; or go on with a run, or train one for each fold."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,38 +14,34 @@ from typing import Any
 import torch
 
 from vitrail import distributed
-from vitrail.config import RunConfig
+from vitrail.config import RunConfig, load_config
 from vitrail.config_schema import leaves, override
 from vitrail.console import Console, duration
 from vitrail.data.datasets.open import same_dataset
-from vitrail.data.loading.class_weights import loss_weights, mean_weights
-from vitrail.data.setup import CheckedData, TrainData, build_train_data, check_cache_settings, load_data, report_cache
-from vitrail.data.splits.splits import save_splits
-from vitrail.device import autocast, pick_device
+from vitrail.data.setup import CheckedData, build_train_data, load_data, report_cache
 from vitrail.distributed import World
-from vitrail.models.config import ENCODER_NAMES
-from vitrail.models.cost import num_parameters
 from vitrail.models.kernel_choice import remark_on_window
-from vitrail.optim.schedules import Schedule
-from vitrail.recipes import Choice, DatasetFacts, build_config, recipe_file
+from vitrail.recipes import Choice, build_config, recipe_file
 from vitrail.recipes.facts import facts_of
 from vitrail.report.run_page import build_report
-from vitrail.training.finish import evaluate_best_weights
-from vitrail.training.loop import build_cadence
-from vitrail.training.loop import train_steps as train_loop
+from vitrail.training.cross_validation import count_folds, is_killed_start, print_summary, save_summary, summarise_folds
+from vitrail.training.final_evaluation import evaluate_best_weights
+from vitrail.training.loop import train_steps
+from vitrail.training.preflight import check_runnable, refuse_early, refuse_idle_fractions
 from vitrail.training.run_folder import (
+    FIRST_FOLD,
     Run,
     check_new,
     create_run,
     has_folds,
-    machine,
     new_folder,
     newest_folder,
     open_run,
 )
+from vitrail.training.run_record import describe_run
+from vitrail.training.session import Session
 from vitrail.training.signals import Stopped
 from vitrail.training.start import (
-    choose_kernels,
     load_start,
     open_start_weights,
     parse_model_spec,
@@ -55,8 +51,7 @@ from vitrail.training.start import (
     start_from_record,
     start_record,
 )
-from vitrail.weights.adapt import Start, refuse_misfit
-from vitrail.weights.model_file import ModelHeader, versions
+from vitrail.weights.adapt import Start
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Result:
 
     Attributes:
         folder: the run.
-        evaluation: part (val, test) → its evaluation, as `vitrail eval --out` writes it. Of a cross-validation: val, what all
+        evaluation: split (val, test) → its evaluation, as `vitrail eval --out` writes it. Of a cross-validation: val, what all
             folds evaluated together.
         folds: what `folds.json` of a cross-validation holds.
     """
@@ -85,6 +80,30 @@ class Result:
     def top1(self) -> float:
         """Share of right answers on the test split where there is one, else on the validation split."""
         return self.evaluation.get("test", self.evaluation["val"])["top1"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a training, before anything is chosen.
+
+    Attributes:
+        folder: of the run, or of the runs of a cross-validation.
+        source: the data, as it was typed.
+        recipe: its name or file; None where none was given.
+        given: the settings that the user has fixed, by dotted name.
+    """
+
+    folder: Path
+    source: str
+    recipe: str | None
+    given: Mapping[str, Any]
+    world: World
+    console: Console
+
+    @property
+    def recipe_or_auto(self) -> str:
+        """The recipe to train a new run with."""
+        return self.recipe or "auto"
 
 
 def train(
@@ -118,106 +137,67 @@ def train(
     given = dict(settings) | ({} if model is None else parse_model_spec(model))
     folder = Path(out) if out is not None else None
     folder = world.broadcast(folder or (newest_folder(source) if resume else new_folder(source)))
-    data = (recipe_file(recipe or "auto") or RunConfig()).data
-    folds, fold = int(given.get("data.folds", data.folds)), int(given.get("data.fold", data.fold))
-    if world.broadcast(has_folds(folder)) if resume else folds > 0 and fold == -1:
-        from vitrail.training.cross_validation import train_folds
-
-        return train_folds(folder, source, recipe, given, world, console, resume=resume)
-    if resume:
-        return resume_run(folder, source, recipe, given, world, console)
-    return start(folder, source, recipe or "auto", given, world, console)
+    request = Request(folder, source, recipe, given, world, console)
+    if world.broadcast(has_folds(folder)) if resume else count_folds(request.recipe_or_auto, given, all_only=True):
+        return train_folds(request, resume=resume)
+    return resume_run(request) if resume else start_run(request)
 
 
-def start(
-    folder: Path,
-    source: str,
-    recipe: str,
-    given: Mapping[str, Any],
-    world: World,
-    console: Console,
-    *,
-    told: bool = False,
-) -> Result:
-    """Start a new run.
+def start_run(request: Request, *, print_choices: bool = True) -> Result:
+    """Check the data, choose, and train a new run.
 
     Args:
-        told: what is chosen was told already, with another fold's run.
+        print_choices: whether choices are printed; not where those of another fold were.
     """
-    check_new(folder)
+    check_new(request.folder)
+    recipe, given = request.recipe_or_auto, request.given
     base = recipe_file(recipe)
     opened = open_start_weights(base, given)
-    source_header = opened.header if opened else None
+    header = opened.header if opened else None
     if opened and "pretrained" in given:
         given = {**given, "pretrained": pin_revision(given["pretrained"], opened.report.origin)}
-    refuse_early(recipe, given, source_header)
+    refuse_early(recipe, given, header)
     data_settings = {name.removeprefix("data."): value for name, value in given.items() if name.startswith("data.")}
-    data_config = override((base or RunConfig()).data, {**data_settings, "source": source})
-    channels = required_channels(base, given, source_header)
-    checked = load_data(data_config, console, channels=channels)
+    data_config = override((base or RunConfig()).data, {**data_settings, "source": request.source})
+    channels = required_channels(base, given, header)
+    checked = load_data(data_config, request.console, request.world, channels=channels)
     refuse_idle_fractions(checked, given)
     facts = facts_of(checked, str(given.get("device", "auto")))
-    config, choices = build_config(recipe, facts, {**given, "data.source": source}, source_header)
-    check_runnable(config, facts.num_train, world)
+    config, choices = build_config(recipe, facts, {**given, "data.source": request.source}, header)
+    check_runnable(config, facts.num_train, request.world)
     start = load_start(config, checked.dataset.labels, opened)
     del opened  # for hours of training, the whole model once more
-    print_choices(checked, [] if told else choices, console)
-    learned = report_start(config, start, console)
-    data = build_train_data(checked, config)
-    report_cache(data, config.data, console)
-    if world.is_main:
-        create_run(
-            folder,
-            config,
-            lambda path: save_splits(checked.dataset, checked.splits, path),
-            command=command(),
-            counts={part: len(indices) for part, indices in checked.splits.indices.items()},
-            labels=list(checked.dataset.labels),
-            choices=[{"setting": c.setting, "value": json_value(c.value), "reason": c.reason} for c in choices],
-            problems=[problem.to_dict() for problem in checked.problems],
-            versions=versions(),
-            machine=machine(str(pick_device(config.device)), config.precision),
-            num_parameters=num_parameters(config.model),
-            **weights_note(data, config),
-            **learned,
-            **({"start": start_record(start)} if config.pretrained else {}),
-            processes=world.size,
-            in_memory=data.reader.stored is not None,
-        )
-    world.barrier()
-    return run_to_end(config, data, Run(folder, world.is_main), world, console, start)
+    print_data(checked, choices if print_choices else [], request.console)
+    num_learning = report_start(config, start, request.console)
+    session = open_session(request, config, checked)
+    if session.run.is_main:
+        about = {**num_learning, **({"start": start_record(start)} if config.pretrained else {})}
+        create_run(session.run.folder, config, checked, **describe_run(session, checked, choices), **about)
+    request.world.barrier()
+    return run_to_end(session, start)
 
 
-def resume_run(
-    folder: Path, source: str, recipe: str | None, given: Mapping[str, Any], world: World, console: Console
-) -> Result:
+def open_session(request: Request, config: RunConfig, checked: CheckedData) -> Session:
+    """Return the session of a run whose configuration is known and whose data was checked."""
+    data = build_train_data(checked, config, request.world)
+    report_cache(data, config.data, request.console)
+    run = Run(request.folder, request.world.is_main)
+    return Session(config, data, run, request.world, request.console)
+
+
+def resume_run(request: Request) -> Result:
     """Go on with a run exactly as it was configured.
 
     Raises:
         ValueError: it is no run, it is of other data, or something differs that would make it another run.
     """
+    folder, world = request.folder, request.world
     opened, config = open_run(folder)
-    run = Run(opened.folder, world.is_main)
-    own = dict(leaves(config))
-    if not same_dataset(source, config.data.source):
-        raise ValueError(f"{folder}: is a run of {config.data.source}, not of {source}; resume it with its own data")
-    for name, value in {**given, **({} if recipe is None else {"recipe": recipe})}.items():
-        if (
-            name == "variant" and config.pretrained
-        ):  # a folder that has gone since the start reads like a variant's name
-            name, value = "pretrained", os.path.abspath(value)
-        if name not in own:
-            override(config, {name: value})
-        again = name == "pretrained" and own[name].startswith(f"{value}@")  # the revision was looked up at the start
-        if own[name] != (tuple(value) if isinstance(value, list) else value) and not again:
-            raise ValueError(
-                f"{folder}: --resume goes on exactly as configured, with {name} {own[name]!r}, not {value!r}; "
-                "leave the setting out, or start a new run with --recipe " + str(folder / "config.json")
-            )
-    info = run.info()
+    refuse_changes(request, config)
+    info = opened.info()
     if info.get("status") == "finished":
-        console.info(f"{folder} is finished already; nothing to do.")
-        if run.is_main and not (folder / "report.html").exists():
+        request.console.info(f"{folder} is finished already; nothing to do.")
+        if world.is_main and not (folder / "report.html").exists():
             build_report(folder)
         return Result(folder, json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
     if info.get("processes", 1) != world.size:
@@ -225,93 +205,65 @@ def resume_run(
             f"{folder}: was trained by {info['processes']} processes, not {world.size}; resume it with as many"
         )
     check_runnable(config, 1, world, schedule=False)
-    checked = load_data(config.data, console, channels=config.model.in_channels, recorded=folder / "split.json")
-    data = build_train_data(checked, config)
-    report_cache(data, config.data, console)
-    if info.get("in_memory") != (data.reader.stored is not None):
+    checked = load_data(
+        config.data, request.console, world, channels=config.model.in_channels, recorded=folder / "split.json"
+    )
+    session = open_session(request, config, checked)
+    if info.get("in_memory") != (session.data.reader.stored is not None):
         raise ValueError(
             f"{folder}: images of other sizes have come or gone since the run began, so that it would go on by another "
             "input path and not be the same run; restore the folder, or start a new run"
         )
-    console.info(f"resuming {folder}")
-    run.note(status="running")
-    start = start_from_record(info) if world.broadcast(run.has_state) else load_start(config, checked.dataset.labels)
-    return run_to_end(config, data, run, world, console, start)
+    request.console.info(f"resuming {folder}")
+    session.run.note(status="running")
+    has_state = world.broadcast(session.run.has_state)
+    start = start_from_record(info) if has_state else load_start(config, checked.dataset.labels)
+    return run_to_end(session, start)
 
 
-def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule: bool = True) -> None:
-    """Raise what this machine or the number of steps rules out, before a folder is made.
-
-    Raises:
-        ValueError: device, precision, processes or schedule do not fit.
-    """
-    device = pick_device(config.device)
-    autocast(config.precision, device)
-    choose_kernels(config, device, measuring=False)  # raises what a wish rules out
-    check_cache_settings(config)
-    samples = config.batch_size // world.size // config.optim.accumulate
-    if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:
+def refuse_changes(request: Request, config: RunConfig) -> None:
+    """Raise a ValueError when what is asked for differs from what the run was configured with."""
+    folder, own = request.folder, dict(leaves(config))
+    if not same_dataset(request.source, config.data.source):
         raise ValueError(
-            f"a CNN's batch norm needs more than one value a channel, but its map has one pixel and a part of a batch has "
-            f"{samples} image; lower optim.accumulate ({config.optim.accumulate}) or model.patch_size "
-            f"({config.model.patch_size}), or raise batch_size ({config.batch_size})"
+            f"{folder}: is a run of {config.data.source}, not of {request.source}; resume it with its own data"
         )
-    if config.batch_size % world.size:
-        raise ValueError(
-            f"batch_size {config.batch_size} is global and must be a multiple of the {world.size} processes; "
-            f"try --batch-size {-(-config.batch_size // world.size) * world.size}"
-        )
-    if config.augment.mixes and config.augment.repeats == config.batch_size:
-        raise ValueError(
-            f"augment.mixup and augment.cutmix mix neighbours of a batch, but with augment.repeats {config.augment.repeats} and "
-            f"batch_size {config.batch_size} all of it is one image; lower augment.repeats"
-        )
-    if config.augment.mixes and config.batch_size // world.size % 2:
-        raise ValueError(
-            f"augment.mixup and augment.cutmix mix neighbours of a batch two by two, but each of {world.size} processes has "
-            f"{config.batch_size // world.size} of batch_size {config.batch_size}; try --batch-size "
-            f"{config.batch_size + world.size}, or leave them out"
-        )
-    if schedule:
-        cadence = build_cadence(config, num_train)
-        Schedule(config.schedule, total_steps=cadence.total, steps_per_epoch=cadence.per_epoch)
+    for name, value in {**request.given, **({"recipe": request.recipe} if request.recipe else {})}.items():
+        if name == "variant" and config.pretrained:  # a folder that has gone since reads like a variant's name
+            name, value = "pretrained", os.path.abspath(value)
+        if name not in own:
+            override(config, {name: value})
+        pinned = name == "pretrained" and own[name].startswith(f"{value}@")  # the revision was looked up at the start
+        if own[name] != (tuple(value) if isinstance(value, list) else value) and not pinned:
+            raise ValueError(
+                f"{folder}: --resume goes on exactly as configured, with {name} {own[name]!r}, not {value!r}; "
+                "leave the setting out, or start a new run with --recipe " + str(folder / "config.json")
+            )
 
 
-def weights_note(data: TrainData, config: RunConfig) -> dict[str, Any]:
-    """Return what `run.json` keeps of weights in the loss, where there are any."""
-    part = data.splits.indices["train"]
-    weights = loss_weights(data.dataset, part, config.optim)
-    return {} if weights is None else {"loss_weights": mean_weights(data.dataset, part, weights)}
-
-
-def refuse_idle_fractions(checked: CheckedData, given: Mapping[str, Any]) -> None:
-    """Raise a ValueError when a share was asked for that the source's own parts decide."""
-    own = set() if checked.dataset.split is None else set(checked.dataset.split.tolist())
-    for part in ("val", "test"):
-        if part in own and f"data.{part}_fraction" in given:
-            raise ValueError(f"data.{part}_fraction has no effect: {checked.dataset.name} has its own {part} split")
-
-
-def run_to_end(config: RunConfig, data: TrainData, run: Run, world: World, console: Console, start: Start) -> Result:
-    """Train to the end and finish."""
+def run_to_end(session: Session, start: Start) -> Result:
+    """Train to the last step, evaluate and report; what ends a run early is noted in its folder."""
+    config, run, console = session.config, session.run, session.console
     if remark := remark_on_window(config.model):
         console.info(remark)
-    is_fold = run.folder.name == f"fold-{config.data.fold}" and has_folds(run.folder.parent)
-    whole = run.folder.parent if is_fold else run.folder
-    again = shlex.join(["vitrail", "train", config.data.source, "--out", str(whole), "--resume"])
+    command = resume_command(session)
     try:
-        progress = train_loop(config, data, run, world, console, start)
+        progress = train_steps(session, start)
         run.note(train_seconds=round(progress.elapsed_s, 1))
-        evaluation = evaluate_best_weights(config, data, run, world, console)
+        evaluation = evaluate_best_weights(session)
+        run.note(status="finished")
+        if run.is_main:
+            build_report(run.folder)
+        session.world.barrier()
     except Stopped as stop:
         run.note(status="stopped")
-        stop.command = again
+        stop.command = command
         raise
     except OSError as error:
         note_quietly(run, status="failed")
         raise OSError(
             error.errno,
-            f"{error.strerror or error}. What was saved before is whole; free some space and go on with: {again}",
+            f"{error.strerror or error}. What was saved before is whole; free some space and go on with: {command}",
             error.filename,
         ) from None
     except torch.OutOfMemoryError as error:
@@ -327,6 +279,14 @@ def run_to_end(config: RunConfig, data: TrainData, run: Run, world: World, conso
     return Result(run.folder, evaluation)
 
 
+def resume_command(session: Session) -> str:
+    """Return the command line that goes on with a run, or with the cross-validation that it belongs to."""
+    folder = session.run.folder
+    is_fold = folder.name == f"fold-{session.config.data.fold}" and has_folds(folder.parent)
+    whole = folder.parent if is_fold else folder
+    return shlex.join(["vitrail", "train", session.config.data.source, "--out", str(whole), "--resume"])
+
+
 def note_quietly(run: Run, **values: Any) -> None:
     """Note how a run ended; on a full disk the reason for the end matters more than the note."""
     try:
@@ -335,28 +295,72 @@ def note_quietly(run: Run, **values: Any) -> None:
         return
 
 
-def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | None) -> None:
-    """Raise what can be known before the images are looked at: names, settings, weights that cannot fit."""
-    if "model.num_classes" in given:
-        raise ValueError("model.num_classes is the number of classes of the data; leave it out")
-    channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
-    nothing = DatasetFacts(1000, 2, 224, True, channels, "", "cpu", False)
-    config = build_config(recipe, nothing, given, source)[0]
-    model = config.model
-    if source is not None:
-        refuse_misfit(source.architecture, model, config.pretrained)
-    if model.is_cnn and model.encoder not in ENCODER_NAMES:
-        from vitrail.models.cnns import feature_strides, index_of
+def train_folds(request: Request, *, resume: bool) -> Result:
+    """Train a run `fold-0`, `fold-1`, … for each fold, and write `folds.json` when the last one is done.
 
-        # The images' size may yet decide the stride; a name or a stride that is given is known to be wrong now.
-        fixed = "variant" in given or "model.patch_size" in given
-        index_of(model.encoder, model.patch_size) if fixed else feature_strides(model.encoder)
+    The recipe chooses for the first fold; the others are trained with its configuration.
+
+    Args:
+        resume: go on with the folds that are not finished.
+
+    Raises:
+        ValueError: the folder or a setting cannot be used.
+    """
+    folder, console = request.folder, request.console
+    count = folds_to_train(request, resume=resume)
+    evaluations = []
+    for number in range(count):
+        own = dataclasses.replace(request, folder=folder / f"fold-{number}")
+        console.info(f"fold {number} of {count} (from 0): {own.folder}")
+        evaluations.append(train_fold(own, number, first=folder / FIRST_FOLD).evaluation)
+    summary = {"source": request.source, **summarise_folds(evaluations)}
+    print_summary(summary, console)
+    if request.world.is_main:
+        save_summary(summary, folder)
+    request.world.barrier()
+    return Result(folder, {"val": summary["pooled"]}, summary)
 
 
-def print_choices(checked: CheckedData, choices: list[Choice], console: Console) -> None:
+def train_fold(request: Request, number: int, *, first: Path) -> Result:
+    """Train one fold of a cross-validation, or go on with it.
+
+    Args:
+        first: the run of the first fold.
+    """
+    own = {**request.given, "data.fold": number}
+    if request.world.broadcast((request.folder / "run.json").exists()):
+        recipe = request.recipe if number == 0 else None
+        return resume_run(dataclasses.replace(request, given=own, recipe=recipe))
+    if number == 0:
+        return start_run(dataclasses.replace(request, given=own))
+    same = dataclasses.replace(request, given={"data.fold": number}, recipe=str(first / "config.json"))
+    return start_run(same, print_choices=False)
+
+
+def folds_to_train(request: Request, *, resume: bool) -> int:
+    """Return how many folds there are to train.
+
+    Raises:
+        ValueError: the folder cannot be used, or one fold alone is asked for of many.
+    """
+    folder = request.folder
+    if not resume:
+        if not is_killed_start(folder):
+            check_new(folder)
+        return count_folds(request.recipe_or_auto, request.given)
+    count = load_config(folder / FIRST_FOLD / "config.json").data.folds
+    if (number := request.given.get("data.fold", -1)) != -1:
+        raise ValueError(
+            f"{folder}: holds {count} folds, and --resume goes on with all; go on with this one alone by --out "
+            f"{folder / f'fold-{number}'}"
+        )
+    return count
+
+
+def print_data(checked: CheckedData, choices: list[Choice], console: Console) -> None:
     """Print what was found and what was chosen, a line each."""
-    parts = ", ".join(f"{len(indices):,} {part}" for part, indices in checked.splits.indices.items())
-    console.info(f"{checked.dataset.name}: {len(checked.dataset.labels)} classes; {parts} ({checked.splits.rule})")
+    splits = ", ".join(f"{len(indices):,} {split}" for split, indices in checked.splits.indices.items())
+    console.info(f"{checked.dataset.name}: {len(checked.dataset.labels)} classes; {splits} ({checked.splits.rule})")
     if (weights := checked.dataset.weights) is not None:
         console.info(
             f"  the column weight says what an image counts in the loss: {weights.min():g} to {weights.max():g}"
@@ -370,15 +374,3 @@ def print_choices(checked: CheckedData, choices: list[Choice], console: Console)
 def cli_value(value: Any) -> str:
     """Return a value as it is written on the command line."""
     return " ".join(str(each) for each in value) if isinstance(value, tuple) else str(value)
-
-
-def json_value(value: Any) -> Any:
-    """Return a value as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def command() -> str:
-    """Return the command line that started this process, as it can be typed again."""
-    name = Path(sys.argv[0]).name
-    words = ["vitrail", *sys.argv[1:]] if name in ("vitrail", "__main__.py") else ["python", *sys.argv]
-    return shlex.join(words)

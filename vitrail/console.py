@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import rich.console
 from rich.markup import escape
@@ -87,25 +87,27 @@ class TrainingDisplay:
         if self.progress is not None:
             self.progress.stop()
 
-    def update(self, step: int, loss: float, top1: float, images_per_s: float, remaining_s: float) -> None:
-        """Show where training is."""
+    def update(self, step: int, means: Mapping[str, float], images_per_s: float, remaining_s: float) -> None:
+        """Show where training is, with the figures since the last line of metrics, by their names in it."""
         epochs = self.total_steps / self.steps_per_epoch
-        where = f"epoch {step / self.steps_per_epoch:.1f} of {epochs:.4g}"
-        figures = f"loss {loss:.3f}  accuracy {top1:.1%}  {images_per_s:,.0f} images/s"
+        position = f"epoch {step / self.steps_per_epoch:.1f} of {epochs:.4g}"
+        accuracy = f"  accuracy {means['train/top1']:.1%}" if "train/top1" in means else ""
+        figures = f"loss {means['train/loss']:.3f}{accuracy}  {images_per_s:,.0f} images/s"
         if self.progress is not None:
-            self.progress.update(self.task, completed=step, description=where, figures=figures)
+            self.progress.update(self.task, completed=step, description=position, figures=figures)
         elif time.monotonic() - self.spoken_at >= _QUIET_SECONDS:
             self.spoken_at = time.monotonic()
-            self.console.info(
-                f"{where}  step {step:,} of {self.total_steps:,}  {figures}  {duration(remaining_s)} left"
-            )
+            steps = f"step {step:,} of {self.total_steps:,}"
+            self.console.info(f"{position}  {steps}  {figures}  {duration(remaining_s)} left")
 
-    def evaluated(self, epoch: float, top1: float, loss: float, count: int, is_best: bool) -> None:
-        """Show an evaluation."""
-        mark = "  best so far" if is_best else ""
-        self.console.info(
-            f"epoch {round(epoch, 1):g}: validation accuracy {top1:.2%} of {count:,}, loss {loss:.4f}{mark}"
-        )
+    def evaluated(self, epoch: float, metrics: Mapping[str, float], is_best: bool) -> None:
+        """Show an evaluation: the accuracy and the loss of a classifier, else all its metrics."""
+        if "top1" in metrics:
+            count = f" of {metrics['num_images']:,}"
+            text = f"validation accuracy {metrics['top1']:.2%}{count}, loss {metrics['loss']:.4f}"
+        else:
+            text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.console.info(f"epoch {round(epoch, 1):g}: {text}{'  best so far' if is_best else ''}")
 
 
 def duration(seconds: float) -> str:

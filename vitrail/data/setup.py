@@ -1,11 +1,11 @@
-"""From a source's name to data that is checked, divided and ready to train on."""
+"""From the DATA that a user names to images that are scanned, split and read: for training, evaluation and check alike."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ import torch
 from vitrail.config import DataConfig, RunConfig
 from vitrail.console import Console, byte_size
 from vitrail.data.cache.decoded import DecodedImageCache
-from vitrail.data.cache.scans import ScanCache
-from vitrail.data.check.scan import Scan, scan_dataset
+from vitrail.data.check.scan import SMALL_SIDE, Scan, ScanSettings, scan_dataset, small_pixels
 from vitrail.data.datasets.base import Dataset
 from vitrail.data.datasets.keys import image_keys
 from vitrail.data.datasets.open import open_dataset
@@ -25,11 +24,12 @@ from vitrail.data.loading.train_loader import TrainLoader
 from vitrail.data.problems import Problem, stop_on_errors
 from vitrail.data.splits.splits import Splits, check_trainable, load_splits, split_dataset
 from vitrail.distributed import World
+from vitrail.threads import ordered_map
 
 
 @dataclass(frozen=True)
 class CheckedData:
-    """A source that was looked at whole, and its division."""
+    """A dataset that was scanned, and its split."""
 
     dataset: Dataset
     scan: Scan
@@ -45,8 +45,17 @@ class TrainData:
     splits: Splits
     reader: ImageReader
 
-    def loader(self, config: RunConfig, device: torch.device, world: World) -> TrainLoader:
-        """Return the endless training batches of one process."""
+    @property
+    def num_train(self) -> int:
+        """Images in the training split."""
+        return len(self.splits.indices["train"])
+
+    def split(self, name: str) -> np.ndarray:
+        """Return the indices of a split's images; none where there is no such split."""
+        return self.splits.indices.get(name, np.zeros(0, dtype=np.int64))
+
+    def loader(self, config: RunConfig, device: torch.device, world: World, *, num_views: int = 1) -> TrainLoader:
+        """Return the endless training batches of one rank."""
         return TrainLoader(
             self.reader,
             self.splits.indices["train"],
@@ -57,12 +66,13 @@ class TrainData:
             patch_sizes=config.model.patch_sizes,
             sampling=config.data.sampling,
             weights=loss_weights(self.dataset, self.splits.indices["train"], config.optim),
-            rank=world.rank,
-            ranks=world.size,
+            num_views=num_views,
+            rank=world.data_rank,
+            ranks=world.data_size,
         )
 
     def split_header(self, config: DataConfig) -> dict[str, Any]:
-        """Return what the model file keeps of the division: enough to make it again and to know it."""
+        """Return what the model file keeps of the split: enough to make it again and to know it."""
         return {
             "fingerprint": self.splits.fingerprint,
             "source": self.dataset.name,
@@ -75,56 +85,95 @@ class TrainData:
         }
 
 
-def load_data(config: DataConfig, console: Console, *, channels: int = 0, recorded: Path | None = None) -> CheckedData:
-    """Open a source, look at every image, divide it.
+def load_data(
+    config: DataConfig,
+    console: Console,
+    world: World = World(),  # noqa: B008 - frozen
+    *,
+    channels: int = 0,
+    recorded: Path | None = None,
+) -> CheckedData:
+    """List a dataset, scan every image, and split it; collective, and the main rank scans for all.
 
     Args:
         channels: 3 or 1 fixes the pixel format; 0 lets the images decide.
-        recorded: a split.json to take the division from.
+        recorded: a split.json to take the split from.
 
     Raises:
         ValueError: the data cannot be trained on; the message lists every error.
     """
-    dataset = open_dataset(
-        config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=console.bar
-    )
+    dataset = list_dataset(config, console)
     stop_on_errors(dataset.problems)
-    scan = scan_or_stop(dataset, config, console, channels=channels)
+    scan = scan_for_all(dataset, config, console, world, channels=channels)
     problems = [*dataset.problems, *scan.problems]
-    splits = (
-        load_splits(dataset, recorded, scan.good)
-        if recorded
-        else split_dataset(dataset, config, scan.good, scan.groups)
-    )
+    if recorded:
+        splits = load_splits(dataset, recorded, scan.good)
+    else:
+        splits = split_dataset(dataset, config, scan.good, scan.groups)
     found = check_trainable(dataset, splits)
     for problem in found:
         console.warn(problem.message)
     return CheckedData(dataset, scan, splits, tuple([*problems, *found]))
 
 
-def scan_or_stop(
-    dataset: Dataset, config: DataConfig, console: Console, *, channels: int = 0, cache: ScanCache | None = None
+def list_dataset(config: DataConfig, console: Console) -> Dataset:
+    """List the images of a dataset as a configuration wants them read.
+
+    Raises:
+        ValueError: there is no such dataset, or it is empty.
+    """
+    keep_damaged = config.damaged == "keep"
+    return open_dataset(config.source, limit_pixels=config.limit_pixels, keep_damaged=keep_damaged, bar=console.bar)
+
+
+def scan_for_all(
+    dataset: Dataset, config: DataConfig, console: Console, world: World, *, channels: int = 0, fresh: bool = False
 ) -> Scan:
-    """Look at every image of a source, and warn of what was found in listing and in looking.
+    """Scan a dataset on the main rank, and give every rank the result; collective.
+
+    The arguments are those of `scan_or_stop`.
+    """
+    whole: list[Scan] = []
+
+    def on_main() -> Scan:
+        whole.append(scan_or_stop(dataset, config, console, channels=channels, fresh=fresh))
+        return replace(whole[0], pixels=None)  # the others receive them where they are needed, as an array
+
+    scan = world.run_on_main(on_main)
+    return whole[0] if whole else scan
+
+
+def scan_or_stop(
+    dataset: Dataset,
+    config: DataConfig,
+    console: Console,
+    *,
+    indices: np.ndarray | None = None,
+    channels: int = 0,
+    fresh: bool = False,
+) -> Scan:
+    """Scan a dataset, and warn of what was found in listing and scanning.
 
     Args:
+        indices: which images; None: all.
         channels: 3 or 1 fixes the pixel format; 0 lets the images decide.
-        kept: earlier looks, which are taken where a file is unchanged.
+        fresh: decode also what an earlier scan has found whole.
 
     Raises:
         ValueError: a file is broken and was to be reported.
     """
-    with console.bar(f"looking at {len(dataset.paths):,} images") as advance:
-        scan = scan_dataset(
-            dataset,
-            cache=cache,
-            damaged=config.damaged,
-            near_duplicates=config.near_duplicates,
-            memory_bytes=config.memory_bytes,
-            workers=config.workers,
-            channels=channels,
-            advance=advance,
-        )
+    settings = ScanSettings(
+        damaged=config.damaged,
+        near_duplicates=config.near_duplicates,
+        limit_pixels=config.limit_pixels,
+        memory_bytes=config.memory_bytes,
+        workers=config.workers,
+        channels=channels,
+        fresh=fresh,
+    )
+    number = len(dataset.paths) if indices is None else len(indices)
+    with console.bar(f"scanning {number:,} images") as advance:
+        scan = scan_dataset(dataset, settings, indices=indices, advance=advance)
     for problem in (*dataset.problems, *scan.problems):
         if problem.severity == "warning":
             console.warn(problem.message)
@@ -132,12 +181,13 @@ def scan_or_stop(
     return scan
 
 
-def build_train_data(checked: CheckedData, config: RunConfig) -> TrainData:
-    """Give the checked images the preprocessing of a run."""
+def build_train_data(checked: CheckedData, config: RunConfig, world: World = World()) -> TrainData:  # noqa: B008
+    """Give the checked images the preprocessing of a run; collective."""
     preprocess = preprocess_from_config(config)
-    stored = checked.scan.pixels
+    used = np.concatenate(list(checked.splits.indices.values()))
+    stored = stored_pixels(checked.dataset, checked.scan, used, preprocess, config.data, world)
     side = preprocess.image_size
-    if stored is not None and (stored.shape[1] != preprocess.channels or max(stored.shape[2:]) > side):
+    if stored is not None and max(stored.shape[2:]) > side:
         # Larger than the model's input: a crop must be shrunk with antialiasing, which only the path from files does.
         stored = None
     reader = ImageReader(
@@ -160,6 +210,50 @@ def build_train_data(checked: CheckedData, config: RunConfig) -> TrainData:
     elif config.data.cache_side:
         reader.cache = open_decoded_cache(checked, reader, config.data)
     return TrainData(checked.dataset, checked.splits, reader)
+
+
+def stored_pixels(
+    dataset: Dataset,
+    scan: Scan,
+    used: np.ndarray,
+    preprocess: Preprocess,
+    config: DataConfig,
+    world: World = World(),  # noqa: B008 - frozen
+) -> np.ndarray | None:
+    """Return the pixels of images that are small, of one size and fit in memory, uint8 [N, C, H, W]; else None.
+
+    Collective: what the scan has not decoded, since it was cached, the main rank decodes now for all.
+
+    Args:
+        used: the images that are needed; others may be zero.
+    """
+    sizes = scan.sizes[scan.good]
+    high, wide = (int(side) for side in sizes[0]) if len(sizes) else (0, 0)
+    channels = 3 if scan.colour else 1
+    room = len(dataset.paths) * channels * high * wide
+    small = 0 < max(high, wide) <= SMALL_SIDE and bool((sizes == sizes[0]).all()) and room <= config.memory_bytes
+    if not small or channels != preprocess.channels:
+        return None
+    loaded: list[np.ndarray] = []
+    world.run_on_main(lambda: loaded.append(decode_small(dataset, scan, used, (high, wide), config.workers)))
+    return world.broadcast_array(loaded[0] if loaded else None)
+
+
+def decode_small(dataset: Dataset, scan: Scan, used: np.ndarray, size: tuple[int, int], workers: int) -> np.ndarray:
+    """Return the pixels of small images of one size (h, w), uint8 [N, C, H, W]; those the scan has decoded are not read.
+
+    Raises:
+        ValueError, OSError: an image can no longer be read.
+    """
+    mode: Literal["RGB", "L"] = "RGB" if scan.colour else "L"
+    pixels = scan.pixels
+    if pixels is None:
+        pixels = np.zeros((len(dataset.paths), len(mode), *size), dtype=np.uint8)
+    missing = used[~scan.loaded[used]].tolist()
+    decoded = ordered_map(lambda index: small_pixels(np.asarray(dataset.read(index, mode))), missing, workers)
+    for index, image in zip(missing, decoded, strict=True):
+        pixels[index] = image
+    return pixels
 
 
 def open_decoded_cache(checked: CheckedData, reader: ImageReader, config: DataConfig) -> DecodedImageCache:

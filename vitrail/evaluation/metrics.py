@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from vitrail.evaluation.calibration import calibration_error, calibration_table, log_softmax
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a model says of a part of a dataset, in the order of the images' indices.
-
-    Attributes:
-        logits: [N, classes] float32.
-        targets: [N] class indices.
-        indices: [N] which images of the source these are.
-    """
-
-    logits: np.ndarray
-    targets: np.ndarray
-    indices: np.ndarray
+from vitrail.evaluation.predict_logits import Outputs
 
 
 def headline_metrics(outputs: Outputs) -> dict[str, float]:

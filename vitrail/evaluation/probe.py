@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,41 @@ from torch import Tensor, nn
 from vitrail.config import DataConfig
 from vitrail.console import Console
 from vitrail.data.cache.rows import RowCache
-from vitrail.data.cache.scans import ScanCache
 from vitrail.data.check.scan import Scan
 from vitrail.data.datasets.base import Dataset
 from vitrail.data.datasets.keys import image_keys
-from vitrail.data.datasets.open import open_dataset
 from vitrail.data.loading.reader import ImageReader
 from vitrail.data.problems import stop_on_errors
-from vitrail.data.setup import scan_or_stop
+from vitrail.data.setup import is_identity, list_dataset, scan_or_stop, stored_pixels
 from vitrail.data.splits.splits import Splits, check_trainable, split_dataset
 from vitrail.evaluation.classifier import Classifier, load
-from vitrail.evaluation.evaluate import ready, report_weights, split_rule, training_splits
+from vitrail.evaluation.evaluate import report_weights
 from vitrail.evaluation.features import Features, features_of, open_cache
 from vitrail.evaluation.knn import knn_predict, neighbours
 from vitrail.evaluation.linear import TOLERANCE, fit_logistic, fit_ridge
 from vitrail.evaluation.pca import principal_axes
+from vitrail.evaluation.split_choice import split_rule, training_splits
 from vitrail.models.variants import is_variant
 from vitrail.weights.model_file import ModelHeader, save_model, versions
 from vitrail.weights.resolve import model_file_of
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """What a probe fits to and evaluates on.
+
+    Attributes:
+        config: how the dataset is read and split, as it can be made again.
+        keys: [N] what each image is known by in the caches.
+        evaluated: the split that the classifiers are evaluated on; they are fitted to `train`.
+    """
+
+    dataset: Dataset
+    scan: Scan
+    splits: Splits
+    config: DataConfig
+    keys: np.ndarray
+    evaluated: str
 
 
 def probe(
@@ -48,72 +67,134 @@ def probe(
     """Fit three simple classifiers to a model's pooled vectors and evaluate them on images they were not fitted to.
 
     Args:
-        data: how to read and to divide the source.
+        data: how to read and to split the dataset.
         image_size: side of the square that images are brought to, unless the model's own.
         save: write a model file here whose head is the logistic regression.
         fresh: compute the features also where they are in the cache.
 
     Returns:
-        The figures as `vitrail probe --out` writes them.
+        The metrics as `vitrail probe --out` writes them.
 
     Raises:
-        ValueError: the model or the source cannot be read, or the source cannot be divided into images to fit and to evaluate.
+        ValueError: the model or the dataset cannot be read, or it cannot be split into images to fit and to evaluate.
     """
-    watch = Stopwatch()
+    stopwatch = Stopwatch()
     classifier = load_frozen(model, console).to(device).at(image_size=image_size)
     if save is not None:
         check_save(save, model)
     classifier = classifier.tuned(measuring=True)
-    watch.lap("model")
-    data = dataclasses.replace(data or DataConfig(), source=source)
-    opened, scan, data, keys = scan_cached(classifier, data, console, fresh=fresh)
-    parts, data = split_for_probe(model, classifier, opened, scan, data)
-    judged = "test" if "test" in parts.indices else "val"
-    for problem in check_trainable(opened, parts, evaluated=judged):
+    stopwatch.lap("model")
+    config = dataclasses.replace(data or DataConfig(), source=source)
+    probed = open_probe_data(model, classifier, config, console, fresh=fresh)
+    stopwatch.lap("data")
+    cache = open_cache(classifier, probed.dataset, device)
+    features, reader = compute_features(classifier, probed, device, cache, console, fresh=fresh)
+    stopwatch.lap("features")
+    train, rest = (
+        torch.from_numpy(np.isin(features.indices, probed.splits.indices[split]))
+        for split in ("train", probed.evaluated)
+    )
+    values, targets = torch.from_numpy(features.values), torch.from_numpy(probed.dataset.targets[features.indices])
+    metrics, weight, bias = fit_classifiers(
+        values[train], targets[train], values[rest], targets[rest], len(probed.dataset.labels), stopwatch
+    )
+    if save is not None:
+        write_model(save, classifier, probed, weight, bias, {"top1": metrics["logistic"]})
+    counts = {"num_train": int(train.sum()), "num_images": int(rest.sum())}
+    left_out = {"num_left_out": int((~probed.scan.good).sum()) + len(reader.dropped)}
+    return {
+        **metrics,
+        "seconds": stopwatch.total,
+        "seconds_each": stopwatch.laps,
+        **counts,
+        **left_out,
+        **describe_features(features, cache),
+        **describe_data(probed),
+        "source": source,
+        "model": model,
+        "image_size": classifier.preprocess.image_size,
+    }
+
+
+def open_probe_data(
+    model: str, classifier: Classifier, config: DataConfig, console: Console, *, fresh: bool
+) -> ProbeData:
+    """List, scan and split a dataset for a probe.
+
+    The split is that of the model's training where the dataset is that one; else the dataset's own; else a stratified one.
+
+    Args:
+        fresh: decode also the images that an earlier scan has found whole and that have not changed since.
+
+    Raises:
+        ValueError: a class has no images, a file is broken and was to be reported, or the split leaves nothing to evaluate.
+    """
+    dataset = list_dataset(config, console)
+    stop_on_errors(dataset.problems)
+    if classifier.header.split.get("source") == dataset.name:
+        near_duplicates = bool(classifier.header.split.get("near_duplicates", True))
+        config = dataclasses.replace(config, near_duplicates=near_duplicates)
+    scan = scan_or_stop(dataset, config, console, channels=classifier.preprocess.channels, fresh=fresh)
+    remedy = "restore the files, or probe with the run as it was then"
+    splits = training_splits(model, classifier, dataset, config, scan.good, scan.groups, remedy=remedy)
+    if splits is not None:
+        config = dataclasses.replace(config, **split_rule(classifier))
+    else:
+        if dataset.split is not None and set(dataset.split) & {"val", "test"}:
+            # The images that would be held out for choices are not needed: nothing here chooses by them.
+            config = dataclasses.replace(config, val_fraction=0.0, test_fraction=0.0)
+        splits = split_dataset(dataset, config, scan.good, scan.groups)
+    evaluated = "test" if "test" in splits.indices else "val"
+    for problem in check_trainable(dataset, splits, evaluated=evaluated):
         console.warn(problem.message)
-    watch.lap("data")
-    reader = ImageReader(opened, opened.targets, classifier.preprocess, scan.pixels, workers=data.workers)
-    reader.is_ready = ready(classifier.preprocess, scan.pixels)
-    cache = open_cache(classifier, opened, device)
-    wanted = np.concatenate([parts.indices["train"], parts.indices[judged]])
+    keys = scan.keys
+    if keys is None:
+        keys = image_keys(dataset, np.arange(len(dataset.paths)), classifier.preprocess.mode, config.workers)
+    return ProbeData(dataset, scan, splits, config, keys, evaluated)
+
+
+def compute_features(
+    classifier: Classifier, probed: ProbeData, device: torch.device, cache: RowCache, console: Console, *, fresh: bool
+) -> tuple[Features, ImageReader]:
+    """Return the features of the images to fit to and to evaluate on, and the reader, which knows the files that failed."""
+    wanted = np.concatenate([probed.splits.indices["train"], probed.splits.indices[probed.evaluated]])
+    preprocess, dataset = classifier.preprocess, probed.dataset
+    pixels = stored_pixels(dataset, probed.scan, wanted, preprocess, probed.config)
+    reader = ImageReader(dataset, dataset.targets, preprocess, pixels, workers=probed.config.workers)
+    reader.is_ready = pixels is not None and is_identity(preprocess, (pixels.shape[2], pixels.shape[3]))
     with console.bar(f"features of {len(wanted):,} images") as advance:
-        found = features_of(
+        features = features_of(
             classifier,
             reader,
             wanted,
             device=device,
             cache=cache,
-            keys=keys[wanted],
+            keys=probed.keys[wanted],
             fresh=fresh,
             advance=advance,
         )
-    report_features(found, reader, console)
-    watch.lap("features")
-    train, rest = (torch.from_numpy(np.isin(found.indices, parts.indices[part])) for part in ("train", judged))
-    values, targets = torch.from_numpy(found.values), torch.from_numpy(opened.targets[found.indices])
-    figures, weight, bias = fit_classifiers(
-        values[train], targets[train], values[rest], targets[rest], len(opened.labels), watch
-    )
-    if save is not None:
-        write_model(save, classifier, opened, parts, data, weight, bias, {"top1": figures["logistic"]})
+    report_features(features, reader, console)
+    return features, reader
+
+
+def describe_features(features: Features, cache: RowCache) -> dict[str, Any]:
+    """Return how many features there are, where they are cached and how much they take."""
     return {
-        **figures,
-        "seconds": watch.total,
-        "seconds_each": watch.laps,
-        "num_train": int(train.sum()),
-        "num_images": int(rest.sum()),
-        "num_left_out": int((~scan.good).sum()) + len(reader.dropped),
-        "num_features": found.values.shape[1],
-        "labels": list(opened.labels),
-        "split": judged,
-        "fingerprint": parts.fingerprint,
-        "rule": parts.rule,
-        "from_cache": found.from_cache,
-        "computed": len(found.indices) - found.from_cache,
-        **describe_cache(cache),
-        "source": source,
-        "model": model,
-        "image_size": classifier.preprocess.image_size,
+        "num_features": features.values.shape[1],
+        "from_cache": features.from_cache,
+        "computed": len(features.indices) - features.from_cache,
+        "cache": str(cache.folder),
+        "cache_bytes": cache.num_bytes,
+    }
+
+
+def describe_data(probed: ProbeData) -> dict[str, Any]:
+    """Return what was evaluated on."""
+    return {
+        "labels": list(probed.dataset.labels),
+        "split": probed.evaluated,
+        "fingerprint": probed.splits.fingerprint,
+        "rule": probed.splits.rule,
     }
 
 
@@ -146,8 +227,9 @@ def load_frozen(model: str, console: Console) -> Classifier:
     report_weights(classifier, console)
     if not Path(model).exists() and is_variant(model):
         console.warn(f"{model}: random weights; the figures say what features are worth before any training")
-    classifier.model.head = nn.Identity()
-    return classifier
+    model_without_head = copy.copy(classifier.model)  # the same weights; a classifier does not change
+    model_without_head._modules = {**model_without_head._modules, "head": nn.Identity()}
+    return dataclasses.replace(classifier, model=model_without_head)
 
 
 def check_save(save: Path, model: str) -> None:
@@ -160,52 +242,6 @@ def check_save(save: Path, model: str) -> None:
         raise ValueError(f"--save {save}: is a folder; expected the name of a file")
     if Path(model).exists() and save.exists() and save.samefile(model_file_of(model)):
         raise ValueError(f"--save {save}: is the file of the probed model itself; choose another name")
-
-
-def scan_cached(
-    classifier: Classifier, data: DataConfig, console: Console, *, fresh: bool
-) -> tuple[Dataset, Scan, DataConfig, np.ndarray]:
-    """Open a source and look at every image.
-
-    Args:
-        fresh: decode also the images that an earlier look has found whole and that have not changed since.
-
-    Returns:
-        The source, what the look found, the settings with the model's way to find duplicates, and each image's key.
-
-    Raises:
-        ValueError: a class has no images, or a file is broken and was to be reported.
-    """
-    dataset = open_dataset(
-        data.source, limit_pixels=data.limit_pixels, keep_damaged=data.damaged == "keep", bar=console.bar
-    )
-    stop_on_errors(dataset.problems)
-    if classifier.header.split.get("source") == dataset.name:
-        data = dataclasses.replace(data, near_duplicates=bool(classifier.header.split.get("near_duplicates", True)))
-    mode = classifier.preprocess.mode
-    keys = image_keys(dataset, np.arange(len(dataset.paths)), mode, data.workers)
-    kept = ScanCache(dataset.name, keys, mode, limit_pixels=data.limit_pixels)
-    if fresh:
-        kept.rows.clear()
-    scan = scan_or_stop(dataset, data, console, channels=classifier.preprocess.channels, cache=kept)
-    return dataset, scan, data, kept.keys
-
-
-def split_for_probe(
-    model: str, classifier: Classifier, dataset: Dataset, scan: Scan, data: DataConfig
-) -> tuple[Splits, DataConfig]:
-    """Return the division, and the settings that make it again.
-
-    It is that of the model's training where the source is that data; else the source's own parts; else a stratified split.
-    """
-    remedy = "restore the files, or probe with the run as it was then"
-    trained = training_splits(model, classifier, dataset, data, scan.good, scan.groups, remedy=remedy)
-    if trained is not None:
-        return trained, dataclasses.replace(data, **split_rule(classifier))
-    if dataset.split is not None and set(dataset.split) & {"val", "test"}:
-        # The images that would be kept back for choices are not needed: nothing here chooses by them.
-        data = dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0)
-    return split_dataset(dataset, data, scan.good, scan.groups), data
 
 
 def report_features(found: Features, reader: ImageReader, console: Console) -> None:
@@ -250,27 +286,20 @@ def share_correct(predicted: Tensor, targets: Tensor) -> float:
     return float((predicted == targets).double().mean())
 
 
-def describe_cache(cache: RowCache) -> dict[str, Any]:
-    """Return where the features are kept and how much they take."""
-    return {"cache": str(cache.folder), "cache_bytes": cache.num_bytes}
-
-
 def write_model(
     path: Path,
     classifier: Classifier,
-    dataset: Dataset,
-    splits: Splits,
-    data: DataConfig,
+    probed: ProbeData,
     weight: Tensor,
     bias: Tensor,
     metrics: dict[str, float],
 ) -> None:
-    """Write a model file: the frozen weights, a linear head, the labels of the data, and how it was divided."""
+    """Write a model file: the frozen weights, a linear head, the labels of the data, and how it was split."""
     weights = {**classifier.model.state_dict(), "head.weight": weight, "head.bias": bias}
-    architecture = dataclasses.replace(classifier.model.config, num_classes=len(dataset.labels))
+    labels = probed.dataset.labels
+    architecture = dataclasses.replace(classifier.model.config, num_classes=len(labels))
     rule = ("val_fraction", "test_fraction", "split_seed", "folds", "fold", "near_duplicates")
-    split = {"fingerprint": splits.fingerprint, "source": dataset.name, **{name: getattr(data, name) for name in rule}}
-    header = ModelHeader(
-        architecture, dataset.labels, classifier.preprocess, split=split, metrics=metrics, versions=versions()
-    )
+    split = {name: getattr(probed.config, name) for name in rule}
+    split |= {"fingerprint": probed.splits.fingerprint, "source": probed.dataset.name}
+    header = ModelHeader(architecture, labels, classifier.preprocess, split=split, metrics=metrics, versions=versions())
     save_model(path, weights, header)

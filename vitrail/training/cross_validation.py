@@ -1,4 +1,4 @@
-"""Cross-validation: a run for each fold, and what they say together."""
+"""Cross-validation: how many folds are asked for, and what their runs say together."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from vitrail.api import Result, resume_run, start
-from vitrail.config import RunConfig, load_config
+from vitrail.config import RunConfig
 from vitrail.config_schema import override
 from vitrail.console import Console
-from vitrail.distributed import World
 from vitrail.evaluation.metrics import by_class
 from vitrail.files import write_text
 from vitrail.recipes import recipe_file
-from vitrail.training.run_folder import FIRST_FOLD, check_new
+from vitrail.training.run_folder import FIRST_FOLD
 
 # What is averaged over the folds, and how people call it.
 AVERAGED_METRICS = {
@@ -30,60 +28,22 @@ AVERAGED_METRICS = {
 }
 
 
-def train_folds(
-    folder: Path,
-    source: str,
-    recipe: str | None,
-    given: Mapping[str, Any],
-    world: World,
-    console: Console,
-    *,
-    resume: bool,
-) -> Result:
-    """Train a run `fold-0`, `fold-1`, … for each fold, and write `folds.json` when the last one is done.
-
-    The recipe chooses for the first fold; the others are trained with its configuration.
+def count_folds(recipe: str, given: Mapping[str, Any], *, all_only: bool = False) -> int:
+    """Return how many folds a training is asked for, 0: none.
 
     Args:
-        resume: go on with the folds that are not finished.
+        recipe: a recipe's name or file.
+        given: the settings that the user has fixed.
+        all_only: count none where one fold alone is asked for.
 
     Raises:
-        ValueError: the folder or a setting cannot be used.
+        ValueError: a setting of the data is refused.
     """
-    first = folder / FIRST_FOLD
-    if resume:
-        count = load_config(first / "config.json").data.folds
-        if (number := given.get("data.fold", -1)) != -1:
-            raise ValueError(
-                f"{folder}: holds {count} folds, and --resume goes on with all; go on with this one alone by --out "
-                f"{folder / f'fold-{number}'}"
-            )
-    else:
-        if not is_killed_start(folder):
-            check_new(folder)
-        settings = {name.removeprefix("data."): value for name, value in given.items() if name.startswith("data.")}
-        count = override((recipe_file(recipe or "auto") or RunConfig()).data, settings).folds
-    evaluations = []
-    for number in range(count):
-        place, own = folder / f"fold-{number}", {**given, "data.fold": number}
-        console.info(f"fold {number} of {count} (from 0): {place}")
-        if world.broadcast((place / "run.json").exists()):
-            result = resume_run(place, source, recipe if number == 0 else None, own, world, console)
-        elif number == 0:
-            result = start(place, source, recipe or "auto", own, world, console)
-        else:
-            same = {"data.fold": number}
-            result = start(place, source, str(first / "config.json"), same, world, console, told=True)
-        evaluations.append(result.evaluation)
-    found = {"source": source, **summarise_folds(evaluations)}
-    for part, figures in found["parts"].items():
-        console.info(f"{part} split, mean ± standard deviation over {count} folds:")
-        for name, word in AVERAGED_METRICS.items():
-            console.info(f"  {word:<28}{percent(name, figures['mean'][name], figures['deviation'][name])}")
-    if world.is_main:
-        write_text(folder / "folds.json", json.dumps(found, indent=2) + "\n")
-    world.barrier()
-    return Result(folder, {"val": found["pooled"]}, found)
+    base = (recipe_file(recipe) or RunConfig()).data
+    if all_only and (int(given.get("data.fold", base.fold)) != -1 or int(given.get("data.folds", base.folds)) <= 0):
+        return 0
+    settings = {name.removeprefix("data."): value for name, value in given.items() if name.startswith("data.")}
+    return override(base, settings).folds
 
 
 def is_killed_start(folder: Path) -> bool:
@@ -120,3 +80,16 @@ def summarise_folds(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def percent(name: str, mean: float, deviation: float) -> str:
     """Return a figure for people: the loss as it is, shares in percent."""
     return f"{mean:.4f} ± {deviation:.4f}" if name == "loss" else f"{mean:.2%} ± {deviation:.2%}"
+
+
+def print_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the mean and the deviation of every metric, for every split."""
+    for split, figures in summary["parts"].items():
+        console.info(f"{split} split, mean ± standard deviation over {summary['folds']} folds:")
+        for name, word in AVERAGED_METRICS.items():
+            console.info(f"  {word:<28}{percent(name, figures['mean'][name], figures['deviation'][name])}")
+
+
+def save_summary(summary: Mapping[str, Any], folder: Path) -> None:
+    """Write `folds.json`."""
+    write_text(folder / "folds.json", json.dumps(summary, indent=2) + "\n")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vitrail.config import RunConfig, load_config, save_config
 from vitrail.data.datasets.open import run_name, same_dataset
+from vitrail.data.images.preprocess import preprocess_from_config
+from vitrail.data.setup import CheckedData, TrainData
+from vitrail.data.splits.splits import save_splits
 from vitrail.files import write_text
-from vitrail.machine import processor_name
+from vitrail.weights.model_file import ModelHeader, save_model, versions
 
 FIRST_FOLD = "fold-0"
 
@@ -57,6 +60,11 @@ class Run:
             known = self.info() if path.exists() else {}
             write_text(path, json.dumps(known | values, indent=2) + "\n")
 
+    def note_problem(self, problem: Mapping[str, Any]) -> None:
+        """Add a problem that was found during the run to those in `run.json`."""
+        if self.is_main:
+            self.note(problems=[*self.info().get("problems", []), problem])
+
     def log(self, **values: Any) -> None:
         """Add a line to the metrics, on disk at once."""
         if self.is_main:
@@ -77,7 +85,34 @@ class Run:
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
 
-def create_run(folder: Path, config: RunConfig, save_split: Callable[[Path], None], **info: Any) -> Run:
+def save_best(
+    run: Run, weights: Mapping[str, Tensor], config: RunConfig, data: TrainData, metrics: Mapping[str, float]
+) -> None:
+    """Write the run's model file; only the main rank does.
+
+    Args:
+        metrics: what the evaluation that chose these weights gave.
+    """
+    if run.is_main:
+        save_model(run.model, weights, model_header(config, data, metrics))
+
+
+def model_header(
+    config: RunConfig, data: TrainData, metrics: Mapping[str, float], temperature: float = 1.0
+) -> ModelHeader:
+    """Return what the run's model file says of its weights."""
+    return ModelHeader(
+        architecture=config.model,
+        labels=data.dataset.labels,
+        preprocess=preprocess_from_config(config),
+        temperature=temperature,
+        split=data.split_header(config.data),
+        metrics=metrics,
+        versions=versions(),
+    )
+
+
+def create_run(folder: Path, config: RunConfig, checked: CheckedData, **info: Any) -> Run:
     """Make a new run folder with its configuration and split.
 
     Raises:
@@ -87,7 +122,7 @@ def create_run(folder: Path, config: RunConfig, save_split: Callable[[Path], Non
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder)
     save_config(config, folder / "config.json")
-    save_split(folder / "split.json")
+    save_splits(checked.dataset, checked.splits, folder / "split.json")
     run.note(status="running", started_at=now(), **info)  # last: with this file the folder is a run
     return run
 
@@ -149,18 +184,6 @@ def newest_folder(source: str, root: Path = Path("runs")) -> Path:
 def has_folds(folder: Path) -> bool:
     """Whether a folder holds a run for each fold of a cross-validation."""
     return (folder / FIRST_FOLD / "run.json").exists()
-
-
-def machine(device: str, precision: str) -> dict[str, Any]:
-    """Describe the machine, for the record."""
-    return {
-        "cpu": processor_name(),
-        "cores": os.cpu_count() or 1,
-        "device": device,
-        "precision": precision,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
 
 
 def now() -> str:

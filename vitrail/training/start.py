@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +12,15 @@ from torch import nn
 
 from vitrail.config import RunConfig
 from vitrail.console import Console
-from vitrail.distributed import World
 from vitrail.kernels.registry import Kernels
 from vitrail.models.kernel_choice import training_kernels
 from vitrail.models.lora import add_adapters, is_adapter
 from vitrail.models.variants import is_variant
 from vitrail.models.vit import ViT
-from vitrail.optim.optimizers import build_optimizer
+from vitrail.objectives.classification import Classification
 from vitrail.training.frozen import batch_norms, freeze, scale_bn_momentum, within
-from vitrail.training.run_folder import Run
-from vitrail.training.state import Progress, State
+from vitrail.training.head_warmup import head_warmup_parameters, trainable_parameters
+from vitrail.training.session import Session
 from vitrail.weights.adapt import Start, adapt
 from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.model_file import ModelHeader, build_model
@@ -118,11 +116,14 @@ def start_record(start: Start) -> dict[str, Any]:
     return {**report, "random": list(start.random)} if start.weights else {}
 
 
-def start_state(config: RunConfig, device: torch.device, *, fresh: bool, start: Start = Start()) -> State:  # noqa: B008
-    """Return the state before the first step; unless `fresh`, its weights are about to be replaced by saved ones."""
-    model = start_model(config, fresh=fresh, start=start).to(device)
-    average = copy.deepcopy(model).requires_grad_(False) if config.optim.ema_decay else None
-    return State(model, average, build_optimizer(model, config.optim, start.random), Progress())
+def build_classification(config: RunConfig, start: Start, count_weights: bool = True) -> Classification:
+    """Return the objective of a classifier before the first step.
+
+    Args:
+        count_weights: False where its weights are about to be replaced by saved ones.
+    """
+    model = start_model(config, fresh=count_weights, start=start)
+    return Classification(model, label_smoothing=config.optim.label_smoothing, ema_decay=config.optim.ema_decay)
 
 
 def start_model(config: RunConfig, *, fresh: bool, start: Start = Start()) -> ViT:  # noqa: B008 - frozen
@@ -151,58 +152,24 @@ def start_model(config: RunConfig, *, fresh: bool, start: Start = Start()) -> Vi
     return model
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that learn, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def run_kernels(session: Session) -> Kernels:
+    """Return the attention kernels of a run: those it began with, else measured now and noted in `run.json`; collective.
 
-
-def head_warmup_parameters(model: nn.Module, config: RunConfig, start: Start) -> dict[str, nn.Parameter]:
-    """Return what learns during `optim.head_warmup`: of what learns at all, the head and what started at random.
-
-    Raises:
-        ValueError: none of it may learn.
-    """
-    own_encoder = bool(config.encoder_weights)
-    found = {
-        name: parameter
-        for name, parameter in trainable_parameters(model).items()
-        if within(name, "head") or name in start.random or (own_encoder and not within(name, "patch_embed.backbone"))
-    }
-    if not found:
-        raise ValueError(
-            f"optim.head_warmup {config.optim.head_warmup!r} lets only the head learn, but optim.freeze "
-            f"{' '.join(config.optim.freeze)} holds it; leave one of them out"
-        )
-    return found
-
-
-def set_trainable(model: nn.Module, all_learning: Mapping[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
-    """Let only some of the parameters that learn in a run do so now; batch norms that do not keep their statistics.
-
-    What comes before the first of them in the model is then computed without keeping anything for a backward pass.
-    """
-    for name, parameter in all_learning.items():
-        parameter.requires_grad_(name in now)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in all_learning:
-            module.train(f"{name}.weight" in now)
-
-
-def run_kernels(config: RunConfig, device: torch.device, run: Run, world: World) -> Kernels:
-    """Return the kernels of a run: those it began with, else measured now and noted in `run.json`.
-
-    All processes use what the main one found.
+    All ranks use what the main one found.
 
     Raises:
         ValueError: a kernel that the configuration or the run names cannot compute this model here.
     """
-    kernels = Kernels()
-    if run.is_main:
+    run = session.run
+
+    def on_main() -> Kernels:
         known = run.info().get("kernels")
-        kernels = choose_kernels(config, device, known=known)
+        kernels = choose_kernels(session.config, session.device, known=known)
         if dict(kernels.chosen) != known:
             run.note(kernels=dict(kernels.chosen))
-    return world.broadcast(kernels)
+        return kernels
+
+    return session.world.run_on_main(on_main)
 
 
 def choose_kernels(config: RunConfig, device: torch.device, *, known: Any = None, measuring: bool = True) -> Kernels:

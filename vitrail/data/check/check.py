@@ -16,7 +16,7 @@ from vitrail.data.check.class_names import label_problems, level_problem
 from vitrail.data.check.crop_duplicates import LIMIT
 from vitrail.data.check.duplicates import duplicate_pairs, group_numbers
 from vitrail.data.check.image_formats import FormatStats, format_problems
-from vitrail.data.check.scan import Scan, scan_dataset
+from vitrail.data.check.scan import Scan, ScanSettings, scan_dataset
 from vitrail.data.datasets.base import ArrayDataset, Dataset, FileDataset, broken_image
 from vitrail.data.datasets.folder import open_folder
 from vitrail.data.datasets.open import open_dataset
@@ -76,14 +76,13 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
             raise
         problem = Problem("error", "missing-class", (), str(error))
         return CheckResult(None, {"num_images": 0, "classes": {}, "form": form}, (problem,))
-    forms = FormatStats(len(dataset.paths), config.limit_pixels)
-    with bar(f"looking at {len(dataset.paths):,} images") as advance:
-        scan = quick_scan(dataset, config, forms, advance) if quick else full_scan(dataset, config, forms, advance)
+    with bar(f"scanning {len(dataset.paths):,} images") as advance:
+        scan = quick_scan(dataset, config, advance) if quick else full_scan(dataset, config, advance)
     problems = [*([level] if level else []), *dataset.problems, *label_problems(dataset.labels)]
     problems += [problem for problem in scan.problems if problem.kind in _BROKEN]
     problems += duplicate_problems(dataset, scan)
-    problems += format_problems(dataset, forms, scan.sizes)
-    facts = check_facts(dataset, scan, forms) | {"form": form, "near_duplicates": not quick and config.near_duplicates}
+    problems += format_problems(dataset, scan.formats, scan.sizes)
+    facts = check_facts(dataset, scan) | {"form": form, "near_duplicates": not quick and config.near_duplicates}
     facts["crops_compared"] = facts["near_duplicates"] and len(dataset.paths) <= LIMIT
     try:
         splits = split_dataset(dataset, config, scan.good, scan.groups)
@@ -108,20 +107,19 @@ def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
     return open_dataset(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar)
 
 
-def full_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance: Advance) -> Scan:
-    """Decode every image."""
-    return scan_dataset(
-        dataset,
+def full_scan(dataset: Dataset, config: DataConfig, advance: Advance) -> Scan:
+    """Decode every image that the cache does not know."""
+    settings = ScanSettings(
         damaged=config.damaged,
         near_duplicates=config.near_duplicates,
-        memory_bytes=0,
+        limit_pixels=config.limit_pixels,
+        crops=True,
         workers=config.workers,
-        stats=stats,
-        advance=advance,
     )
+    return scan_dataset(dataset, settings, advance=advance)
 
 
-def quick_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance: Advance) -> Scan:
+def quick_scan(dataset: Dataset, config: DataConfig, advance: Advance) -> Scan:
     """Read every header, and compare files byte by byte; images that are arrays are compared by their pixels."""
 
     def look(index: int) -> tuple[Any, int, ImageError | OSError | None]:
@@ -140,6 +138,7 @@ def quick_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance
         return info, digest, ImageError(info) if info is not None and info.verdict != "ok" else None
 
     count = len(dataset.paths)
+    stats = FormatStats(count, config.limit_pixels)
     good, digests = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.uint64)
     sizes, problems = np.zeros((count, 2), dtype=np.int32), []
     for index, (info, digest, error) in enumerate(ordered_map(look, range(count), config.workers)):
@@ -156,18 +155,29 @@ def quick_scan(dataset: Dataset, config: DataConfig, stats: FormatStats, advance
     usable = np.flatnonzero(good)
     exact = usable[duplicate_pairs(np.zeros((len(usable), 0, 0), np.uint8), digests[usable], near=False)[0]]
     near = np.empty((0, 2), dtype=np.int64)
-    return Scan(good, sizes, True, None, group_numbers(count, exact, near), tuple(problems), exact, near)
+    return Scan(
+        good=good,
+        sizes=sizes,
+        colour=True,
+        pixels=None,
+        loaded=np.zeros(count, dtype=bool),
+        groups=group_numbers(count, exact, near),
+        problems=tuple(problems),
+        exact=exact,
+        near=near,
+        formats=stats,
+    )
 
 
-def check_facts(dataset: Dataset, scan: Scan, stats: FormatStats) -> dict[str, Any]:
+def check_facts(dataset: Dataset, scan: Scan) -> dict[str, Any]:
     """Return counts and sizes as JSON values."""
     found = np.bincount(dataset.targets, minlength=len(dataset.labels))
     facts: dict[str, Any] = {
         "num_images": len(dataset.paths),
         "num_good": int(scan.good.sum()),
         "classes": dict(zip(dataset.labels, found.tolist(), strict=True)),
-        "modes": stats.counts("modes"),
-        "formats": stats.counts("formats"),
+        "modes": scan.formats.counts("modes"),
+        "formats": scan.formats.counts("formats"),
     }
     sizes = scan.sizes[scan.good & (scan.sizes.min(axis=1) > 0)]
     if len(sizes):

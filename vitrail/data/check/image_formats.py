@@ -35,6 +35,16 @@ class FormatStats:
         self.orientation[index], self.bits[index] = info.orientation, info.bits
         self.frames[index], self.alpha[index], self.ok[index] = info.frames, info.alpha, info.verdict == "ok"
 
+    def note_rows(self, indices: np.ndarray, rows: np.ndarray) -> None:
+        """Keep what whole files are, as a scan has cached it (`vitrail.data.cache.scans.ROW`)."""
+        described = rows["described"] == 1
+        indices, rows = indices[described], rows[described]
+        for name, names, codes in (("mode", self.modes, self.mode), ("format", self.formats, self.format)):
+            for text in np.unique(rows[name]):
+                codes[indices[rows[name] == text]] = _code(names, text.decode())
+        self.orientation[indices], self.bits[indices] = rows["orientation"], rows["bits"]
+        self.frames[indices], self.alpha[indices], self.ok[indices] = rows["frames"], rows["alpha"] == 1, True
+
     def counts(self, which: str) -> dict[str, int]:
         """Return how many images have each mode or format, the commonest first."""
         names, codes = (self.modes, self.mode) if which == "modes" else (self.formats, self.format)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from vitrail.data.cache.rows import KEY
-from vitrail.data.datasets.base import Dataset
+from vitrail.data.datasets.base import Dataset, FileDataset
 from vitrail.data.images.decode import ImageError
 from vitrail.threads import ordered_map
 
@@ -23,6 +23,14 @@ def image_keys(dataset: Dataset, indices: np.ndarray, mode: Literal["RGB", "L"],
         return hashlib.blake2b(text + known, digest_size=KEY.itemsize).digest()
 
     return np.frombuffer(b"".join(ordered_map(key, map(int, indices), workers)), dtype=KEY)
+
+
+def cache_name(dataset: Dataset) -> str:
+    """Return the name under which what is found out about a dataset's images is cached: the same for all commands.
+
+    Files are known by their folder, however the user wrote it.
+    """
+    return os.path.abspath(dataset.root) if isinstance(dataset, FileDataset) else dataset.name
 
 
 def _content(dataset: Dataset, index: int, mode: Literal["RGB", "L"]) -> bytes:

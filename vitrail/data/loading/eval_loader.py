@@ -27,15 +27,15 @@ class VariableSizeBatch:
 def eval_batches(
     reader: ImageReader, indices: np.ndarray, *, batch_size: int, device: torch.device, rank: int = 0, ranks: int = 1
 ) -> Iterator[Batch | VariableSizeBatch]:
-    """Yield every image of a part exactly once, over all processes, unchanged but for the model's preprocessing.
+    """Yield every image exactly once, over all ranks, unchanged but for the model's preprocessing.
 
-    Batches are mixed where preprocessing keeps the aspect ratio and images have different ones.
+    A batch has images of several sizes where preprocessing keeps the aspect ratio. Files that can no longer be read are
+    left out and noted in `reader.dropped`.
     """
     mine = indices[rank::ranks]
     targets = torch.from_numpy(reader.targets)
     chunks = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     waiting: deque = deque()
-    num_read = 0
     for number in range(len(chunks) + 2):
         if number < len(chunks):
             chunk = chunks[number]
@@ -49,7 +49,6 @@ def eval_batches(
                 pixels, places = reader.collect(futures, chunk)
             if not len(places):
                 continue
-            num_read += len(places)
             chosen = chunk[places]
             answers = targets[torch.from_numpy(chosen)].to(device, non_blocking=True)
             if len({each.shape for each in pixels}) > 1:
@@ -58,7 +57,6 @@ def eval_batches(
             else:
                 images = torch.from_numpy(np.asarray(pixels)).to(device, non_blocking=True)
                 yield Batch(reader.preprocess.normalise(images), answers, chosen)
-    reader.require_some(num_read, len(mine))
 
 
 def start_reading(reader: ImageReader, chunk: np.ndarray) -> list[Future[list[ReadResult]]]:

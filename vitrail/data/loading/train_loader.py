@@ -24,6 +24,7 @@ from vitrail.data.loading.sampler import Sampler
 
 T = TypeVar("T")
 
+_VIEW = 2**32  # visits from one view of an image to the next; more than an image ever gets
 _CACHE_BYTES = 5 * 2**19  # of float images that a thread works on at once; from 4 MB on it is three times slower
 
 
@@ -38,6 +39,8 @@ class Batch:
         patch_size: side of the patches to cut them into, where the step chose one; None leaves it to the model.
         weights: [B] what each image counts in the loss; None where all count alike. Never in an evaluation.
         mix: the other label of each image and its own one's share, where images are mixed.
+        views: differently augmented views of the images [B, C, S, S] each, never mixed, where several were asked for; the
+            first one is `images` before any mixing.
     """
 
     images: Tensor
@@ -46,6 +49,7 @@ class Batch:
     patch_size: int | None = None
     weights: Tensor | None = None
     mix: MixTargets | None = None
+    views: tuple[Tensor, ...] = ()
 
     def take(self, start: int, stop: int) -> Batch:
         """Return some of the batch."""
@@ -58,6 +62,7 @@ class Batch:
             indices=self.indices[chosen],
             weights=weights,
             mix=None if self.mix is None else self.mix.take(start, stop),
+            views=tuple(view[chosen] for view in self.views),
         )
 
 
@@ -66,11 +71,11 @@ Assembled = tuple[Tensor, np.ndarray]
 
 
 class _Step(NamedTuple):
-    """A batch that is being made; `wait` gives its images."""
+    """A batch that is being made; each of `views` waits for the images of one view."""
 
     indices: np.ndarray
     draws: dict[str, np.ndarray]
-    wait: Callable[[], Assembled]
+    views: list[Callable[[], Assembled]]
 
 
 class TrainLoader:
@@ -80,6 +85,7 @@ class TrainLoader:
 
     Args:
         weights: [N] what each image of the source counts in the loss; None where all count alike.
+        num_views: differently augmented views of each image; with 1 a batch has its images only.
     """
 
     def __init__(
@@ -94,10 +100,11 @@ class TrainLoader:
         patch_sizes: tuple[int, ...] = (),
         sampling: str = "natural",
         weights: np.ndarray | None = None,
+        num_views: int = 1,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.patch_sizes = patch_sizes
+        self.patch_sizes, self.num_views = patch_sizes, num_views
         self.reader, self.indices, self.batch_size, self.seed = reader, indices, batch_size, seed
         self.changes, self.device, self.rank, self.ranks = augment, device, rank, ranks
         self.targets = torch.from_numpy(reader.targets)
@@ -132,19 +139,25 @@ class TrainLoader:
         """Start the threads on a batch. On a CPU they do all of an image's work; else they read, and the device does the rest."""
         occasions, places = self.sampler.samples(step, self.rank, self.ranks)
         indices = self.indices[places]
-        draws = draw_changes(self.seed, occasions, places)
+        # What a view shows does not depend on how many there are: each has visits of its own.
+        draws = [draw_changes(self.seed, occasions + number * _VIEW, places) for number in range(self.num_views)]
         make = self.from_files if self.reader.stored is None else self.from_memory
-        return _Step(indices, draws, make(indices, draws))
+        return _Step(indices, draws[0], [make(indices, each) for each in draws])
 
     def collate(self, step: _Step) -> Batch:
         """Wait for a batch's images and do what concerns several of them."""
-        images, places = step.wait()
+        views, places = agreeing([wait() for wait in step.views])
+        images = views[0]
+        if self.num_views == 1:
+            views = ()
+        elif self.changes.mixes:
+            images = images.clone()
         indices = step.indices[places]
         chosen = torch.from_numpy(indices)
         targets = self.targets[chosen].to(self.device, non_blocking=True)
         weights = None if self.weights is None else self.weights[chosen].to(self.device)
         images, mix = mix_pairs_(images, targets, places, self.changes, take(step.draws, places), weights)
-        return Batch(images, targets, indices, weights=weights, mix=mix)
+        return Batch(images, targets, indices, weights=weights, mix=mix, views=views)
 
     def from_memory(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Assembled]:
         """Augment stored images, crop included."""
@@ -239,6 +252,17 @@ class TrainLoader:
         preprocess = self.reader.preprocess
         preprocess.normalise(augment_batch(pixels, self.changes, draws, boxes, preprocess.image_size), out=out)
         erase_(out, self.changes, draws)
+
+
+def agreeing(views: list[Assembled]) -> tuple[tuple[Tensor, ...], np.ndarray]:
+    """Return views of the same images, and their places in the batch; what failed in one view is in none."""
+    places = views[0][1]
+    for _, other in views[1:]:
+        places = np.intersect1d(places, other)
+    return tuple(
+        images if len(own) == len(places) else images[torch.from_numpy(np.searchsorted(own, places))]
+        for images, own in views
+    ), places
 
 
 def take(draws: dict[str, np.ndarray], places: np.ndarray | slice) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""After the last step: calibrate, evaluate, describe the mistakes, build the report."""
+"""After the last step: calibrate and evaluate the best weights, keep their outputs, describe the mistakes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from torch import nn
 
-from vitrail.config import RunConfig
-from vitrail.console import Console
 from vitrail.data.datasets.base import Dataset
 from vitrail.data.images.decode import ImageError
-from vitrail.data.setup import TrainData
-from vitrail.device import pick_device
-from vitrail.distributed import World
 from vitrail.evaluation.calibration import fit_temperature, log_softmax
-from vitrail.evaluation.metrics import Outputs, all_metrics
-from vitrail.evaluation.predict_logits import predict_logits
+from vitrail.evaluation.metrics import all_metrics
+from vitrail.evaluation.outputs import save_outputs
+from vitrail.evaluation.predict_logits import Outputs, predict_logits
 from vitrail.files import write_text
-from vitrail.report.run_page import build_report
-from vitrail.training.loop import model_header, report_dropped
-from vitrail.training.run_folder import Run
+from vitrail.training.reporting import report_dropped
+from vitrail.training.run_folder import model_header
+from vitrail.training.session import Session
 from vitrail.training.start import run_kernels
 from vitrail.weights.model_file import load_model, save_model
 
@@ -31,44 +28,47 @@ MISTAKES = 24
 _THUMBNAIL = 112  # px
 
 
-def evaluate_best_weights(
-    config: RunConfig, data: TrainData, run: Run, world: World, console: Console
-) -> dict[str, Any]:
+def evaluate_best_weights(session: Session) -> dict[str, Any]:
     """Evaluate the best weights once more, on the validation split and, the first and only time, on the test split.
 
-    Can be repeated: a run that was killed in here is finished by `--resume`.
+    Can be repeated: a run that was killed in here is finished by `--resume`. Collective; the main rank writes the model
+    file with its temperature, `evaluation.json` and the outputs of each split.
 
     Returns:
-        The evaluation of each part, as `evaluation.json` holds it.
+        The evaluation of each split, as `evaluation.json` holds it.
     """
-    world.barrier()
-    device = pick_device(config.device)
+    config, data, run = session.config, session.data, session.run
+    session.world.barrier()
     model, header = load_model(run.model)
-    model.to(device).kernels = run_kernels(config, device, run, world)
-    outputs = {}
-    for part in ("val", "test"):
-        if part in data.splits.indices:
-            with console.bar(f"evaluating the {part} split") as advance:
-                outputs[part] = predict_logits(
-                    model, data.reader, data.splits.indices[part], device=device, world=world, advance=advance
-                )
+    model.to(session.device).kernels = run_kernels(session)
+    outputs = {split: outputs_of(session, model, split) for split in ("val", "test") if split in data.splits.indices}
+    report_dropped(session)
     temperature = fit_temperature(outputs["val"].logits, outputs["val"].targets)
     results: dict[str, Any] = {}
-    for part, out in outputs.items():
-        results[part] = all_metrics(out, data.dataset.labels, temperature)
-        results[part] |= {"split": part, "fingerprint": data.splits.fingerprint}
-        results[part]["mistakes"] = mistakes(out, data.dataset, temperature)
+    for split, each in outputs.items():
+        results[split] = all_metrics(each, data.dataset.labels, temperature)
+        results[split] |= {"split": split, "fingerprint": data.splits.fingerprint}
+        results[split]["mistakes"] = mistakes(each, data.dataset, temperature)
     if run.is_main:
         metrics = dict(header.metrics) | {
-            f"test_{k}": results["test"][k] for k in ("top1", "loss") if "test" in results
+            f"test_{name}": results["test"][name] for name in ("top1", "loss") if "test" in results
         }
+        for split, each in outputs.items():
+            path = run.folder / "outputs" / f"{split}.safetensors"
+            save_outputs(path, each, data.dataset.paths, split=split, fingerprint=data.splits.fingerprint)
         save_model(run.model, model.state_dict(), model_header(config, data, metrics, temperature))
         write_text(run.folder / "evaluation.json", json.dumps(results) + "\n")
-        report_dropped(data, run, console)
-        run.note(status="finished")
-        build_report(run.folder)
-    world.barrier()
+    session.world.barrier()
     return results
+
+
+def outputs_of(session: Session, model: nn.Module, split: str) -> Outputs:
+    """Return a model's outputs on a split."""
+    data = session.data
+    with session.console.bar(f"evaluating the {split} split") as advance:
+        return predict_logits(
+            model, data.reader, data.splits.indices[split], device=session.device, world=session.world, advance=advance
+        )
 
 
 def mistakes(outputs: Outputs, dataset: Dataset, temperature: float) -> list[dict[str, Any]]:

@@ -1,0 +1,65 @@
+"""What `run.json` says of a run: how it was asked for, on which machine, and what was chosen."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vitrail.data.loading.class_weights import loss_weights, mean_weights
+from vitrail.data.setup import CheckedData
+from vitrail.machine import processor_name
+from vitrail.models.cost import num_parameters
+from vitrail.recipes import Choice
+from vitrail.training.session import Session
+from vitrail.weights.model_file import versions
+
+
+def describe_run(session: Session, checked: CheckedData, choices: Iterable[Choice]) -> dict[str, Any]:
+    """Return what `run.json` says of a run from its start on."""
+    config, data = session.config, session.data
+    train = data.splits.indices["train"]
+    weights = loss_weights(data.dataset, train, config.optim)
+    return {
+        "command": command(),
+        "counts": {split: len(indices) for split, indices in checked.splits.indices.items()},
+        "labels": list(checked.dataset.labels),
+        "choices": [
+            {"setting": each.setting, "value": json_value(each.value), "reason": each.reason} for each in choices
+        ],
+        "problems": [problem.to_dict() for problem in checked.problems],
+        "versions": versions(),
+        "machine": machine(str(session.device), config.precision),
+        "num_parameters": num_parameters(config.model),
+        **({} if weights is None else {"loss_weights": mean_weights(data.dataset, train, weights)}),
+        "processes": session.world.size,
+        "in_memory": data.reader.stored is not None,
+    }
+
+
+def command() -> str:
+    """Return the command line that started this process, as it can be typed again."""
+    name = Path(sys.argv[0]).name
+    words = ["vitrail", *sys.argv[1:]] if name in ("vitrail", "__main__.py") else ["python", *sys.argv]
+    return shlex.join(words)
+
+
+def json_value(value: Any) -> Any:
+    """Return a setting's value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def machine(device: str, precision: str) -> dict[str, Any]:
+    """Describe the machine, for the record."""
+    return {
+        "cpu": processor_name(),
+        "cores": os.cpu_count() or 1,
+        "device": device,
+        "precision": precision,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
