@@ -4,9 +4,12 @@
 
 The folder has `train/<class>/` and `test/<class>/`; a tenth of `train/` becomes the validation split.
 
-Hardware: a CPU of 2 cores with bfloat16 instructions (AVX512-BF16 or AMX); others compute in fp32 and take about twice as long.
-Time: not measured here yet.
-Expect: not measured here yet. Published for a ViT of this depth from scratch: 93.6 % in 100 epochs on a GPU, at width 192.
+Hardware: a CPU of 2 cores with bfloat16 instructions; others compute in fp32, which is slower. Measured on 2 cores of an AMD EPYC
+with AVX512-BF16, torch 2.14.1, shared with other work.
+Time: 21 min 32 s in all, of it 20 min 49 s training (n = 1); at the 400 images/s of its quiet stretches training takes about 10 min.
+Expect: 60.1 % of the 10,000 test images of CIFAR-10, JPEG (6,009, n = 1, seed 0), 60.5 % of 5,000 validation images. Nothing was
+tuned, and accuracy still rose with every epoch: 39.4, 50.0, 55.0, 58.4, 60.5 % of the validation images. Published for a wider ViT
+(192, 9 blocks) in 100 epochs on a GPU: 93.6 % (Lee et al. 2021, arXiv 2112.13492).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ VALUES = (
     Choice("model.drop_path", 0.0, "few epochs: there is nothing yet to keep from learning by heart"),
     Choice("preprocess.crop_fraction", 1.0, "all images have this size: nothing is cut off"),
     Choice("batch_size", 128, "keeps 2 cores busy, and leaves 352 steps an epoch"),
-    Choice("epochs", 5.0, "about ten minutes on 2 cores"),
+    Choice("epochs", 5.0, "ten minutes at the 400 images/s of 2 undisturbed cores"),
     Choice("optim.lr", 2e-3, "for width 128 and batch 128, a short run"),
     Choice("optim.ema_decay", 0.97, "the average of about the last 2 % of 1,760 steps is evaluated"),
     Choice("optim.label_smoothing", 0.1, "keeps a small net from being too sure"),

@@ -3,10 +3,11 @@
     vitrail train digits --recipe digits
 
 Hardware: a CPU of 2 cores.
-Time: 51 s, with reading, evaluation and report (40 to 75, n = 5), on 2 cores of an AMD EPYC with AVX512-BF16, shared with other
-work.
-Expect: 99.16 % of 359 validation images (deviation 0.39, 98.6 to 99.7, n = 5 seeds; `benchmarks/accuracy.py`). They also chose
-the best epoch, so that is slightly optimistic. The values are what `auto` chose on that machine; here they stay.
+Time: 54 s, with reading, evaluation and report (52 to 56, n = 3), one thread of an AMD EPYC with AVX512-BF16, torch 2.14.1, shared
+with other work.
+Expect: 99.16 % of 359 validation images (356 of them with each of 3 seeds; `benchmarks/accuracy.py digits --set recipe=digits`).
+They also chose the best epoch, so that is slightly optimistic; `auto`, which chooses these values on that machine, had 98.6 to
+99.7 % with 5 seeds.
 """
 
 from __future__ import annotations
