@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from vitrail.training.diagnosis import NotFinite
 
 from vitrail.api import train
 from vitrail.config import OptimConfig, RunConfig, ScheduleConfig, load_config
@@ -26,7 +27,6 @@ from vitrail.models.vit import ViT
 from vitrail.optim.optimizers import build_optimizer, clip_gradient, update_average
 from vitrail.optim.schedules import Schedule
 from vitrail.training import loop
-from vitrail.training.diagnosis import NotFinite
 from vitrail.training.loop import build_cadence
 from vitrail.training.signals import Stopped
 from vitrail.weights.model_file import load_model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,17 @@ def build_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Opt
         ValueError: there is none of this name.
     """
     return pick(OPTIMIZERS, config.name, "optim.name").build(groups, config)
+
+
+@contextlib.contextmanager
+def at_evaluation_point(optimizer: torch.optim.Optimizer, config: OptimConfig) -> Iterator[None]:
+    """Bring the weights to the point that is evaluated and saved for a while; for most optimizers they are there."""
+    kind = pick(OPTIMIZERS, config.name, "optim.name")
+    kind.to_eval(optimizer)
+    try:
+        yield
+    finally:
+        kind.to_train(optimizer)
 
 
 def as_param_group(group: Group, config: OptimConfig) -> dict[str, object]:

@@ -19,7 +19,7 @@ from vitrail.evaluation.outputs import save_outputs
 from vitrail.evaluation.predict_logits import Outputs, predict_logits
 from vitrail.files import write_text
 from vitrail.training.reporting import report_dropped
-from vitrail.training.run_folder import model_header
+from vitrail.training.run_record import model_header
 from vitrail.training.session import Session
 from vitrail.training.start import run_kernels
 from vitrail.weights.model_file import load_model, save_model

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vitrail.config import RunConfig, load_config, save_config
 from vitrail.data.datasets.open import run_name, same_dataset
-from vitrail.data.images.preprocess import preprocess_from_config
-from vitrail.data.setup import CheckedData, TrainData
+from vitrail.data.setup import CheckedData
 from vitrail.data.splits.splits import save_splits
 from vitrail.files import write_text
-from vitrail.weights.model_file import ModelHeader, save_model, versions
 
 FIRST_FOLD = "fold-0"
 
@@ -83,33 +79,6 @@ class Run:
             except (json.JSONDecodeError, KeyError):
                 continue  # the line that was being written when the process was killed
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
-
-
-def save_best(
-    run: Run, weights: Mapping[str, Tensor], config: RunConfig, data: TrainData, metrics: Mapping[str, float]
-) -> None:
-    """Write the run's model file; only the main rank does.
-
-    Args:
-        metrics: what the evaluation that chose these weights gave.
-    """
-    if run.is_main:
-        save_model(run.model, weights, model_header(config, data, metrics))
-
-
-def model_header(
-    config: RunConfig, data: TrainData, metrics: Mapping[str, float], temperature: float = 1.0
-) -> ModelHeader:
-    """Return what the run's model file says of its weights."""
-    return ModelHeader(
-        architecture=config.model,
-        labels=data.dataset.labels,
-        preprocess=preprocess_from_config(config),
-        temperature=temperature,
-        split=data.split_header(config.data),
-        metrics=metrics,
-        versions=versions(),
-    )
 
 
 def create_run(folder: Path, config: RunConfig, checked: CheckedData, **info: Any) -> Run:

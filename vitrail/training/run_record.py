@@ -1,4 +1,4 @@
-"""What `run.json` says of a run: how it was asked for, on which machine, and what was chosen."""
+"""What a run says of itself: in `run.json` how it was asked for and what was chosen, in its model file what its weights are."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vitrail.config import RunConfig
+from vitrail.data.images.preprocess import preprocess_from_config
 from vitrail.data.loading.class_weights import loss_weights, mean_weights
-from vitrail.data.setup import CheckedData
+from vitrail.data.setup import CheckedData, TrainData
 from vitrail.machine import processor_name
+from vitrail.models.config import ViTConfig
 from vitrail.models.cost import num_parameters
 from vitrail.recipes import Choice
 from vitrail.training.session import Session
-from vitrail.weights.model_file import versions
+from vitrail.weights.model_file import ModelHeader, versions
 
 
 def describe_run(session: Session, checked: CheckedData, choices: Iterable[Choice]) -> dict[str, Any]:
@@ -63,3 +66,28 @@ def machine(device: str, precision: str) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def model_header(
+    config: RunConfig,
+    data: TrainData,
+    metrics: Mapping[str, float],
+    temperature: float = 1.0,
+    *,
+    architecture: ViTConfig | None = None,
+) -> ModelHeader:
+    """Return what the run's model file says of its weights.
+
+    Args:
+        architecture: of the saved model, where it is not the configuration's: one without a head has no labels.
+    """
+    architecture = architecture or config.model
+    return ModelHeader(
+        architecture=architecture,
+        labels=data.dataset.labels if architecture.num_classes else (),
+        preprocess=preprocess_from_config(config),
+        temperature=temperature,
+        split=data.split_header(config.data),
+        metrics=metrics,
+        versions=versions(),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -24,7 +25,7 @@ class Session:
     world: World
     console: Console
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where this rank computes."""
         return pick_device(self.config.device)

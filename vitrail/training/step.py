@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitrail.data.loading.train_loader import Batch, TrainLoader
-from vitrail.device import autocast, pick_device
+from vitrail.device import autocast
 from vitrail.evaluation.diagnosis import NotFinite, first_broken
 from vitrail.optim.optimizers import clip_gradient
 from vitrail.training.meter import Flushed
@@ -69,7 +69,7 @@ def find_cause(step: int, state: State, loader: TrainLoader, session: Session) -
     """Return what broke first in a step, and the first files of the batch; those of the first rank where it did."""
     batch = next(iter(loader.batches(step - 1, step)))
     model = next(state.objective.vits())
-    with autocast(session.config.precision, pick_device(session.config.device)):
+    with autocast(session.config.precision, session.device):
         cause = first_broken(model, batch.images, lambda: state.objective.forward(batch))
     files = [loader.reader.dataset.location(int(index)) for index in batch.indices[:5]]
     found = session.world.gather((cause, files))
