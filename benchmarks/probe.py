@@ -87,7 +87,7 @@ def main() -> None:
         f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.model}, {source.name}"
     )
     print(
-        f"{len(train):,} images to fit, {len(evaluated):,} to evaluate, {values.shape[1]} features, {len(source.labels)} classes"
+        f"{len(train):,} images to fit, {len(judged):,} to evaluate, {values.shape[1]} features, {len(source.labels)} classes"
     )
     for name, values_s in taken.items():
         shares = [100 * ours / forward for ours, forward in zip(values_s, taken["forward pass"], strict=True)]

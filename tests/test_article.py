@@ -22,6 +22,7 @@ from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES
 from vitrail.models.variants import variant_config
 from vitrail.optim.schedules import Schedule
 from vitrail.recipes import DatasetFacts, build_config
+from vitrail.training.start import parse_model_spec
 
 ROOT = Path(__file__).parents[1]
 ARTICLE = ROOT / "docs" / "article.md"

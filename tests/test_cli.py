@@ -281,7 +281,7 @@ def test_a_figure_that_flatters_says_so(tiny_run, make_folder, tmp_path, capsys)
     more = shutil.copytree(data, tmp_path / data.name)
     draw_image(1, 999).save(more / "steep" / "999.png")
     assert run(["eval", str(done), str(more)]) == 0
-    assert "came after the division that the model was trained with: 1" in said(capsys)
+    assert "came after the split that the model was trained with: 1" in said(capsys)
 
 
 def test_what_a_run_leaves_can_be_read_by_others(tiny_run):

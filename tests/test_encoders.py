@@ -31,7 +31,7 @@ from vitrail.models.cost import num_macs, num_parameters
 from vitrail.models.variants import variant_config
 from vitrail.models.vit import ViT
 from vitrail.recipes import DatasetFacts, build_config
-from vitrail.training.frozen import freeze, running_statistics
+from vitrail.training.frozen import freeze, running_statistics, scale_bn_momentum
 from vitrail.weights.model_file import ModelHeader, load_model, save_model
 
 QUIET = Console(quiet=True)
@@ -117,16 +117,15 @@ def test_two_processes_keep_one_set_of_statistics(make_folder, tmp_path):
     program = """
 import sys, torch
 import torch.distributed as dist
-from vitrail.training import parallel
+from vitrail import distributed
 from vitrail.training import loop
 from vitrail.console import Console
-from vitrail.training.session import train
-from vitrail.weights.store import ModelHeader, load_model, save_model
+from vitrail.api import train
 seen = {}
 original = loop.evaluate_and_save_best
-def spy(config, data, run, world, state, *rest):
-    seen.update({name: each.clone() for name, each in state.model.named_buffers() if "running" in name})
-    return original(config, data, run, world, state, *rest)
+def spy(session, state, *rest):
+    seen.update({name: each.clone() for name, each in state.objective.model.named_buffers() if "running" in name})
+    return original(session, state, *rest)
 loop.evaluate_and_save_best = spy
 settings = {"model.depth": 1, "epochs": 1.0, "batch_size": 16, "model.drop_path": 0.0}
 train(sys.argv[1], out=sys.argv[2], model="nano8-resnet18", console=Console(quiet=True), **settings)
@@ -135,7 +134,7 @@ all_seen = [None, None]
 dist.all_gather_object(all_seen, seen)
 assert all(torch.equal(all_seen[0][name], all_seen[1][name]) for name in seen)
 assert not torch.equal(seen["patch_embed.backbone.bn1.running_mean"], torch.zeros(64))
-parallel.leave()
+distributed.shutdown()
 print("alike")
 """
     (tmp_path / "two.py").write_text(program)

@@ -23,9 +23,11 @@ from vitrail.config_schema import leaves, override
 from vitrail.evaluation.classifier import load
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.optim.optimizers import build_optimizer, layer_of, num_layers
+from vitrail.optim.groups import layer_of, num_layers, parameter_groups
+from vitrail.optim.optimizers import build_optimizer
 from vitrail.recipes import DatasetFacts, build_config
-from vitrail.training.start import start_model
+from vitrail.training.head_warmup import set_trainable, trainable_parameters
+from vitrail.training.start import load_start, pin_revision, start_model
 from vitrail.weights.model_file import load_model
 
 SMALL = ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=2, num_heads=3)
@@ -143,12 +145,12 @@ def test_the_head_learns_alone_at_first(tiny_run, tmp_path):
     base, data = tiny_run
     cut = interrupted(4, data, out=tmp_path / "cut", model=str(base), **QUICK, **GENTLE)
     state, before = load_file(cut / "last" / "state.safetensors"), load_file(base / "model.safetensors")
-    moved = {name for name, tensor in before.items() if not torch.equal(state[f"model.{name}"], tensor)}
+    moved = {name for name, tensor in before.items() if not torch.equal(state[f"objective.model.{name}"], tensor)}
     assert moved == {"head.weight", "head.bias"}
-    assert {name for name in state if "exp_avg." in name} == {f"optimizer.exp_avg.{name}" for name in moved}
+    assert {name for name in state if "exp_avg." in name} == {f"optimizer.exp_avg.model.{name}" for name in moved}
     cut = interrupted(5, data, out=tmp_path / "next", model=str(base), **QUICK, **GENTLE)
     state = load_file(cut / "last" / "state.safetensors")
-    moved = {name for name, tensor in before.items() if not torch.equal(state[f"model.{name}"], tensor)}
+    moved = {name for name, tensor in before.items() if not torch.equal(state[f"objective.model.{name}"], tensor)}
     assert "blocks.0.attn.qkv.weight" in moved
 
 
@@ -156,7 +158,7 @@ def test_what_starts_at_random_learns_with_the_head(tiny_run, tmp_path):
     base, data = tiny_run
     new = {"model.decoder": "concat", "model.num_registers": 1}
     cut = interrupted(3, data, out=tmp_path / "cut", model=str(base), **QUICK, **GENTLE, **new)
-    names = {name.split(".", 2)[2] for name in load_file(cut / "last" / "state.safetensors") if "exp_avg." in name}
+    names = {name.split(".", 3)[3] for name in load_file(cut / "last" / "state.safetensors") if "exp_avg." in name}
     joined = {f"decoder.{layer}.{each}" for layer in ("join", "norm") for each in ("weight", "bias")}
     assert names == {"head.weight", "head.bias", "reg_token", *joined}
 
@@ -187,13 +189,15 @@ def test_two_processes_tune_as_one(more, make_folder, tiny_run, tmp_path):
         torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=2e-2)
     start = load_file(base / "model.safetensors")
     learned = "blocks.1.attn.qkv." + ("lora_b" if more else "weight")
-    assert not torch.equal(one[f"model.{learned}"], start.get(learned, torch.zeros_like(one[f"model.{learned}"])))
+    assert not torch.equal(
+        one[f"objective.model.{learned}"], start.get(learned, torch.zeros_like(one[f"objective.model.{learned}"]))
+    )
 
 
 def test_rates_of_layers_by_hand():
     model = ViT(ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=3, num_heads=3))
     assert num_layers(model) == 4
-    groups = build_optimizer(model, OptimConfig(layer_decay=0.5, weight_decay=0.3)).param_groups
+    groups = build_optimizer(parameter_groups(model, layer_decay=0.5), OptimConfig(weight_decay=0.3)).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scales = {names[id(p)]: (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert scales.keys() == set(names.values())
@@ -204,10 +208,9 @@ def test_rates_of_layers_by_hand():
     assert scales["norm.weight"] == (1, 0.0)
     assert scales["head.weight"] == (1, 0.3)
     assert layer_of("decoder.join.weight", 4) == layer_of("fc_norm.bias", 4) == 4
-    groups = build_optimizer(model, OptimConfig()).param_groups
-    assert [group["scale"] for group in groups] == [1, 1]
-    groups = build_optimizer(model, OptimConfig(layer_decay=0.5), random=("cls_token",)).param_groups
-    scales = {names[id(p)]: group["scale"] for group in groups for p in group["params"]}
+    assert [group.scale for group in parameter_groups(model)] == [1, 1, 1]
+    groups = parameter_groups(model, layer_decay=0.5, full_rate=("cls_token",))
+    scales = {names[id(p)]: group.scale for group in groups for p in group.params}
     assert scales["cls_token"] == 1, "what starts at random learns at the full rate"
     assert scales["pos_embed"] == 1 / 16
 

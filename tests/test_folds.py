@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_splits import divided, listing, per_class
 
+from vitrail import api
 from vitrail.api import Result, train
 from vitrail.cli import run as vitrail
 from vitrail.config import DataConfig, load_config
@@ -25,7 +26,6 @@ from vitrail.data.datasets.open import open_dataset
 from vitrail.data.splits.kfold import fold_numbers
 from vitrail.data.splits.splits import split_dataset
 from vitrail.evaluation.evaluate import evaluate
-from vitrail.training import cross_validation as folds_module
 from vitrail.weights.model_file import load_model
 
 QUIET = Console(quiet=True)
@@ -188,9 +188,9 @@ def test_resume_goes_on_with_what_is_unfinished(crossed, tmp_path, monkeypatch):
     shutil.rmtree(cut / "fold-2")
     (cut / "folds.json").unlink()
     begun = []
-    real = folds_module.start
+    real = api.start_run
     monkeypatch.setattr(
-        folds_module, "start", lambda place, *more, **words: begun.append(place.name) or real(place, *more, **words)
+        api, "start_run", lambda request, **more: begun.append(request.folder.name) or real(request, **more)
     )
     again = train(data, out=cut, console=QUIET, resume=True, **{"data.folds": 3})
     assert begun == ["fold-2"]

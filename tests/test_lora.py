@@ -120,13 +120,13 @@ def lora_run(tiny_run, tmp_path_factory):
 
 def test_only_adapters_and_head_learn(lora_run, tiny_run):
     base, state = load_file(tiny_run[0] / "model.safetensors"), load_file(lora_run / "last" / "state.safetensors")
-    learned = {name.split(".", 2)[2] for name in state if name.startswith("optimizer.exp_avg.")}
+    learned = {name.split(".", 3)[3] for name in state if name.startswith("optimizer.exp_avg.")}
     wanted = {f"blocks.{i}.attn.{layer}.lora_{side}" for i in range(2) for layer in ("qkv", "proj") for side in "ab"}
     assert learned == wanted | {"head.weight", "head.bias"}
     for name, tensor in base.items():
-        assert torch.equal(state[f"model.{name}"], tensor) == (name not in learned), name
+        assert torch.equal(state[f"objective.model.{name}"], tensor) == (name not in learned), name
     info = json.loads((lora_run / "run.json").read_text())
-    assert info["num_learning"] == sum(state[f"model.{name}"].numel() for name in learned)
+    assert info["num_learning"] == sum(state[f"objective.model.{name}"].numel() for name in learned)
     assert info["num_learning"] < info["num_parameters"] / 5
 
 

@@ -183,7 +183,7 @@ def test_the_loss_is_cross_entropy_with_soft_labels(smoothing):
     ours, theirs = (torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (found["loss"], wanted))
     torch.testing.assert_close(ours, theirs)
     heavier = torch.where(mix.lam < 0.5, mix.labels_b, targets)
-    assert found["correct"] == (logits.argmax(1) == heavier).sum()
+    assert found["top1"] == (logits.argmax(1) == heavier).sum()
 
 
 def test_unmixed_pairs_give_the_plain_loss():
@@ -194,7 +194,7 @@ def test_unmixed_pairs_give_the_plain_loss():
     mix = MixTargets(targets, torch.ones(32))
     found = objective(Batch(images, targets, np.arange(32), mix=mix))
     torch.testing.assert_close(found["loss"], plain["loss"])
-    assert found["correct"] == plain["correct"]
+    assert found["top1"] == plain["top1"]
 
 
 def test_parts_of_a_batch_hold_their_part_of_the_mix():
@@ -207,7 +207,7 @@ def test_parts_of_a_batch_hold_their_part_of_the_mix():
     whole = objective(square)
     parts = [objective(square.take(start, stop)) for start, stop in ((0, 5), (5, 16))]
     torch.testing.assert_close(whole["loss"], (parts[0]["loss"] * 5 + parts[1]["loss"] * 11) / 16)
-    assert whole["correct"] == sum(part["correct"] for part in parts)
+    assert whole["top1"] == sum(part["top1"] for part in parts)
 
 
 @pytest.mark.parametrize(("batch_size", "size", "fits"), [(7, 1, False), (6, 2, False), (8, 2, True), (6, 1, True)])
@@ -241,7 +241,7 @@ from vitrail.data.loader import Batch
 from vitrail.data.mixing import Mix
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.training.objectives import Classification
+from vitrail.objectives.classification import Classification
 
 torch.manual_seed(0)
 model = ViT(ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=3))

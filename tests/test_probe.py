@@ -396,7 +396,7 @@ def test_other_weights_sizes_and_preprocessing_are_kept_apart(model, make_folder
     assert len(list((cache / "features").iterdir())) == 4
 
 
-@pytest.mark.parametrize("kind", ["features", "looks"])
+@pytest.mark.parametrize("kind", ["features", "scans"])
 def test_a_truncated_cache_is_computed_again(model, make_folder, tmp_path, cache, kind):
     data = make_folder(tmp_path / "data")
     first = probed(model, data)

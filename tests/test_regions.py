@@ -7,6 +7,7 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,9 +26,10 @@ from vitrail.data.images.jpeg import FACTORS, decode_jpeg, jpeg_header
 from vitrail.data.images.preprocess import INTERPOLATIONS
 from vitrail.data.loading.crop_decode import Box, CropReader, by_pillow, by_torch, shrunk
 from vitrail.data.setup import CheckedData, build_train_data, load_data
+from vitrail.distributed import World
 from vitrail.models.config import ViTConfig
 from vitrail.tensor_files import load_tensors
-from vitrail.training.loop import report_dropped
+from vitrail.training.reporting import report_dropped
 
 
 def photo(seed: int, width: int, height: int) -> Image.Image:
@@ -258,9 +260,10 @@ def test_a_full_disk_ends_the_keeping_and_not_the_training(folder, monkeypatch, 
     before = cache.read(int(part[0]))
     assert "No space left" in cache.full
     np.testing.assert_array_equal(cache.read(int(part[0])), before)
-    report_dropped(data, None, Console())  # type: ignore[arg-type]
-    report_dropped(data, None, Console())  # type: ignore[arg-type]
-    assert capsys.readouterr().out.count("no more images are kept decoded") == 1
+    session = SimpleNamespace(data=data, console=Console(), world=World())
+    report_dropped(session)  # type: ignore[arg-type]
+    report_dropped(session)  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count("no more images are cached decoded") == 1
 
 
 def test_threads_share_a_cache(folder, monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from vitrail.config import DataConfig
 from vitrail.console import Console
 from vitrail.data.cache.scans import THUMBNAIL
 from vitrail.data.check.duplicates import candidates, duplicate_pairs, hashes
-from vitrail.data.check.scan import Scan, has_colour, scan_dataset
+from vitrail.data.check.scan import Scan, ScanSettings, has_colour, scan_dataset
 from vitrail.data.datasets.base import Dataset
 from vitrail.data.datasets.open import open_dataset
 from vitrail.data.images.decode import read_image
@@ -44,8 +44,13 @@ def fill(root: Path, labels: str = "ab", count: int = 4, **size: int) -> Path:
 
 def scanned(root: Path, *, damaged: str = "stop", memory_bytes: int = 10**9, **options) -> tuple[Dataset, Scan]:
     source = open_dataset(str(root), keep_damaged=damaged == "keep")
-    options = {"near_duplicates": True, "workers": 2, **options}
-    return source, scan_dataset(source, damaged=damaged, memory_bytes=memory_bytes, **options)
+    advance = options.pop("advance", lambda done, total: None)
+    return source, scan_dataset(source, how(damaged=damaged, memory_bytes=memory_bytes, **options), advance=advance)
+
+
+def how(**options) -> ScanSettings:
+    given = {"damaged": "stop", "near_duplicates": True, "limit_pixels": 100_000_000, "workers": 2}
+    return ScanSettings(**{**given, **options})
 
 
 def lost(source: Dataset, scan: Scan) -> set[str]:
@@ -158,7 +163,7 @@ def test_images_of_too_many_pixels_are_refused_by_name(tmp_path):
     fill(tmp_path)
     put(tmp_path / "a" / "huge.png", photo(70, 60, 60))
     source = open_dataset(str(tmp_path), limit_pixels=48 * 32)
-    scan = scan_dataset(source, damaged="drop", near_duplicates=True, memory_bytes=10**9, workers=1)
+    scan = scan_dataset(source, how(damaged="drop", limit_pixels=source.limit_pixels, memory_bytes=10**9, workers=1))
     assert found(scan) == [("warning", "refused", ("a/huge.png",))]
 
 
@@ -365,7 +370,7 @@ def test_progress_ends_with_everything_done(tmp_path):
 
 def test_scanning_does_not_depend_on_the_number_of_workers(tmp_path):
     break_some(tmp_path)
-    one, two = (scanned(tmp_path, damaged="drop", workers=workers)[1] for workers in (1, 3))
+    one, two = (scanned(tmp_path, damaged="drop", workers=workers, fresh=True)[1] for workers in (1, 3))
     assert one.problems == two.problems
     assert one.pixels is not None
     np.testing.assert_array_equal(one.pixels, two.pixels)

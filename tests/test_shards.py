@@ -21,7 +21,7 @@ from PIL import Image
 
 from vitrail.cli import run
 from vitrail.config import AugmentConfig, DataConfig
-from vitrail.data.check.scan import scan_dataset
+from vitrail.data.check.scan import ScanSettings, scan_dataset
 from vitrail.data.datasets.base import Dataset, TarDataset
 from vitrail.data.datasets.open import open_dataset, run_name, same_dataset
 from vitrail.data.datasets.webdataset.shards import is_shards
@@ -570,7 +570,7 @@ def test_a_source_with_parts_and_groups_keeps_them(tmp_path):
     ours, theirs = shards.groups, table.groups[original]
     assert ((ours[:, None] == ours) == (theirs[:, None] == theirs)).all()
     assert ((ours < 0) == (theirs < 0)).all()
-    scan = scan_dataset(shards, damaged="stop", near_duplicates=False, memory_bytes=0, workers=1)
+    scan = scan_dataset(shards, ScanSettings("stop", near_duplicates=False, limit_pixels=10**8, workers=1))
     assert split_dataset(shards, DataConfig(), scan.good, scan.groups).rule == "the split in .json: train, val"
 
 

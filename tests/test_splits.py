@@ -259,7 +259,7 @@ def test_a_recorded_image_that_has_broken_since_is_refused(tmp_path):
     assert load_splits(source, tmp_path / "split.json", good).fingerprint == divided(source).fingerprint
     good[3] = False
     with pytest.raises(
-        ValueError, match=rf"1 images of the recorded \w+ part are broken now, for instance {source.paths[3]}"
+        ValueError, match=rf"1 images of the recorded \w+ split are broken now, for instance {source.paths[3]}"
     ):
         load_splits(source, tmp_path / "split.json", good)
 

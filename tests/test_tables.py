@@ -16,7 +16,7 @@ from PIL import Image
 
 from vitrail.cli import run
 from vitrail.config import DataConfig
-from vitrail.data.check.scan import scan_dataset
+from vitrail.data.check.scan import ScanSettings, scan_dataset
 from vitrail.data.datasets import table as tables
 from vitrail.data.datasets.base import FileDataset
 from vitrail.data.datasets.open import open_dataset, run_name, same_dataset
@@ -328,7 +328,7 @@ def test_near_duplicates_join_groups_and_the_split_is_recorded(tmp_path):
     Image.fromarray(twin).save(tmp_path / "twin.png")
     lines.append("twin.png,b,g9")
     source = opened(write(tmp_path / "t.csv", "\n".join(lines)))
-    scan = scan_dataset(source, damaged="stop", near_duplicates=True, memory_bytes=10**8, workers=1)
+    scan = scan_dataset(source, ScanSettings("stop", near_duplicates=True, limit_pixels=10**8, memory_bytes=10**8))
     assert source.groups is not None
     for seed in range(6):
         splits = split_dataset(source, DataConfig(split_seed=seed), scan.good, scan.groups)

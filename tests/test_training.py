@@ -15,19 +15,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from vitrail.training.diagnosis import NotFinite
 
 from vitrail.api import train
 from vitrail.config import OptimConfig, RunConfig, ScheduleConfig, load_config
 from vitrail.config_schema import override
 from vitrail.console import Console
 from vitrail.evaluation.classifier import load
+from vitrail.evaluation.diagnosis import NotFinite
 from vitrail.evaluation.prediction_tables import write_table
 from vitrail.models.vit import ViT
-from vitrail.optim.optimizers import build_optimizer, clip_gradient, update_average
+from vitrail.optim.average import Average
+from vitrail.optim.groups import parameter_groups
+from vitrail.optim.optimizers import build_optimizer, clip_gradient
 from vitrail.optim.schedules import Schedule
 from vitrail.training import loop
-from vitrail.training.loop import build_cadence
+from vitrail.training.cadence import build_cadence
 from vitrail.training.signals import Stopped
 from vitrail.weights.model_file import load_model
 
@@ -122,10 +124,10 @@ def interrupted(step: int, data: Path, **settings) -> Path:
     """Train, stopped by a signal right after a step as from outside; returns the run's folder."""
     real = loop.update
 
-    def update(wrapped, state, *more):
+    def update(parallel, state, *more):
         if state.progress.step + 1 == step:
             signal.raise_signal(signal.SIGTERM)
-        return real(wrapped, state, *more)
+        return real(parallel, state, *more)
 
     loop.update = update
     try:
@@ -295,7 +297,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_files(every, make_f
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(parameter_groups(model), OptimConfig())
     before = model.weight.detach().clone()
     model(torch.tensor([[float("inf"), 1.0, 1.0]])).sum().backward()
     norm = clip_gradient(model, 1.0)
@@ -441,25 +443,25 @@ def test_weight_decay_leaves_out_biases_norms_tokens_and_positions():
     config = RunConfig().model
     model = ViT(override(RunConfig(), {"model.depth": 1, "model.embed_dim": 24, "model.num_heads": 2}).model)
     assert config.depth == 12
-    groups = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    groups = build_optimizer(parameter_groups(model), OptimConfig(weight_decay=0.3)).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    exempt = {names[id(parameter)] for parameter in groups[1]["params"]}
-    decayed = {names[id(parameter)] for parameter in groups[0]["params"]}
-    assert groups[0]["weight_decay"] == 0.3
-    assert groups[1]["weight_decay"] == 0.0
+    exempt = {names[id(each)] for group in groups if group["weight_decay"] == 0.0 for each in group["params"]}
+    decayed = {names[id(each)] for group in groups if group["weight_decay"] == 0.3 for each in group["params"]}
     assert {"cls_token", "pos_embed", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= exempt
     assert {"head.weight", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= decayed
     assert decayed | exempt == set(names.values())
 
 
 def test_average_of_weights_by_hand():
-    average, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(average.weight, 0.0)
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 0.0)
+    average = Average(model, decay=0.5)
     torch.nn.init.constant_(model.weight, 1.0)
-    update_average(average, model, decay=0.9, step=1)  # the ramp: 2/11
-    assert average.weight.item() == pytest.approx(9 / 11)
-    update_average(average, model, decay=0.5, step=1000)
-    assert average.weight.item() == pytest.approx((9 / 11 + 1) / 2)
+    average.update(model, step=1)  # the ramp: 2/11
+    assert average.model.weight.item() == pytest.approx(9 / 11)
+    average.update(model, step=1000)
+    assert average.model.weight.item() == pytest.approx((9 / 11 + 1) / 2)
+    assert not any(parameter.requires_grad for parameter in average.parameters())
 
 
 @pytest.mark.parametrize(("count", "batch", "epochs"), [(100, 16, 3.0), (7, 16, 5.0), (64, 64, 0.5)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,15 @@ from vitrail.console import Console
 from vitrail.data.datasets.base import ArrayDataset
 from vitrail.data.loading.class_weights import class_weights, loss_weights, mean_weights
 from vitrail.data.loading.train_loader import Batch
+from vitrail.distributed import World
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.objectives.classification import Classification
+from vitrail.optim.groups import parameter_groups
 from vitrail.optim.optimizers import build_optimizer
-from vitrail.training.loop import update
+from vitrail.training.parallelize import ParallelObjective
 from vitrail.training.state import Progress, State
+from vitrail.training.step import update
 
 SIZES = np.asarray([60, 12, 3, 0])
 TARGETS = np.repeat(np.arange(4), SIZES)
@@ -120,8 +124,10 @@ def test_parts_of_a_batch_add_up():
         config = override(RunConfig(), {"optim.accumulate": accumulate, "batch_size": 12, "optim.clip_norm": 0.0})
         torch.manual_seed(0)
         model = ViT(MODEL).train()
-        state = State(model, None, build_optimizer(model, config.optim), Progress())
-        update(Classification(model), state, batch, config, torch.device("cpu"))
+        objective = Classification(model)
+        state = State(objective, build_optimizer(parameter_groups(objective), config.optim), Progress())
+        session = SimpleNamespace(config=config, device=torch.device("cpu"))
+        update(ParallelObjective(objective, config, World()), state, batch, session)  # type: ignore[arg-type]
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=0, atol=2e-5)
 

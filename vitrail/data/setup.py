@@ -185,11 +185,9 @@ def build_train_data(checked: CheckedData, config: RunConfig, world: World = Wor
     """Give the checked images the preprocessing of a run; collective."""
     preprocess = preprocess_from_config(config)
     used = np.concatenate(list(checked.splits.indices.values()))
-    stored = stored_pixels(checked.dataset, checked.scan, used, preprocess, config.data, world)
     side = preprocess.image_size
-    if stored is not None and max(stored.shape[2:]) > side:
-        # Larger than the model's input: a crop must be shrunk with antialiasing, which only the path from files does.
-        stored = None
+    # Crops of images larger than the model's input must be shrunk with antialiasing, which only the path from files does.
+    stored = stored_pixels(checked.dataset, checked.scan, used, preprocess, config.data, world, largest=side)
     reader = ImageReader(
         checked.dataset,
         checked.dataset.targets,
@@ -219,6 +217,8 @@ def stored_pixels(
     preprocess: Preprocess,
     config: DataConfig,
     world: World = World(),  # noqa: B008 - frozen
+    *,
+    largest: int = SMALL_SIDE,
 ) -> np.ndarray | None:
     """Return the pixels of images that are small, of one size and fit in memory, uint8 [N, C, H, W]; else None.
 
@@ -226,12 +226,17 @@ def stored_pixels(
 
     Args:
         used: the images that are needed; others may be zero.
+        largest: no image has a longer side, pixels.
     """
     sizes = scan.sizes[scan.good]
     high, wide = (int(side) for side in sizes[0]) if len(sizes) else (0, 0)
     channels = 3 if scan.colour else 1
     room = len(dataset.paths) * channels * high * wide
-    small = 0 < max(high, wide) <= SMALL_SIDE and bool((sizes == sizes[0]).all()) and room <= config.memory_bytes
+    small = (
+        0 < max(high, wide) <= min(SMALL_SIDE, largest)
+        and bool((sizes == sizes[0]).all())
+        and room <= config.memory_bytes
+    )
     if not small or channels != preprocess.channels:
         return None
     loaded: list[np.ndarray] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -114,7 +115,7 @@ def compute_padding(
     """
     if world.size == 1:
         return
-    wanted = -(-(-(-num_images // world.data_size)) // BATCH)
+    wanted = math.ceil(math.ceil(num_images / world.data_size) / BATCH)
     side = reader.preprocess.image_size
     for _ in range(wanted - done):
         model(torch.zeros(1, reader.preprocess.channels, side, side, device=device))

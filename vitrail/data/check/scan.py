@@ -198,7 +198,7 @@ class _Scanner:
         self.rows[index], self.good[index] = image.row, True
         if self.keeping and self.pixels is None:
             room = len(self.dataset.paths) * image.pixels.nbytes
-            self.keeping = 0 < image.pixels.nbytes and room <= self.settings.memory_bytes
+            self.keeping = image.pixels.nbytes > 0 and room <= self.settings.memory_bytes
             if self.keeping:
                 self.pixels = np.zeros((len(self.dataset.paths), *image.pixels.shape), dtype=np.uint8)
         if self.pixels is not None and image.pixels.shape == self.pixels.shape[1:]:
