@@ -1,4 +1,4 @@
-"""Tar shards as a source: what is in them, what is wrong with them, and that training sees what files would give."""
+"""Datasets in tar shards: their content, their faults, and that training sees the same images as from files."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from vitrail.data.splits.splits import split_dataset
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
-    place = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("VITRAIL_CACHE", str(place))
-    return place
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("VITRAIL_CACHE", str(folder))
+    return folder
 
 
 def png(level: int) -> bytes:
@@ -64,14 +64,14 @@ def with_cls(*levels: int, first: int = 0) -> dict[str, bytes]:
     return files
 
 
-def opened(word: object) -> TarDataset:
-    source = open_dataset(str(word))
-    assert isinstance(source, TarDataset)
-    return source
+def opened(location: object) -> TarDataset:
+    dataset = open_dataset(str(location))
+    assert isinstance(dataset, TarDataset)
+    return dataset
 
 
-def reds(source: TarDataset) -> list[int]:
-    return [source.read(index, "RGB").getpixel((0, 0))[0] for index in range(len(source.paths))]
+def reds(dataset: TarDataset) -> list[int]:
+    return [dataset.read(index, "RGB").getpixel((0, 0))[0] for index in range(len(dataset.paths))]
 
 
 # --- what DATA may be
@@ -80,15 +80,15 @@ def reds(source: TarDataset) -> list[int]:
 def test_a_range_a_glob_a_folder_and_one_file(tmp_path):
     for number in range(3):
         tar(tmp_path / f"{number:02d}.tar", with_cls(number * 10, number * 10 + 1))
-    for word in ("{00..02}.tar", "*.tar", "{00,01,02}.tar", ""):
-        source = opened(tmp_path / word)
-        assert list(source.paths) == [f"{shard:02d}/{key:04d}.png" for shard in range(3) for key in range(2)]
-        assert (source.labels, source.targets.tolist()) == (("0", "1"), [0, 1] * 3)
-        assert reds(source) == [0, 1, 10, 11, 20, 21]
-        assert source.split is None
-        assert source.groups is None
-        assert source.location(3) == f"{tmp_path}/01.tar: 0001.png"
-        assert source.problems == ()
+    for name in ("{00..02}.tar", "*.tar", "{00,01,02}.tar", ""):
+        dataset = opened(tmp_path / name)
+        assert list(dataset.paths) == [f"{shard:02d}/{key:04d}.png" for shard in range(3) for key in range(2)]
+        assert (dataset.labels, dataset.targets.tolist()) == (("0", "1"), [0, 1] * 3)
+        assert reds(dataset) == [0, 1, 10, 11, 20, 21]
+        assert dataset.split is None
+        assert dataset.groups is None
+        assert dataset.location(3) == f"{tmp_path}/01.tar: 0001.png"
+        assert dataset.problems == ()
     assert list(opened(tmp_path / "01.tar").paths) == ["01/0000.png", "01/0001.png"]
     assert opened(f"file://{tmp_path}/01.tar").name == "01.tar"
     tar(tmp_path / "deep" / "01.tar", with_cls(7))
@@ -96,7 +96,7 @@ def test_a_range_a_glob_a_folder_and_one_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("name", "message"),
     [
         ("{00..03}.tar", r"2 of 4 shards are missing: .*/02\.tar, .*/03\.tar: no such file; mend the range"),
         ("x.tar", r"/x\.tar: no such file"),
@@ -107,22 +107,22 @@ def test_a_range_a_glob_a_folder_and_one_file(tmp_path):
         ("a.tgz", r"a\.tgz: is compressed"),
     ],
 )
-def test_words_that_mean_no_shards(tmp_path, word, message):
+def test_names_of_missing_or_compressed_shards(tmp_path, name, message):
     for number in range(2):
         tar(tmp_path / f"{number:02d}.tar", with_cls(1, 2))
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "00.tar").read_bytes()))
     with pytest.raises(ValueError, match=message):
-        open_dataset(str(tmp_path / word))
+        open_dataset(str(tmp_path / name))
 
 
-def test_addresses_of_something_else():
+def test_addresses_that_are_no_shards():
     with pytest.raises(ValueError, match=r"of addresses, only tars of images are read; expected a name that ends in"):
         open_dataset("https://example.org/images.zip")
     with pytest.raises(ValueError, match=r"ftpx://a/b\.tar: Protocol not known: ftpx; expected http://"):
         open_dataset("ftpx://a/b.tar")
 
 
-def test_names_of_runs_and_equal_words(tmp_path, monkeypatch):
+def test_run_names_and_equal_datasets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_name("s3://bucket/birds/train-{00..03}.tar") == "birds"
     assert run_name("https://a.org:80/x/imagenet1k-train-{0000..1023}.tar?download=1") == "imagenet1k"
@@ -136,43 +136,43 @@ def test_names_of_runs_and_equal_words(tmp_path, monkeypatch):
     assert same_dataset("s3://a/x.tar", "s3://a/x.tar")
 
 
-def test_a_folder_of_class_folders_stays_one_though_a_tar_lies_in_it(make_folder, tmp_path):
+def test_an_image_folder_with_a_tar_in_it_is_no_folder_of_shards(make_folder, tmp_path):
     folder = make_folder(tmp_path / "shapes", count=2)
     tar(folder / "backup.tar", with_cls(1))
     assert not is_shards(str(folder))
     assert open_dataset(str(folder)).labels == ("flat", "slant", "steep")
 
 
-# --- labels, parts, groups
+# --- labels, splits, groups
 
 
 def test_labels_by_json_cls_and_folder(tmp_path):
-    def about(label: object, **more: object) -> bytes:
+    def metadata(label: object, **more: object) -> bytes:
         return json.dumps({"label": label, **more}).encode()
 
-    tar(tmp_path / "j.tar", {"a.png": png(1), "a.json": about("dog"), "b.json": about(7), "b.png": png(2)})
+    tar(tmp_path / "j.tar", {"a.png": png(1), "a.json": metadata("dog"), "b.json": metadata(7), "b.png": png(2)})
     assert (opened(tmp_path / "j.tar").labels, opened(tmp_path / "j.tar").targets.tolist()) == (("7", "dog"), [1, 0])
     tar(tmp_path / "c.tar", {"a.png": png(1), "a.cls": b" dog\n", "b.png": png(2), "b.cls": b"ant"})
     assert (opened(tmp_path / "c.tar").labels, opened(tmp_path / "c.tar").targets.tolist()) == (("ant", "dog"), [1, 0])
     tar(tmp_path / "f.tar", {"./set/red/apple/1.png": png(1), "./set/green/apple/1.JPG": png(2)})
-    source = opened(tmp_path / "f.tar")
-    assert (source.labels, list(source.paths)) == (
+    dataset = opened(tmp_path / "f.tar")
+    assert (dataset.labels, list(dataset.paths)) == (
         ("green", "red"),
         ["f/set/red/apple/1.png", "f/set/green/apple/1.JPG"],
     )
     tar(tmp_path / "p.tar", {"s/train/a/1.png": png(1), "s/train/b/1.png": png(2), "s/valid/a/2.png": png(3)})
-    source = opened(tmp_path / "p.tar")
-    assert source.labels == ("a", "b")
-    assert source.split is not None
-    assert source.split.tolist() == ["train", "train", "val"]
+    dataset = opened(tmp_path / "p.tar")
+    assert dataset.labels == ("a", "b")
+    assert dataset.split is not None
+    assert dataset.split.tolist() == ["train", "train", "val"]
 
 
 def test_class_names_beside_the_shards_give_the_order(tmp_path):
     tar(tmp_path / "x-0.tar", with_cls(0, 1))
     tar(tmp_path / "x-1.tar", {"7.png": png(9), "7.cls": b"zebra"})
     (tmp_path / "classes.json").write_text('["zebra", "ant", "bee"]')
-    source = opened(tmp_path / "x-{0..1}.tar")
-    assert (source.labels, source.targets.tolist()) == (("zebra", "ant", "bee"), [0, 1, 0])
+    dataset = opened(tmp_path / "x-{0..1}.tar")
+    assert (dataset.labels, dataset.targets.tolist()) == (("zebra", "ant", "bee"), [0, 1, 0])
     (tmp_path / "classes.json").write_text('{"classes": ["zebra", "ant"], "flip_reason": "they are signs"}')
     assert opened(tmp_path / "x-{0..1}.tar").flip_reason == "they are signs"
     for text, message in (
@@ -187,29 +187,29 @@ def test_class_names_beside_the_shards_give_the_order(tmp_path):
             opened(tmp_path / "x-{0..1}.tar")
 
 
-def test_parts_by_name_and_by_json(tmp_path):
+def test_splits_by_name_and_by_json(tmp_path):
     tar(tmp_path / "train-0.tar", with_cls(2, 3))
     tar(tmp_path / "photos-validation-0.tar", with_cls(4, 5))
     tar(tmp_path / "test" / "0.tar", with_cls(6, 7))
-    source = opened(tmp_path / "{train-0,photos-validation-0,test/0}.tar")
-    assert source.split is not None
-    assert source.split.tolist() == ["train", "train", "val", "val", "test", "test"]
-    assert source.split_origin == "the names of the shards:"
+    dataset = opened(tmp_path / "{train-0,photos-validation-0,test/0}.tar")
+    assert dataset.split is not None
+    assert dataset.split.tolist() == ["train", "train", "val", "val", "test", "test"]
+    assert dataset.split_origin == "the names of the shards:"
     samples = [("a", "train", "p"), ("b", "Valid", "p"), ("c", "train", 4), ("d", "train", None)]
     files = {}
     for number, (key, split, group) in enumerate(samples):
-        told = {"label": "xy"[number % 2], "split": split, "group": group}
-        files |= {f"{key}.png": png(number), f"{key}.json": json.dumps(told).encode()}
+        metadata = {"label": "xy"[number % 2], "split": split, "group": group}
+        files |= {f"{key}.png": png(number), f"{key}.json": json.dumps(metadata).encode()}
     tar(tmp_path / "s.tar", files)
-    source = opened(tmp_path / "s.tar")
-    assert source.split is not None
-    assert source.groups is not None
-    assert source.split.tolist() == ["train", "val", "train", "train"]
-    assert source.groups.tolist() == [0, 0, 1, -1]
-    assert [(each.kind, each.paths) for each in source.problems] == [("leak", ("p",))]
+    dataset = opened(tmp_path / "s.tar")
+    assert dataset.split is not None
+    assert dataset.groups is not None
+    assert dataset.split.tolist() == ["train", "val", "train", "train"]
+    assert dataset.groups.tolist() == [0, 0, 1, -1]
+    assert [(each.kind, each.paths) for each in dataset.problems] == [("leak", ("p",))]
 
 
-def test_what_is_not_read_is_named_once(tmp_path):
+def test_content_that_is_not_read_is_named_once(tmp_path):
     files = {"a.png": png(1), "a.cls": b"0", "a.txt": b"a caption", "a.json": b'{"url": "x", "width": 3}'}
     files |= {
         "b.png": png(2),
@@ -219,11 +219,11 @@ def test_what_is_not_read_is_named_once(tmp_path):
         "__m__/i.json": b"1",
         ".x.png": b"",
     }
-    source = opened(tar(tmp_path / "s.tar", files))
-    assert [each.message for each in source.problems] == [
+    dataset = opened(tar(tmp_path / "s.tar", files))
+    assert [each.message for each in dataset.problems] == [
         "s.tar: not read: .mask.png, .txt, README, __m__, url in .json, width in .json".replace(" __m__,", " i.json,")
     ]
-    assert reds(source) == [1, 2]
+    assert reds(dataset) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_what_is_not_read_is_named_once(tmp_path):
         ),
         (
             [("c/a.png", b""), ("c/b.png", b""), ("c/b.cls", b"1")],
-            r"c/b\.png: its label is told by \.cls, those of others",
+            r"c/b\.png: its label is in its \.cls, those of others in their folder",
         ),
         (
             [("a.png", b""), ("a.cls", b"1"), ("a.json", b'{"label": "x"}')]
@@ -276,7 +276,7 @@ def test_what_is_not_read_is_named_once(tmp_path):
                 ("b.png", b""),
                 ("b.json", b'{"label": "x"}'),
             ],
-            r"b\.png: is of no part, as others are; write a split in each",
+            r"b\.png: has no split, as others have; write a split in each",
         ),
         (
             [("a.png", b""), ("a.json", b'{"label": "x", "split": "val"}')]
@@ -285,7 +285,7 @@ def test_what_is_not_read_is_named_once(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_with_a_sample_is_named_by_shard_and_member(tmp_path, files, message):
+def test_faults_of_a_sample_are_named_by_shard_and_member(tmp_path, files, message):
     path = tar(tmp_path / "x.tar", files)
     with pytest.raises(ValueError, match=message) as caught:
         open_dataset(str(path))
@@ -295,13 +295,13 @@ def test_what_is_wrong_with_a_sample_is_named_by_shard_and_member(tmp_path, file
 def test_shards_that_contradict_each_other(tmp_path):
     tar(tmp_path / "train-0.tar", with_cls(2, 3))
     tar(tmp_path / "a-0.tar", with_cls(4, 5))
-    with pytest.raises(ValueError, match=r"a-0\.tar: 0000\.png: is of no part, as others are"):
+    with pytest.raises(ValueError, match=r"a-0\.tar: 0000\.png: has no split, as others have"):
         opened(tmp_path / "{train,a}-0.tar")
     tar(tmp_path / "test-0.tar", {"a.png": png(1), "a.json": b'{"label": "x", "split": "train"}'})
-    with pytest.raises(ValueError, match=r"test-0\.tar: a\.png: is of train, but the name of its shard tells test"):
+    with pytest.raises(ValueError, match=r"test-0\.tar: a\.png: is of train, but the name of its shard says test"):
         opened(tmp_path / "test-0.tar")
     tar(tmp_path / "train-val-0.tar", with_cls(1))
-    with pytest.raises(ValueError, match=r"its name tells the parts train and val; rename it"):
+    with pytest.raises(ValueError, match=r"its name has the splits train and val; rename it"):
         opened(tmp_path / "train-val-0.tar")
     for folder, names in (("p", '["0", "1"]'), ("q", '["1", "0"]')):
         tar(tmp_path / folder / "x.tar", with_cls(1, 2))
@@ -350,9 +350,9 @@ def test_sizes_above_8_gb_and_long_names_in_the_form_of_each_program(tmp_path):
             assert [(each.name, each.size) for each in reader.members()] == [(big.name, big.size), (small.name, 3)]
 
 
-def spoil(path: Path, how: str) -> None:
+def damage(path: Path, how: str) -> None:
     whole = path.read_bytes()
-    text = {
+    contents = {
         "cut in an image": whole[:550],
         "cut in a header": whole[: 1024 + 100],
         "cut between": whole[:2048],
@@ -363,7 +363,7 @@ def spoil(path: Path, how: str) -> None:
         "short": b"x",
         "nothing": b"",
     }
-    path.write_bytes(text[how])
+    path.write_bytes(contents[how])
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def spoil(path: Path, how: str) -> None:
 )
 def test_tars_that_are_not_whole(tmp_path, how, message):
     path = tar(tmp_path / "x.tar", with_cls(1, 2, 3))
-    spoil(path, how)
+    damage(path, how)
     with pytest.raises(ValueError, match=message):
         open_dataset(str(path))
 
@@ -421,58 +421,58 @@ def test_links_and_devices_are_refused_and_folders_left_alone(tmp_path, kind, me
 def test_a_broken_image_is_named_by_shard_and_member(tmp_path, capsys):
     files = with_cls(*range(30)) | {"bad.png": png(1)[:40], "bad.cls": b"0"}
     tar(tmp_path / "x.tar", files)
-    source = opened(tmp_path / "x.tar")
+    dataset = opened(tmp_path / "x.tar")
     with pytest.raises(ImageError, match=r"x\.tar: bad\.png: unreadable"):
-        source.read(30, "RGB")
+        dataset.read(30, "RGB")
     assert run(["train", str(tmp_path / "x.tar"), "--out", str(tmp_path / "run")]) == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert "x.tar: bad.png: unreadable" in said
-    assert "--data.damaged drop" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "x.tar: bad.png: unreadable" in output
+    assert "--data.damaged drop" in output
 
 
 def test_a_shard_that_is_changed_while_it_is_read_gives_no_other_image(tmp_path):
     path = tar(tmp_path / "x.tar", with_cls(1, 2))
-    source = opened(path)
-    key = source.identity(1)
+    dataset = opened(path)
+    key = dataset.identity(1)
     tar(path, with_cls(1, 3, 5))
     with pytest.raises(ValueError, match=r"x\.tar: was changed after it was listed; start again"):
-        source.read(1, "RGB")
+        dataset.read(1, "RGB")
     changed = opened(path)
     assert reds(changed) == [1, 3, 5]
     assert changed.identity(1) != key
 
 
-def test_the_second_opening_reads_the_kept_index_and_a_broken_one_is_made_anew(tmp_path, cache):
+def test_the_second_opening_reads_the_cached_index_and_a_broken_one_is_rebuilt(tmp_path, cache):
     path = tar(tmp_path / "x.tar", with_cls(1, 2) | {"é/z.png": png(9), "é/z.cls": b"1", "é/z.txt": b""})
     first = opened(path)
-    (kept,) = (cache / "listings" / "shards").iterdir()
-    written = kept.read_bytes()
-    stamp = kept.stat().st_mtime_ns
+    (cached,) = (cache / "listings" / "shards").iterdir()
+    written = cached.read_bytes()
+    stamp = cached.stat().st_mtime_ns
     for content in (written, written[:-1], b"", bytes([written[0] ^ 1]) + written[1:]):
-        kept.write_bytes(content)
+        cached.write_bytes(content)
         again = opened(path)
         assert list(again.paths) == list(first.paths) == ["x/0000.png", "x/0001.png", "x/é/z.png"]
         assert (again.targets.tolist(), again.starts.tolist()) == (first.targets.tolist(), first.starts.tolist())
         assert (again.labels, again.problems) == (first.labels, first.problems)
-        assert kept.read_bytes() == written
-    assert kept.stat().st_mtime_ns != stamp
+        assert cached.read_bytes() == written
+    assert cached.stat().st_mtime_ns != stamp
 
 
 # --- training
 
 
-def sizes_of(source: Dataset) -> np.ndarray:
-    """Height and width of every image, as the scan finds them."""
-    return np.asarray([source.read(index, "RGB").size[::-1] for index in range(len(source.paths))])
+def sizes_of(dataset: Dataset) -> np.ndarray:
+    """Return the height and width of every image, as the scan finds them."""
+    return np.asarray([dataset.read(index, "RGB").size[::-1] for index in range(len(dataset.paths))])
 
 
-def stream(source: TarDataset, *, workers: int, rank: int = 0, ranks: int = 1) -> TrainLoader:
-    images = ImageReader(
-        source, source.targets, Preprocess(image_size=16), None, workers=workers, sizes=sizes_of(source)
+def loader(dataset: TarDataset, *, workers: int, rank: int = 0, ranks: int = 1) -> TrainLoader:
+    reader = ImageReader(
+        dataset, dataset.targets, Preprocess(image_size=16), None, workers=workers, sizes=sizes_of(dataset)
     )
-    part = np.arange(len(source.paths))
+    indices = np.arange(len(dataset.paths))
     return TrainLoader(
-        images, part, batch_size=8, seed=3, augment=AugmentConfig(crop_scale=0.5), device=torch.device("cpu"),
+        reader, indices, batch_size=8, seed=3, augment=AugmentConfig(crop_scale=0.5), device=torch.device("cpu"),
         rank=rank, ranks=ranks,
     )  # fmt: skip
 
@@ -480,15 +480,15 @@ def stream(source: TarDataset, *, workers: int, rank: int = 0, ranks: int = 1) -
 def test_order_and_crops_are_the_same_for_any_workers_ranks_and_after_resume(make_folder, tmp_path):
     folder = make_folder(tmp_path / "shapes", count=12, side=24)
     write_shards(DataConfig(source=str(folder)), tmp_path / "out", size=5)
-    source = opened(tmp_path / "out")
-    whole = list(stream(source, workers=1).batches(0, 7))
+    dataset = opened(tmp_path / "out")
+    whole = list(loader(dataset, workers=1).batches(0, 7))
     for workers in (0, 2, 4):
-        again = list(stream(source, workers=workers).batches(0, 7))
+        again = list(loader(dataset, workers=workers).batches(0, 7))
         assert all(torch.equal(one.images, other.images) for one, other in zip(whole, again, strict=True))
         assert all((one.indices == other.indices).all() for one, other in zip(whole, again, strict=True))
-    resumed = list(stream(opened(tmp_path / "out"), workers=2).batches(4, 7))
+    resumed = list(loader(opened(tmp_path / "out"), workers=2).batches(4, 7))
     assert all(torch.equal(one.images, other.images) for one, other in zip(whole[4:], resumed, strict=True))
-    ranks = [list(stream(source, workers=2, rank=rank, ranks=2).batches(0, 7)) for rank in range(2)]
+    ranks = [list(loader(dataset, workers=2, rank=rank, ranks=2).batches(0, 7)) for rank in range(2)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([ranks[0][step].images, ranks[1][step].images]), batch.images)
         assert torch.equal(torch.cat([ranks[0][step].targets, ranks[1][step].targets]), batch.targets)
@@ -499,24 +499,26 @@ def test_training_sees_the_folders_own_images_bit_for_bit(make_folder, tmp_path)
     folder = open_dataset(str(make_folder(tmp_path / "shapes", count=12, side=24)))
     write_shards(DataConfig(source=str(tmp_path / "shapes")), tmp_path / "out", size=5)
     shards = opened(tmp_path / "out")
-    original = [about["path"] for about in told(tmp_path / "out")]
+    original = [metadata["path"] for metadata in metadata_of(tmp_path / "out")]
     order = np.argsort([list(folder.paths).index(path) for path in original])
     assert [original[index] for index in order] == list(folder.paths)
     assert original != list(folder.paths), "the order was to be shuffled"
-    part = np.arange(len(folder.paths))
+    everything = np.arange(len(folder.paths))
     batches = []
-    for source, chosen in ((folder, part), (shards, order)):
-        images = ImageReader(source, source.targets, Preprocess(image_size=16), None, workers=2, sizes=sizes_of(source))
+    for dataset, chosen in ((folder, everything), (shards, order)):
+        reader = ImageReader(
+            dataset, dataset.targets, Preprocess(image_size=16), None, workers=2, sizes=sizes_of(dataset)
+        )
         augment = AugmentConfig(crop_scale=0.5)
-        made = TrainLoader(images, chosen, batch_size=8, seed=3, augment=augment, device=torch.device("cpu"))
-        batches.append(list(made.batches(0, 6)))
+        train_loader = TrainLoader(reader, chosen, batch_size=8, seed=3, augment=augment, device=torch.device("cpu"))
+        batches.append(list(train_loader.batches(0, 6)))
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.targets, other.targets)
 
 
-def told(folder: Path) -> list[dict]:
-    """Return what is in each .json of a folder of shards, in order."""
+def metadata_of(folder: Path) -> list[dict]:
+    """Return the content of each .json in a folder of shards, in order."""
     found = []
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as archive:
@@ -530,16 +532,16 @@ def test_train_eval_probe_check_and_resume_on_shards(make_folder, tmp_path, caps
     monkeypatch.chdir(tmp_path)
     assert run(["shard", str(folder), "shards", "--size", "10"]) == 0
     assert "next: vitrail train shards" in " ".join(capsys.readouterr().out.split())
-    word = "shards/pictures-{000000..000003}.tar"
+    data = "shards/pictures-{000000..000003}.tar"
     sizes = ["--model", "nano8", "--model.depth", "2", "--model.embed-dim", "24", "--model.num-heads", "2"]
-    assert run(["train", word, *sizes, "--epochs", "2", "--batch-size", "16"]) == 0
+    assert run(["train", data, *sizes, "--epochs", "2", "--batch-size", "16"]) == 0
     assert (tmp_path / "runs" / "pictures" / "model.safetensors").exists()
     assert "3 classes; 30 train, 6 val" in capsys.readouterr().out
-    assert run(["eval", "runs/images", word, "--out", "e.json"]) == 0
-    judged, own = (json.loads(Path(path).read_text()) for path in ("e.json", "runs/images/evaluation.json"))
-    assert judged["confusion"] == own["val"]["confusion"]
+    assert run(["eval", "runs/pictures", data, "--out", "e.json"]) == 0
+    evaluated, own = (json.loads(Path(path).read_text()) for path in ("e.json", "runs/pictures/evaluation.json"))
+    assert evaluated["confusion"] == own["val"]["confusion"]
     for computed in (36, 0):
-        assert run(["probe", "runs/images", word, "--out", "p.json"]) == 0
+        assert run(["probe", "runs/pictures", data, "--out", "p.json"]) == 0
         assert json.loads(Path("p.json").read_text())["computed"] == computed
     for quick in ([], ["--quick"]):
         assert run(["check", "shards", "--out", "c.json", *quick]) == 0
@@ -547,7 +549,7 @@ def test_train_eval_probe_check_and_resume_on_shards(make_folder, tmp_path, caps
         assert (checked["num_images"], checked["num_good"], checked["formats"]) == (36, 36, {"PNG": 36})
 
 
-def test_a_source_with_parts_and_groups_keeps_them(tmp_path):
+def test_a_dataset_with_splits_and_groups_keeps_them(tmp_path):
     lines = ["path,label,split,group"]
     for number in range(24):
         pixels = np.random.default_rng(number).integers(0, 255, (12, 12, 3), dtype=np.uint8)
@@ -564,7 +566,7 @@ def test_a_source_with_parts_and_groups_keeps_them(tmp_path):
     assert table.split is not None and shards.split is not None
     assert table.groups is not None and shards.groups is not None
     assert shards.labels == table.labels
-    original = np.asarray([list(table.paths).index(about["path"]) for about in told(tmp_path / "out")])
+    original = np.asarray([list(table.paths).index(metadata["path"]) for metadata in metadata_of(tmp_path / "out")])
     assert (shards.split == table.split[original]).all()
     assert (shards.targets == table.targets[original]).all()
     ours, theirs = shards.groups, table.groups[original]
@@ -587,10 +589,10 @@ def test_webdataset_reads_what_shard_writes(make_folder, tmp_path):
         gc.collect()
     assert len(samples) == 15
     labels = json.loads((tmp_path / "out" / "classes.json").read_text())["classes"]
-    for image, number, about in samples:
-        assert labels[number] == about["label"]
-        assert about["path"].startswith(f"{about['label']}/")
-        assert (np.asarray(image) == np.asarray(Image.open(folder / about["path"]).convert("RGB"))).all()
+    for image, number, metadata in samples:
+        assert labels[number] == metadata["label"]
+        assert metadata["path"].startswith(f"{metadata['label']}/")
+        assert (np.asarray(image) == np.asarray(Image.open(folder / metadata["path"]).convert("RGB"))).all()
 
 
 def test_shards_of_webdatasets_own_writers(tmp_path):
@@ -599,9 +601,9 @@ def test_shards_of_webdatasets_own_writers(tmp_path):
             writer.write(
                 {"__key__": f"part.{number}"[5:].rjust(5, "0"), "png": png(number), "cls": number % 2, "txt": "a"}
             )
-    source = opened(tmp_path / "w-{000000..000002}.tar")
-    assert reds(source) == list(range(7))
-    assert source.targets.tolist() == [number % 2 for number in range(7)]
+    dataset = opened(tmp_path / "w-{000000..000002}.tar")
+    assert reds(dataset) == list(range(7))
+    assert dataset.targets.tolist() == [number % 2 for number in range(7)]
     with webdataset.TarWriter(str(tmp_path / "t.tar")) as writer:
         for number in range(3):
             writer.write(
@@ -611,12 +613,12 @@ def test_shards_of_webdatasets_own_writers(tmp_path):
                     "json": {"label": "ab"[number % 2]},
                 }
             )
-    source = opened(tmp_path / "t.tar")
-    assert source.labels == ("a", "b")
-    assert [source.read(index, "L").getpixel((0, 0)) for index in range(3)] == [0, 40, 80]
+    dataset = opened(tmp_path / "t.tar")
+    assert dataset.labels == ("a", "b")
+    assert [dataset.read(index, "L").getpixel((0, 0)) for index in range(3)] == [0, 40, 80]
 
 
-def test_a_gap_in_a_folder_of_shards_is_warned_of(tmp_path):
+def test_a_missing_number_in_a_folder_of_shards_is_warned_of(tmp_path):
     for number in (0, 2, 3, 6):
         tar(tmp_path / f"train-{number:03d}.tar", with_cls(number, 10 + number))
     [problem] = opened(tmp_path).problems
