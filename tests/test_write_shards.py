@@ -175,7 +175,7 @@ def test_broken_images_can_be_dropped_or_kept(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["full"], "full: is not empty; choose another OUT"),
         (["file"], "file: is a file; choose another OUT"),
@@ -183,13 +183,13 @@ def test_broken_images_can_be_dropped_or_kept(photos, tmp_path, capsys):
         (["out", "--bytes", "0"], "--bytes 0: expected at least 1"),
     ],
 )
-def test_impossible_outputs_are_refused(make_folder, tmp_path, words, message, capsys, monkeypatch):
+def test_impossible_outputs_are_refused(make_folder, tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "shapes", count=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "file").touch()
-    assert run(["shard", "shapes", *words]) == 1
+    assert run(["shard", "shapes", *arguments]) == 1
     assert message in output(capsys)
     assert not (tmp_path / "out").exists()
 

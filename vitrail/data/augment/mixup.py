@@ -85,7 +85,7 @@ def mix_pairs_(
     """Mix neighbours in place: by mixup (Zhang et al. 2018) or by cutmix, which swaps a box (Yun et al. 2019).
 
     Args:
-        positions: [B] ascending positions in the process's share of the batch; without its partner an image stays unmixed.
+        positions: [B] ascending, in the process's share of the batch; without its partner an image stays unmixed.
 
     Returns:
         The images and their targets; None for these where mixing is off.

@@ -41,7 +41,7 @@ class DecodedImageCache:
 
     def __init__(
         self,
-        source: str,
+        dataset_name: str,
         indices: np.ndarray,
         sizes: np.ndarray,
         *,
@@ -54,7 +54,7 @@ class DecodedImageCache:
         """Open the cache of the images `indices`, or create an empty one.
 
         Args:
-            source: name of the dataset.
+            dataset_name: its name.
             sizes: [N, 2] height and width of every image of the dataset.
             side: length of the short side in pixels; smaller images stay as they are.
             channels: 3 for images [H, W, 3], 1 for images [H, W].
@@ -75,7 +75,7 @@ class DecodedImageCache:
         self.starts[stored] = np.concatenate([[0], ends[: self.num_stored - 1]]) if self.num_stored else 0
         layout = hashlib.blake2b(self.stored_sizes[stored].tobytes()).hexdigest()
         key = (FORMAT, side, channels, PIL.__version__, simplejpeg.__version__, layout, *depends_on(stored))
-        self.folder = filled_folder(rows_folder("images", source, key), self._create_file)
+        self.folder = filled_folder(rows_folder("images", dataset_name, key), self._create_file)
         self._file = os.open(self.folder / "pixels", os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         # A file of no bytes cannot be mapped.

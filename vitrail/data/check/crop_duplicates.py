@@ -178,9 +178,8 @@ def _spectra(thumbnails: np.ndarray, intervals: np.ndarray) -> np.ndarray:
     number = len(intervals)
     low = (rows @ thumbnails.astype(np.float32) @ rows.T).reshape(-1, number, _FREQUENCIES, number, _FREQUENCIES)
     frequency = np.arange(_FREQUENCIES)
-    low = low.transpose(0, 1, 3, 2, 4) * np.sqrt(
-        np.hypot(frequency[:, None], frequency)
-    )  # photographs fall off with frequency
+    # Weighted by frequency, since the spectra of photographs fall off with it.
+    low = low.transpose(0, 1, 3, 2, 4) * np.sqrt(np.hypot(frequency[:, None], frequency))
     flat = low.reshape(len(thumbnails), number**2, -1).astype(np.float32)
     return flat / np.maximum(np.linalg.norm(flat, axis=2, keepdims=True), 1.0)
 

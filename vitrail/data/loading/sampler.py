@@ -61,9 +61,8 @@ class Sampler:
         if samples is None:
             samples = self.natural(number) if not self.members else self.by_class(number)
             # One assignment: the diagnosis of a step may ask from another thread.
-            self._epochs = {epoch: stored for epoch, stored in self._epochs.items() if epoch >= number - 1} | {
-                number: samples
-            }
+            recent = {epoch: stored for epoch, stored in self._epochs.items() if epoch >= number - 1}
+            self._epochs = recent | {number: samples}
         return samples
 
     def natural(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

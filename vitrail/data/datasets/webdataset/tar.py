@@ -83,7 +83,7 @@ class TarReader:
                 self.check_inside(start, size, "a long name")
                 if size > _LONGEST_NAME:
                     raise ValueError(
-                        f"{self.location}: is damaged at byte {at:,}: it tells of a name of {size:,} bytes"
+                        f"{self.location}: is damaged at byte {at:,}: it announces a name of {size:,} bytes"
                     )
                 if kind in (b"x", b"X"):
                     extended |= self.pax(self.read(start, size), at)
