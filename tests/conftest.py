@@ -24,13 +24,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is measured in tests stays in the tests, and all of one session choose alike."""
+    """Keep the cache of the tests apart from the user's, and one for the session, so that all tests choose the same kernels."""
     os.environ["VITRAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """A test's random tensors are the same in every run."""
+    """Seed torch, so that a test's random tensors are the same in every run."""
     import torch
 
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real images beside the repository; tests that want them are skipped where they are not."""
+    """Return the folder of real images beside the repository; tests that need it are skipped where it is missing."""
     root = Path(os.environ.get("VITRAIL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not root.is_dir():
         pytest.skip(f"no real images at {root}; set VITRAIL_SHARED_DATA")
@@ -49,21 +49,21 @@ def draw_image(label: int, number: int, side: int = 16) -> PIL.Image.Image:
     """Return a small colour image whose class can be learned: a bright bar whose angle is the class, in noise."""
     random = np.random.default_rng([label, number])
     pixels = random.integers(0, 90, (side, side, 3), dtype=np.uint8)
-    place = int(random.integers(side // 4, 3 * side // 4))
+    middle = int(random.integers(side // 4, 3 * side // 4))
     colour = random.integers(150, 255, 3)
     if label == 0:
-        pixels[place - 1 : place + 1] = colour
+        pixels[middle - 1 : middle + 1] = colour
     elif label == 1:
-        pixels[:, place - 1 : place + 1] = colour
+        pixels[:, middle - 1 : middle + 1] = colour
     else:
         for row in range(side):
-            pixels[row, (row + place) % side] = colour
+            pixels[row, (row + middle) % side] = colour
     return PIL.Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="session")
 def make_folder() -> Callable[..., Path]:
-    """Write class folders of learnable images; returns their root."""
+    """Return a function that writes class folders of learnable images and returns their root."""
 
     def make(
         root: Path, *, classes: tuple[str, ...] = ("flat", "steep", "slant"), count: int = 20, side: int = 16
@@ -89,7 +89,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny() -> dict:
-    """Settings of a training that takes a second."""
+    """Return the settings of a training that takes a second."""
     return dict(TINY)
 
 
@@ -99,7 +99,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[...
     from vitrail.api import train
     from vitrail.console import Console
 
-    place = tmp_path_factory.mktemp("run")
-    data = make_folder(place / "shapes")
-    result = train(data, out=place / "out", console=Console(quiet=True), **TINY)
+    folder = tmp_path_factory.mktemp("run")
+    data = make_folder(folder / "shapes")
+    result = train(data, out=folder / "out", console=Console(quiet=True), **TINY)
     return result.folder, data

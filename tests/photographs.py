@@ -1,4 +1,4 @@
-"""Ten photographs as people have them, and what a library's own transform makes of them."""
+"""Ten photographs as users have them, and the logits of our and of other libraries' preprocessing for them."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ IMAGES = {
 def write_photographs(folder: Path) -> list[Path]:
     """Write ten photographs of different sizes, modes and EXIF orientations."""
     folder.mkdir(exist_ok=True)
-    for name, (sample, width, height, mode, turn) in IMAGES.items():
+    for name, (sample, width, height, mode, orientation) in IMAGES.items():
         exif = PIL.Image.Exif()
-        exif[274] = turn
+        exif[274] = orientation
         image = PIL.Image.fromarray(load_sample_image(sample)).resize((width, height), PIL.Image.Resampling.BICUBIC)
-        image.convert(mode).save(folder / name, **({"exif": exif} if turn > 1 else {}), **_how(name))
+        image.convert(mode).save(folder / name, **({"exif": exif} if orientation > 1 else {}), **_save_options(name))
     return [folder / name for name in IMAGES]
 
 
-def _how(name: str) -> dict[str, Any]:
+def _save_options(name: str) -> dict[str, Any]:
     return {"lossless": True} if name.endswith("webp") else {}
 
 
 def opened(path: Path) -> PIL.Image.Image:
-    """Return an image as Pillow has it, turned by its EXIF: timm and torchvision do not turn it themselves."""
+    """Return an image as Pillow decodes it, rotated by its EXIF: timm and torchvision do not rotate it."""
     with PIL.Image.open(path) as image:
         return PIL.ImageOps.exif_transpose(image).convert("RGB")
 
 
 def our_logits(imported: ImportedModel, paths: list[Path]) -> Tensor:
-    """Return the logits of image files, from file to logits as `predict` does."""
+    """Return the logits of image files as `predict` computes them."""
     header = imported.header
     model = build_model(header.architecture, imported.weights, "test")
     classifier = Classifier(model, header)
@@ -71,7 +71,7 @@ def their_logits(model: nn.Module, transform: Callable[[PIL.Image.Image], Tensor
 
 
 def assert_same_logits(imported: ImportedModel, model: nn.Module, transform: Any, paths: list[Path]) -> None:
-    """Assert that an imported model answers as its source does, image files in, logits out."""
+    """Assert that an imported model and its original give the same logits for image files."""
     expected = their_logits(model, transform, paths)
     assert expected.std(dim=0).max() > 0.01  # the images make a difference
     assert_close(our_logits(imported, paths), expected, atol=1e-4, rtol=1e-4)
@@ -79,7 +79,7 @@ def assert_same_logits(imported: ImportedModel, model: nn.Module, transform: Any
 
 @torch.no_grad()
 def redrawn(model: nn.Module, std: float = 0.15) -> Any:
-    """Draw every parameter of a model again, so that no bias or norm is hidden by zeros and ones; a CNN's stay."""
+    """Return a model whose parameters are drawn anew, so that no bias or norm is hidden by zeros and ones; a CNN's stay."""
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1 or ".backbone" not in name:

@@ -1,4 +1,4 @@
-"""Random changes: drawn from (seed, epoch, image) alone, and each exactly what its name says."""
+"""Random augmentation: drawn from (seed, visit, image) alone, and each exactly what its name says."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torchvision.transforms import InterpolationMode
 from vitrail.config import AugmentConfig
 from vitrail.data.augment.random_changes import augment_batch, crop_boxes, draw_changes, geometry
 
-MIDDLE = 0.5  # the draw that leaves a symmetric change out
+MIDDLE = 0.5  # the draw at which a symmetric change does nothing
 
 
 def draws(count: int = 1, **given: float) -> dict[str, np.ndarray]:
-    """Draws that change nothing but what is given."""
+    """Return draws that change nothing but what is given."""
     names = draw_changes(0, np.zeros(1, int), np.zeros(1, int))
     assert set(given) <= set(names)
     return {name: np.full(count, given.get(name, MIDDLE)) for name in names}
@@ -32,7 +32,7 @@ def images(count: int = 2, channels: int = 3, height: int = 8, width: int = 8) -
 
 
 def smooth(height: int, width: int, channels: int = 3) -> np.ndarray:
-    """An image without fine detail, [height, width, channels] uint8."""
+    """Return an image without fine detail, [height, width, channels] uint8."""
     coarse = np.random.default_rng(1).integers(0, 256, (4, 4, channels), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -46,9 +46,11 @@ def as_batch(image: np.ndarray) -> torch.Tensor:
 def test_draws_are_a_pure_function_of_seed_epoch_and_image(seed, epoch, indices):
     indices = np.asarray(indices)
     together = draw_changes(seed, np.full(len(indices), epoch), indices)
-    for place in range(len(indices)):
-        alone = draw_changes(seed, np.asarray([epoch]), indices[place : place + 1])
-        assert {name: values[place] for name, values in together.items()} == {name: v[0] for name, v in alone.items()}
+    for position in range(len(indices)):
+        alone = draw_changes(seed, np.asarray([epoch]), indices[position : position + 1])
+        assert {name: values[position] for name, values in together.items()} == {
+            name: v[0] for name, v in alone.items()
+        }
     assert all((values >= 0).all() and (values < 1).all() for values in together.values())
 
 
@@ -87,8 +89,8 @@ def test_draws_are_uniform_and_independent(vary):
     n, counts = 4000, np.arange(4000)
     zeros = np.zeros(n, int)
     if vary == "seed":
-        parts = [draw_changes(int(seed), zeros[:1], zeros[:1]) for seed in counts]
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        draws_of_seeds = [draw_changes(int(seed), zeros[:1], zeros[:1]) for seed in counts]
+        found = {name: np.concatenate([each[name] for each in draws_of_seeds]) for name in draws_of_seeds[0]}
     else:
         found = draw_changes(0, counts, zeros) if vary == "epoch" else draw_changes(0, zeros, counts)
     bound = 1.95 / np.sqrt(n)  # Kolmogorov-Smirnov at one in a thousand
@@ -102,7 +104,7 @@ def test_draws_are_uniform_and_independent(vary):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_no_change_asked_for_is_the_identical_image(channels):
+def test_without_augmentation_the_image_is_identical(channels):
     batch = images(channels=channels)
     before = batch.clone()
     out = augment_batch(batch, AugmentConfig(), draw_changes(0, np.zeros(2, int), np.arange(2)), None, 8)
@@ -110,7 +112,7 @@ def test_no_change_asked_for_is_the_identical_image(channels):
     assert torch.equal(batch, before)
 
 
-def test_changes_that_drew_their_middle_are_the_same_image():
+def test_draws_in_the_middle_leave_the_image_as_it_is():
     config = AugmentConfig(
         rotation=30.0, shift=0.2, brightness=0.4, contrast=0.4, saturation=0.4, flip=0.5, vertical_flip=0.5
     )
@@ -170,7 +172,7 @@ def test_a_shift_moves_the_view_by_its_share_of_the_side(name, drawn, shift):
 
 
 @pytest.mark.parametrize(("fill", "mode"), [("edge", "edge"), ("mirror", "symmetric")])
-def test_what_comes_in_from_outside_is_numpys_padding(fill, mode):
+def test_pixels_from_outside_the_image_are_numpys_padding(fill, mode):
     batch = images(1)
     out = augment_batch(batch, AugmentConfig(shift=0.25, fill=fill), draws(right=0.0), None, 8).numpy()
     np.testing.assert_allclose(
@@ -225,7 +227,7 @@ def test_crops_lie_inside_and_have_the_area_and_the_ratio_asked_for(scale, ratio
     assert ((1 / limit <= shape) & (shape <= limit)).all()
 
 
-def test_crops_spread_over_the_area_the_ratio_and_the_place():
+def test_crops_spread_over_the_area_the_ratio_and_the_position():
     n = 2000
     config = AugmentConfig(crop_scale=0.25, crop_ratio=4 / 3)
     drawn = draw_changes(3, np.zeros(n, int), np.arange(n))
@@ -260,7 +262,7 @@ def test_colour_changes_are_torchvisions(setting, name, reference, drawn):
     assert out.max() <= 1
 
 
-def test_colour_changes_come_in_torchvisions_order():
+def test_colour_changes_are_applied_in_torchvisions_order():
     batch = images(2)
     config = AugmentConfig(brightness=0.5, contrast=0.5, saturation=0.5)
     out = augment_batch(batch, config, draws(2, bright=0.9, contrast=0.9, saturation=0.1), None, 8)
@@ -277,9 +279,11 @@ def test_each_image_of_a_batch_is_changed_by_its_own_draws():
     config = AugmentConfig(flip=0.5, rotation=20.0, shift=0.1, brightness=0.3, contrast=0.3, saturation=0.3)
     batch, drawn = images(5), draw_changes(1, np.zeros(5, int), np.arange(5))
     together = augment_batch(batch, config, drawn, None, 8)
-    for place in range(5):
-        one = {name: values[place : place + 1] for name, values in drawn.items()}
-        torch.testing.assert_close(augment_batch(batch[place : place + 1], config, one, None, 8)[0], together[place])
+    for position in range(5):
+        one = {name: values[position : position + 1] for name, values in drawn.items()}
+        torch.testing.assert_close(
+            augment_batch(batch[position : position + 1], config, one, None, 8)[0], together[position]
+        )
 
 
 def test_a_crop_alone_is_the_same_with_every_fill_but_black():

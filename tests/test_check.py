@@ -276,8 +276,8 @@ def test_uneven_classes_are_told(tmp_path):
     [
         (("a/1.png", "b/2.png"), "a", "one level too low"),
         (("set/a/1.png", "set/b/2.png"), ".", "one level too high"),
-        (("a/train/1.png", "a/val/2.png", "b/train/3.png", "b/val/4.png"), ".", "turn the levels round"),
-        (("2023/a/1.png", "2023/b/2.png", "2024/a/3.png", "2024/b/4.png"), ".", "Turn the levels round if"),
+        (("a/train/1.png", "a/val/2.png", "b/train/3.png", "b/val/4.png"), ".", "swap the levels"),
+        (("2023/a/1.png", "2023/b/2.png", "2024/a/3.png", "2024/b/4.png"), ".", "Swap the levels if"),
     ],
 )
 def test_a_wrong_folder_level_is_recognised(tmp_path, made, given, words):

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from vitrail.data.images import decode
 from vitrail.data.images.decode import ImageError, inspect_image, is_image_name, read_image
 
-ORIENTED = {  # EXIF orientation -> what to do with the stored rows and columns
+ORIENTED = {  # EXIF orientation → how the stored rows and columns are reordered
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
     3: lambda p: p[::-1, ::-1],
@@ -179,7 +179,7 @@ def test_cmyk_is_converted(photo):
     assert np.abs(pixels(data).astype(int) - np.asarray(photo)).mean() < 5
 
 
-def test_one_bit_and_grey_come_in_both_modes():
+def test_one_bit_and_grey_are_read_in_both_modes():
     image = Image.new("1", (2, 1))
     image.putpixel((1, 0), 255)
     np.testing.assert_array_equal(pixels(saved(image, "PNG"), mode="L"), [[0, 255]])
@@ -217,7 +217,7 @@ def test_jpeg_without_its_end_is_damaged_wherever_it_was_cut(photo):
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "PPM", "TGA", "GIF"])
-def test_keep_returns_the_part_before_the_damage(rng, file_format):
+def test_keep_returns_the_pixels_before_the_damage(rng, file_format):
     image = Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).resize((256, 256))
     data = saved(image, file_format, **({"interlace": 0} if file_format == "GIF" else {}))
     half = data[: len(data) * 6 // 10]
@@ -231,7 +231,7 @@ def test_keep_returns_the_part_before_the_damage(rng, file_format):
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_a_cut_tiff_is_kept_and_turned(photo):
+def test_a_cut_tiff_is_kept_and_rotated(photo):
     data = saved(photo, "TIFF", exif=exif(6))  # uncompressed: its directory comes first
     kept = read_image(data[:-2000], damaged="keep")
     np.testing.assert_array_equal(np.asarray(kept)[:, -16:], ORIENTED[6](np.asarray(photo))[:, -16:])
@@ -240,7 +240,7 @@ def test_a_cut_tiff_is_kept_and_turned(photo):
 
 
 @pytest.mark.parametrize("percent", range(60, 100, 3))
-def test_damaged_progressive_jpeg_is_kept_and_turned(photo, percent):
+def test_damaged_progressive_jpeg_is_kept_and_rotated(photo, percent):
     data = saved(photo.resize((96, 64)), "JPEG", progressive=True, quality=95, exif=exif(6))
     cut = data[: len(data) * percent // 100]
     assert inspect_image(cut).orientation == 6
@@ -298,7 +298,7 @@ def test_too_many_pixels_are_refused_from_the_header():
             read_image(data, damaged="keep")
 
 
-def test_the_limit_is_the_callers(photo):
+def test_the_pixel_limit_is_the_callers(photo):
     for file_format in ("JPEG", "PNG"):
         data = saved(photo, file_format)
         assert inspect_image(data, limit_pixels=48 * 32).verdict == "ok"
@@ -323,10 +323,10 @@ def test_random_damage_is_always_a_verdict(photo, rng):
     for file_format in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "ICO", "TGA", "PPM", "AVIF"):
         data = saved(photo, file_format)
         for _ in range(30):
-            spoiled = bytearray(data)
+            corrupted = bytearray(data)
             for at in rng.integers(0, len(data), 4):
-                spoiled[at] = rng.integers(0, 256)
-            info = inspect_image(bytes(spoiled[: rng.integers(1, len(data) + 1)]), limit_pixels=10**6)
+                corrupted[at] = rng.integers(0, 256)
+            info = inspect_image(bytes(corrupted[: rng.integers(1, len(data) + 1)]), limit_pixels=10**6)
             assert (info.reason == "") == (info.verdict == "ok")
 
 

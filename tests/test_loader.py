@@ -18,7 +18,7 @@ from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfi
 from vitrail.console import Console
 from vitrail.data.augment.mixup import MixTargets
 from vitrail.data.datasets.base import ArrayDataset
-from vitrail.data.datasets.open import digits as all_digits
+from vitrail.data.datasets.open import digits_dataset as all_digits
 from vitrail.data.datasets.open import open_dataset
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.data.loading.eval_loader import eval_batches

@@ -1,4 +1,4 @@
-"""RandAugment, TrivialAugment, 3-Augment and erasing: torchvision's operations and ranges, decided by the draws alone."""
+"""RandAugment, TrivialAugment, 3-Augment and erasing: torchvision's operations and ranges, chosen by draws alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from torchvision.transforms import InterpolationMode, v2
 
 from vitrail.config import AugmentConfig, RunConfig
 from vitrail.data.augment.mixup import ERASED_AREA, ERASED_RATIO, erase_, erased_boxes
-from vitrail.data.augment.policies import BINS, OPERATIONS, SIGMAS, STRONGEST, apply_policy, decide, strength_of
+from vitrail.data.augment.policies import (
+    BINS,
+    OPERATIONS,
+    SIGMAS,
+    STRONGEST,
+    apply_policy,
+    choose_operations,
+    strength_of,
+)
 from vitrail.data.augment.random_changes import augment_batch, draw_changes
 from vitrail.models.config import ViTConfig
 from vitrail.recipes import refuse_idle
@@ -80,19 +88,19 @@ def test_a_batch_is_each_of_its_images_changed_one_after_the_other(config, chann
     pixels = levels(40, channels)
     drawn = draw_changes(3, np.full(40, 2), np.arange(40))
     out = apply_policy(pixels.float() / 255, config, drawn)
-    turns = decide(config, drawn, channels=channels, size=SIZE)
-    assert len(turns) == (config.policy_ops if config.policy == "randaugment" else 1)
+    rounds = choose_operations(config, drawn, channels=channels, size=SIZE)
+    assert len(rounds) == (config.policy_ops if config.policy == "randaugment" else 1)
     wanted = []
-    for place, image in enumerate(pixels):
-        for turn in turns:
-            name, strength = turn[place]
+    for position, image in enumerate(pixels):
+        for operations in rounds:
+            name, strength = operations[position]
             image = OPERATIONS[name](tv, image[None], strength)[0]
         wanted.append(image)
     assert torch.equal(out, torch.stack(wanted).float() / 255)
     assert not torch.equal(out, pixels.float() / 255)
-    for place in range(40):
-        one = {name: values[place : place + 1] for name, values in drawn.items()}
-        assert torch.equal(apply_policy(pixels[place : place + 1].float() / 255, config, one)[0], out[place])
+    for position in range(40):
+        one = {name: values[position : position + 1] for name, values in drawn.items()}
+        assert torch.equal(apply_policy(pixels[position : position + 1].float() / 255, config, one)[0], out[position])
 
 
 def test_three_augment_is_deits_grey_solarised_or_blurred():
@@ -109,7 +117,7 @@ def test_three_augment_is_deits_grey_solarised_or_blurred():
     assert (SIGMAS[0], SIGMAS[-1]) == (0.1, 2.0)
 
 
-def test_a_blur_of_a_image_smaller_than_its_kernel():
+def test_a_blur_of_an_image_smaller_than_its_kernel():
     pixels = levels(1)[..., :3, :2]
     out = OPERATIONS["blur"](tv, pixels, 2.0)
     assert out.shape == pixels.shape
@@ -118,10 +126,12 @@ def test_a_blur_of_a_image_smaller_than_its_kernel():
 
 @pytest.mark.parametrize("policy", STRONGEST)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_operation_comes_as_often_and_grey_images_get_none_on_colour(policy, channels):
+def test_operations_are_equally_frequent_and_grey_images_get_none_on_colour(policy, channels):
     n = 6000
     config = AugmentConfig(policy=policy)
-    [first, *_] = decide(config, draw_changes(0, np.zeros(n, int), np.arange(n)), channels=channels, size=SIZE)
+    [first, *_] = choose_operations(
+        config, draw_changes(0, np.zeros(n, int), np.arange(n)), channels=channels, size=SIZE
+    )
     names = [name for name in STRONGEST[policy] if channels == 3 or name not in ("color", "greyscale")]
     counts = {name: sum(each == name for each, _ in first) for name in names}
     assert sum(counts.values()) == n
@@ -135,14 +145,14 @@ def test_each_operation_comes_as_often_and_grey_images_get_none_on_colour(policy
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_colour_operations_do_to_grey_images_is_nothing(channels):
+def test_colour_operations_do_not_change_grey_images(channels):
     pixels = levels(2, 1).expand(-1, channels, -1, -1)
     for name in ("color", "greyscale"):
         if channels == 1 or name == "color":
             assert (OPERATIONS[name](tv, pixels, 0.5).int() - pixels.int()).abs().max() <= 1
 
 
-def test_policies_come_after_geometry_and_colour():
+def test_policies_are_applied_after_geometry_and_colour():
     pixels = levels(8)[..., :24]
     config = AugmentConfig(flip=0.5, rotation=20.0, brightness=0.3, policy="trivialaugment")
     drawn = draw_changes(1, np.zeros(8, int), np.arange(8))
@@ -177,7 +187,7 @@ def test_erased_boxes_lie_inside(seed, height, width):
     assert (bottom <= height).all()
 
 
-def test_erased_boxes_have_the_area_the_ratio_and_the_places_of_the_paper():
+def test_erased_boxes_have_the_area_the_ratio_and_the_positions_of_the_paper():
     n = 4000
     left, top, right, bottom = erased_boxes(draw_changes(0, np.zeros(n, int), np.arange(n)), (1000, 1000)).T
     wide, tall = right - left, bottom - top
@@ -201,9 +211,9 @@ def test_noise_is_of_unit_deviation_and_each_images_own():
     assert noise.numel() > 10_000
     assert noise.mean().abs() < 0.05
     assert (noise.std() - 1).abs() < 0.05
-    for place in range(n):
-        one = {name: values[place : place + 1] for name, values in drawn.items()}
-        assert torch.equal(erase_(images[place : place + 1].clone(), config, one)[0], out[place])
+    for position in range(n):
+        one = {name: values[position : position + 1] for name, values in drawn.items()}
+        assert torch.equal(erase_(images[position : position + 1].clone(), config, one)[0], out[position])
     assert len({float(each.std()) for each in out}) == n
 
 

@@ -1,4 +1,4 @@
-"""Shards at addresses: real servers on this machine (plain HTTP, HTTP with ranges, moto's S3), and lines that are cut."""
+"""Shards at addresses: real servers on this machine (HTTP with and without ranges, moto's S3), and cut connections."""
 
 from __future__ import annotations
 
@@ -32,39 +32,39 @@ boto3 = pytest.importorskip("boto3")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch) -> Path:
-    place = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("VITRAIL_CACHE", str(place))
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("VITRAIL_CACHE", str(folder))
     monkeypatch.setattr(remote, "PAUSE_S", 0.01)
     monkeypatch.setenv("no_proxy", "*")
-    return place
+    return folder
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, make_folder) -> Path:
     """Return a folder of three shards, 350 KB in all."""
-    place = tmp_path_factory.mktemp("shards")
-    make_folder(place / "shapes", count=10, side=60)
-    write_shards(DataConfig(source=str(place / "shapes")), place / "out", size=12)
-    return place / "out"
+    folder = tmp_path_factory.mktemp("shards")
+    make_folder(folder / "shapes", count=10, side=60)
+    write_shards(DataConfig(source=str(folder / "shapes")), folder / "out", size=12)
+    return folder / "out"
 
 
-WORD = "pictures-{000000..000002}.tar"
+RANGE = "pictures-{000000..000002}.tar"
 
 
 # --- servers
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files, with ranges where the server has them, and one trouble after the other as the server is told."""
+    """Sends files, by ranges where the server has them, with one fault after the other as the server is told."""
 
     server: Server
 
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
-        self.server.asked.append((self.path, wanted))
-        trouble = self.server.trouble.pop(0) if self.server.trouble and "0-0" not in (wanted or "") else ""
-        if trouble.isdecimal():
-            self.send_error(int(trouble))
+        self.server.requests.append((self.path, wanted))
+        fault = self.server.fault.pop(0) if self.server.fault and "0-0" not in (wanted or "") else ""
+        if fault.isdecimal():
+            self.send_error(int(fault))
             return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
@@ -82,28 +82,28 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(end + 1 - start))
         self.end_headers()
         body = content[start : end + 1]
-        self.wfile.write(body[: len(body) * 2 // 3] if trouble == "cut" else body)
+        self.wfile.write(body[: len(body) * 2 // 3] if fault == "cut" else body)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A web server on a free port, which notes what is asked."""
+    """A web server on a free port, which records its requests."""
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, *, ranges: bool, lengths: bool = True, trouble: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, *, ranges: bool, lengths: bool = True, fault: tuple[str, ...] = ()) -> None:
         super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-        self.ranges, self.lengths, self.trouble = ranges, lengths, list(trouble)
-        self.asked: list[tuple[str, str | None]] = []
+        self.ranges, self.lengths, self.fault = ranges, lengths, list(fault)
+        self.requests: list[tuple[str, str | None]] = []
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is no error."""
+        """Ignore a client that hangs up."""
 
 
 @contextlib.contextmanager
@@ -135,7 +135,7 @@ class CuttingProxy(socketserver.ThreadingTCPServer):
             return self.left >= 0
 
     def handle_error(self, *_: object) -> None:
-        """A line that was cut is no error."""
+        """Ignore a connection that was cut."""
 
 
 class _Pass(socketserver.BaseRequestHandler):
@@ -189,80 +189,82 @@ def by_port(monkeypatch) -> Callable[[int], None]:
     return use
 
 
-def opened(word: str) -> TarDataset:
-    source = open_dataset(word)
-    assert isinstance(source, TarDataset)
-    return source
+def opened(location: str) -> TarDataset:
+    dataset = open_dataset(location)
+    assert isinstance(dataset, TarDataset)
+    return dataset
 
 
-def check_equal(source: TarDataset, shards: Path) -> None:
-    """Every shard's bytes, every image and label are those of the local shards."""
-    local = opened(f"{shards}/{WORD}")
-    assert [Path(each.file).read_bytes() for each in source.shards] == [
+def check_equal(dataset: TarDataset, shards: Path) -> None:
+    """Assert that the bytes of every shard, every image and label are those of the local shards."""
+    local = opened(f"{shards}/{RANGE}")
+    assert [Path(each.file).read_bytes() for each in dataset.shards] == [
         Path(each.file).read_bytes() for each in local.shards
     ]
-    assert (source.labels, list(source.paths)) == (local.labels, list(local.paths))
-    assert (source.targets == local.targets).all()
+    assert (dataset.labels, list(dataset.paths)) == (local.labels, list(local.paths))
+    assert (dataset.targets == local.targets).all()
     for index in range(len(local.paths)):
-        assert source.encoded(index) == local.encoded(index)
-        assert (np.asarray(source.read(index, "RGB")) == np.asarray(local.read(index, "RGB"))).all()
+        assert dataset.encoded(index) == local.encoded(index)
+        assert (np.asarray(dataset.read(index, "RGB")) == np.asarray(local.read(index, "RGB"))).all()
 
 
 # --- HTTP
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize("trouble", [(), ("cut",), ("cut", "503", "cut", "cut", "429")])
-def test_http_with_and_without_ranges_and_cuts(shards, ranges, trouble):
-    server = Server(shards, ranges=ranges, trouble=trouble)
+@pytest.mark.parametrize("fault", [(), ("cut",), ("cut", "503", "cut", "cut", "429")])
+def test_http_with_and_without_ranges_and_cuts(shards, ranges, fault):
+    server = Server(shards, ranges=ranges, fault=fault)
     with serving(server):
-        source = opened(f"{server.url}/{WORD}")
-        check_equal(source, shards)
-        assert source.location(0) == f"{server.url}/pictures-000000.tar: 00000000.png"
-        assert not server.trouble
-        later = [wanted for _, wanted in server.asked if wanted not in (None, "bytes=0-0")]
-        assert bool(later) == bool(trouble), "after a cut, the rest was to be asked for"
-        asked = len(server.asked)
-        assert list(opened(f"{server.url}/{WORD}").paths) == list(source.paths)
-        assert all(wanted == "bytes=0-0" for _, wanted in server.asked[asked:]), "nothing was to be fetched again"
+        dataset = opened(f"{server.url}/{RANGE}")
+        check_equal(dataset, shards)
+        assert dataset.location(0) == f"{server.url}/pictures-000000.tar: 00000000.png"
+        assert not server.fault
+        later = [wanted for _, wanted in server.requests if wanted not in (None, "bytes=0-0")]
+        assert bool(later) == bool(fault), "after a cut, the rest was to be asked for"
+        num_requests = len(server.requests)
+        assert list(opened(f"{server.url}/{RANGE}").paths) == list(dataset.paths)
+        assert all(wanted == "bytes=0-0" for _, wanted in server.requests[num_requests:]), (
+            "nothing was to be fetched again"
+        )
 
 
-def test_a_cut_goes_on_from_the_byte_where_it_stopped(shards):
+def test_a_cut_download_is_resumed_at_the_byte_where_it_stopped(shards):
     size = (shards / "pictures-000000.tar").stat().st_size
-    server = Server(shards, ranges=True, trouble=("cut", "cut"))
+    server = Server(shards, ranges=True, fault=("cut", "cut"))
     with serving(server):
         opened(f"{server.url}/pictures-000000.tar")
-    asked = [wanted for path, wanted in server.asked if path.endswith(".tar")]
+    requests = [wanted for path, wanted in server.requests if path.endswith(".tar")]
     first, second = size * 2 // 3, size * 2 // 3 + (size - size * 2 // 3) * 2 // 3
-    assert asked == ["bytes=0-0", None, f"bytes={first}-", f"bytes={second}-"]
+    assert requests == ["bytes=0-0", None, f"bytes={first}-", f"bytes={second}-"]
 
 
-def test_an_ended_process_is_gone_on_with(shards, cache):
+def test_the_download_of_an_ended_process_is_resumed(shards, cache):
     size = (shards / "pictures-000001.tar").stat().st_size
     server = Server(shards, ranges=True)
     with serving(server):
         (found,) = remote.inspect_addresses([f"{server.url}/pictures-000001.tar"])
-        found.place.parent.mkdir(parents=True)
+        found.copy_path.parent.mkdir(parents=True)
         begun = (shards / "pictures-000001.tar").read_bytes()[:1000]
-        found.place.with_name(f".{found.place.name}.part").write_bytes(begun)
-        (place,) = remote.fetch([found])
-        assert server.asked[-1][1] == "bytes=1000-"
-    assert place.read_bytes() == (shards / "pictures-000001.tar").read_bytes()
-    assert place.stat().st_size == size
+        found.copy_path.with_name(f".{found.copy_path.name}.part").write_bytes(begun)
+        (path,) = remote.fetch([found])
+        assert server.requests[-1][1] == "bytes=1000-"
+    assert path.read_bytes() == (shards / "pictures-000001.tar").read_bytes()
+    assert path.stat().st_size == size
     assert not list(cache.rglob("*.part"))
 
 
-def test_a_changed_shard_is_fetched_anew(shards, tmp_path):
+def test_a_changed_shard_is_fetched_again(shards, tmp_path):
     shutil.copytree(shards, tmp_path / "s")
     server = Server(tmp_path / "s", ranges=True)
     with serving(server):
-        word = f"{server.url}/pictures-000000.tar"
-        before = opened(word)
+        url = f"{server.url}/pictures-000000.tar"
+        before = opened(url)
         shutil.copy(shards / "pictures-000001.tar", tmp_path / "s" / "pictures-000000.tar")
-        after = opened(word)
+        after = opened(url)
         assert before.encoded(0) != after.encoded(0)
         assert before.identity(0) != after.identity(0)
-        assert opened(word).identity(0) == after.identity(0)
+        assert opened(url).identity(0) == after.identity(0)
 
 
 def test_two_processes_fetch_each_shard_once(shards, cache):
@@ -271,14 +273,14 @@ def test_two_processes_fetch_each_shard_once(shards, cache):
     )
     server = Server(shards, ranges=True)
     with serving(server):
-        words = [sys.executable, "-c", program, f"{server.url}/{WORD}"]
+        words = [sys.executable, "-c", program, f"{server.url}/{RANGE}"]
         both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         assert [each.communicate(timeout=60)[0].strip() for each in both] == ["30", "30"]
-        fetched = [path for path, wanted in server.asked if wanted is None]
+        fetched = [path for path, wanted in server.requests if wanted is None]
         assert sorted(fetched) == sorted(f"/{path.name}" for path in shards.iterdir())
 
 
-def test_what_cannot_be_fetched_is_told_with_its_address(shards, monkeypatch, tmp_path):
+def test_failed_downloads_are_named_by_address(shards, monkeypatch, tmp_path):
     server = Server(shards, ranges=True)
     with serving(server):
         with pytest.raises(
@@ -287,17 +289,17 @@ def test_what_cannot_be_fetched_is_told_with_its_address(shards, monkeypatch, tm
             opened(f"{server.url}/pictures-{{000000..000003}}.tar")
         with pytest.raises(ValueError, match=r"web servers cannot be asked for a list; write a range"):
             opened(f"{server.url}/*.tar")
-        server.trouble = ["cut"] * 200
+        server.fault = ["cut"] * 200
         server.ranges = False
         with pytest.raises(
             ValueError,
             match=r"pictures-000000\.tar: cannot be fetched: the connection ended after .*\(6 tries, with .* goes on",
         ):
             opened(f"{server.url}/pictures-000000.tar")
-        server.trouble = ["403"]
+        server.fault = ["403"]
         with pytest.raises(ValueError, match=r"pictures-000001\.tar: must not be read: the server answers 403"):
             opened(f"{server.url}/pictures-000001.tar")
-        server.trouble, server.lengths = [], False
+        server.fault, server.lengths = [], False
         with pytest.raises(ValueError, match=r"the server does not say how long the file is"):
             opened(f"{server.url}/pictures-000001.tar")
         server.lengths, server.ranges = True, True
@@ -315,7 +317,7 @@ def test_what_cannot_be_fetched_is_told_with_its_address(shards, monkeypatch, tm
 
 def test_s3_gives_the_same_bytes(shards, s3, by_port):
     by_port(s3)
-    check_equal(opened(f"s3://bucket/birds/{WORD}"), shards)
+    check_equal(opened(f"s3://bucket/birds/{RANGE}"), shards)
     check_equal(opened("s3://bucket/birds/"), shards)
     check_equal(opened("s3://bucket/birds/*.tar"), shards)
     with pytest.raises(ValueError, match=r"1 of 4 files are missing: s3://bucket/birds/pictures-000003\.tar"):
@@ -325,37 +327,37 @@ def test_s3_gives_the_same_bytes(shards, s3, by_port):
 
 
 @pytest.mark.parametrize("times", [1, 4])
-def test_s3_over_a_line_that_is_cut(shards, s3, by_port, times, monkeypatch):
+def test_s3_over_a_connection_that_is_cut(shards, s3, by_port, times, monkeypatch):
     monkeypatch.setattr(stores, "BLOCK_BYTES", 50_000)
     with (proxy := CuttingProxy(s3, after=40_000, times=times)), serving(proxy):
         by_port(proxy.server_address[1])
-        check_equal(opened(f"s3://bucket/birds/{WORD}"), shards)
+        check_equal(opened(f"s3://bucket/birds/{RANGE}"), shards)
         assert proxy.cuts == times
 
 
 @pytest.mark.slow
 def test_train_from_s3(shards, s3, by_port, tmp_path, capsys):
     by_port(s3)
-    word, out = f"s3://bucket/birds/{WORD}", tmp_path / "run"
+    url, out = f"s3://bucket/birds/{RANGE}", tmp_path / "run"
     sizes = ["--model", "nano8", "--model.depth", "2", "--model.embed-dim", "24", "--model.num-heads", "2"]
     words = [*sizes, "--epochs", "1", "--batch-size", "16"]
-    assert run(["train", word, "--out", str(out), *words]) == 0
-    assert run(["train", f"{shards}/{WORD}", "--out", str(tmp_path / "local"), *words]) == 0
+    assert run(["train", url, "--out", str(out), *words]) == 0
+    assert run(["train", f"{shards}/{RANGE}", "--out", str(tmp_path / "local"), *words]) == 0
     ours, theirs = (json.loads((each / "evaluation.json").read_text()) for each in (out, tmp_path / "local"))
     assert ours["val"]["confusion"] == theirs["val"]["confusion"]
     assert ours["val"]["loss"] == theirs["val"]["loss"]
 
 
-def test_what_a_missing_package_is_told_by():
+def test_a_missing_package_is_named():
     program = """
 import sys
 sys.modules["s3fs"] = sys.modules["gcsfs"] = None
 from vitrail.cli import run
-for word in ("s3://b/x.tar", "gs://b/x.tar"):
-    assert run(["check", word]) == 1
+for url in ("s3://b/x.tar", "gs://b/x.tar"):
+    assert run(["check", url]) == 1
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    said = " ".join(done.stderr.split())
-    assert "s3://b/x.tar: addresses of s3:// need another package; type pip install 'vitrail[s3]'" in said
-    assert "gs://b/x.tar: addresses of gs:// need another package; type pip install gcsfs" in said
+    output = " ".join(done.stderr.split())
+    assert "s3://b/x.tar: addresses of s3:// need another package; type pip install 'vitrail[s3]'" in output
+    assert "gs://b/x.tar: addresses of gs:// need another package; type pip install gcsfs" in output
     assert done.returncode == 0

@@ -12,7 +12,7 @@ from PIL import Image
 from vitrail.config import DataConfig
 from vitrail.console import Console
 from vitrail.data.cache.scans import THUMBNAIL
-from vitrail.data.check.duplicates import candidates, duplicate_pairs, hashes
+from vitrail.data.check.duplicates import candidate_pairs, duplicate_pairs, hashes
 from vitrail.data.check.scan import Scan, ScanSettings, has_colour, scan_dataset
 from vitrail.data.datasets.base import Dataset
 from vitrail.data.datasets.open import open_dataset
@@ -313,7 +313,7 @@ def test_every_pair_of_hashes_within_three_bits_is_a_candidate():
     for place in range(40, 60):  # twenty codes that differ from an earlier one in 0 to 4 bits
         bits = rng.choice(64, place % 5, replace=False).astype(np.uint64)
         codes[place] = codes[place - 40] ^ np.bitwise_or.reduce(np.uint64(1) << bits, initial=np.uint64(0))
-    pairs = {tuple(pair) for part in candidates(codes) for pair in part.tolist()}
+    pairs = {tuple(pair) for part in candidate_pairs(codes) for pair in part.tolist()}
     distance = np.bitwise_count(codes[:, None] ^ codes[None])
     wanted = {(i, j) for i in range(60) for j in range(i + 1, 60) if distance[i, j] <= 3}
     assert pairs == wanted

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from vitrail.cli import run
-from vitrail.config import DataConfig
-from vitrail.data.check.scan import ScanSettings, scan_dataset
 from vitrail.data.datasets import table as tables
 from vitrail.data.datasets.base import FileDataset
 from vitrail.data.datasets.open import open_dataset, run_name, same_dataset
-from vitrail.data.datasets.string_array import StringArray, first_repeated, positions_of
-from vitrail.data.splits.splits import load_splits, save_splits, split_dataset
 
 
 def put(path: Path, level: int = 100) -> None:
@@ -43,15 +35,15 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
 
 
 def opened(path: Path) -> FileDataset:
-    source = open_dataset(str(path))
-    assert isinstance(source, FileDataset)
-    return source
+    dataset = open_dataset(str(path))
+    assert isinstance(dataset, FileDataset)
+    return dataset
 
 
-def rows_of(source: FileDataset) -> list[tuple[str, str, str | None]]:
-    parts = [None] * len(source.paths) if source.split is None else source.split.tolist()
-    labels = [source.labels[target] for target in source.targets]
-    return list(zip(source.paths, labels, parts, strict=True))
+def rows_of(dataset: FileDataset) -> list[tuple[str, str, str | None]]:
+    splits = [None] * len(dataset.paths) if dataset.split is None else dataset.split.tolist()
+    labels = [dataset.labels[target] for target in dataset.targets]
+    return list(zip(dataset.paths, labels, splits, strict=True))
 
 
 WANTED = [
@@ -98,48 +90,48 @@ def as_parquet(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [as_csv, as_jsonl, as_parquet])
-def test_all_three_forms_say_the_same(images, form):
-    source = opened(form(images))
-    assert rows_of(source) == WANTED
-    assert source.labels == ("10", "cat")  # sorted names, as folders have them
-    assert source.groups is not None
-    assert source.groups.tolist() == [0, -1, 1, 2]
-    assert source.name == form(images).name
-    assert [source.read(index, "RGB").getpixel((0, 0))[0] for index in range(4)] == [0, 1, 2, 3]
-    assert source.location(2) == str(images / "deep" / "c.png")
-    assert {problem.kind for problem in source.problems} == {"missing-class"}
+def test_all_three_formats_give_the_same_dataset(images, form):
+    dataset = opened(form(images))
+    assert rows_of(dataset) == WANTED
+    assert dataset.labels == ("10", "cat")  # sorted names, as folders have them
+    assert dataset.groups is not None
+    assert dataset.groups.tolist() == [0, -1, 1, 2]
+    assert dataset.name == form(images).name
+    assert [dataset.read(index, "RGB").getpixel((0, 0))[0] for index in range(4)] == [0, 1, 2, 3]
+    assert dataset.location(2) == str(images / "deep" / "c.png")
+    assert {problem.kind for problem in dataset.problems} == {"missing-class"}
 
 
 def test_whole_numbers_are_labels_as_text(images):
     table = pyarrow.table({"path": ["a.png", "b.png"], "label": pyarrow.array([2, 10], pyarrow.int64())})
     pyarrow.parquet.write_table(table, images / "n.parquet")
-    source = opened(images / "n.parquet")
-    assert source.labels == ("10", "2")
-    assert source.split is None
-    assert source.groups is None
-    assert source.problems == ()
+    dataset = opened(images / "n.parquet")
+    assert dataset.labels == ("10", "2")
+    assert dataset.split is None
+    assert dataset.groups is None
+    assert dataset.problems == ()
 
 
 def test_labels_that_look_like_numbers_or_nothing_stay_as_they_are_written(images):
-    source = opened(write(images / "t.csv", "path,label\na.png,007\nb.png,NA\ndeep/c.png,2020-01-01\n"))
-    assert source.labels == ("007", "2020-01-01", "NA")
+    dataset = opened(write(images / "t.csv", "path,label\na.png,007\nb.png,NA\ndeep/c.png,2020-01-01\n"))
+    assert dataset.labels == ("007", "2020-01-01", "NA")
 
 
 def test_other_columns_are_named_in_one_line(images):
-    source = opened(write(images / "t.csv", "mass,path,label,notes\n1,a.png,x,\n2,b.png,y,\n"))
-    assert [(each.severity, each.kind, each.paths) for each in source.problems] == [
+    dataset = opened(write(images / "t.csv", "mass,path,label,notes\n1,a.png,x,\n2,b.png,y,\n"))
+    assert [(each.severity, each.kind, each.paths) for each in dataset.problems] == [
         ("warning", "name", ("mass", "notes"))
     ]
-    assert "columns mass, notes: not read" in source.problems[0].message
+    assert "columns mass, notes: not read" in dataset.problems[0].message
 
 
 def test_a_relative_table_is_read_from_anywhere(images, monkeypatch):
     monkeypatch.chdir(images)
     write(images / "deep" / "t.csv", f"path,label\nc.png,x\n{images / 'a.png'},y\n")
-    source = opened(Path("deep/t.csv"))
+    dataset = opened(Path("deep/t.csv"))
     monkeypatch.chdir("/")
-    assert list(source.paths) == ["c.png", str(images / "a.png")]
-    assert source.read(1, "RGB").getpixel((0, 0))[0] == 0
+    assert list(dataset.paths) == ["c.png", str(images / "a.png")]
+    assert dataset.read(1, "RGB").getpixel((0, 0))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -148,7 +140,7 @@ def test_a_relative_table_is_read_from_anywhere(images, monkeypatch):
         ("", r"t\.csv: has no column 'path', but none"),
         ("path,label\n", "has no rows"),
         ("file,label\na.png,x\n", r"no column 'path', but 'file', 'label'; expected a first line such as path,label"),
-        ("path;label\na.png;x\n", r"'path;label'; its columns seem to be divided by another sign than ','"),
+        ("path;label\na.png;x\n", r"'path;label'; its columns seem to be separated by another sign than ','"),
         ("path,class\na.png,x\n", "no column 'label'"),
         ("path,path,label\na.png,a.png,x\n", "column 'path' twice"),
         ("path,label,weight,weight\na.png,x,1,5\n", "column 'weight' twice"),
@@ -163,17 +155,17 @@ def test_a_relative_table_is_read_from_anywhere(images, monkeypatch):
         ("path,label\na.png,x\n\nb.png,x\n./a.png,x\n", r"line 5: 'a\.png' is in line 2 already, with the same label"),
         ("path,label\na.png,x\na.png,y\n", r"line 3: .* line 2 already, with the label 'y', there 'x'; remove one"),
         ("path,label\na.png,x\ngone.png,y\n", r"line 3: 'gone\.png': no such file; paths are relative to"),
-        ("path,label\ndeep\\c.png,x\n1.png,y\n", r"\(2 of 2 files are missing\).*folders are divided by /"),
+        ("path,label\ndeep\\c.png,x\n1.png,y\n", r"\(2 of 2 files are missing\).*folders are separated by /"),
         ("path,label\ndeep,x\n", r"'deep': is no file"),
         ("path,label\n../a.png,x\n", r"line 2: '\.\./a\.png' leads out of the table's folder .* absolute path"),
         ("path,label\ndeep/../../a.png,x\n", "leads out of the table's folder"),
         ("path,label\nhttps://x.org/a.png,x\n", "is an address"),
         ("path,label\na.png,x\ndeep/d, e.png,x\n", r"line 3: has 3 values, but there are 2 columns .* in quotes"),
         ('path,label\n"a.png,x\nb.png,y\n', r"line 3: unexpected end of data; a quoted value ends"),
-        ("path,label,split\na.png,x,train\nb.png,y,val\n", r"line 3: unknown class 'y'.*Part val has it, but no row"),
+        ("path,label,split\na.png,x,train\nb.png,y,val\n", r"line 3: unknown class 'y'.*Split val has it, but no row"),
     ],
 )
-def test_what_is_wrong_is_named_by_file_and_line(images, text, message):
+def test_faults_are_named_by_file_and_line(images, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         open_dataset(str(write(images / "t.csv", text)))
     assert str(caught.value).startswith(str(images / "t.csv"))
@@ -195,7 +187,7 @@ def test_what_is_wrong_is_named_by_file_and_line(images, text, message):
         ('{"file": "a.png", "label": "x"}\n', "has no column 'path', but 'file', 'label'; rename the column"),
     ],
 )
-def test_what_is_wrong_in_json_lines(images, text, message):
+def test_faults_in_json_lines_are_named(images, text, message):
     with pytest.raises(ValueError, match=message):
         open_dataset(str(write(images / "t.jsonl", text)))
 
@@ -211,14 +203,14 @@ def test_other_encodings_and_broken_parquet_are_refused(images):
 
 
 @pytest.mark.parametrize("form", [as_csv, as_jsonl, as_parquet])
-def test_a_long_table_is_read_once_and_its_files_are_looked_for_each_time(images, form, monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(tables, "WORTH_KEEPING", 4)
+def test_a_long_table_is_read_once_and_its_files_are_checked_each_time(images, form, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(tables, "MIN_CACHED_ROWS", 4)
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("VITRAIL_CACHE", str(cache))
     path = form(images)
     first = opened(path)
-    (kept,) = cache.rglob("*.bin")
-    stamp = kept.stat().st_mtime_ns
+    (cached,) = cache.rglob("*.bin")
+    stamp = cached.stat().st_mtime_ns
 
     def same(one: FileDataset, other: FileDataset) -> None:
         assert rows_of(one) == rows_of(other)
@@ -228,10 +220,10 @@ def test_a_long_table_is_read_once_and_its_files_are_looked_for_each_time(images
         assert (one.groups == other.groups).all() and one.groups.dtype == other.groups.dtype
 
     same(first, opened(path))
-    assert kept.stat().st_mtime_ns == stamp, "the index was to be read"
-    kept.write_bytes(kept.read_bytes()[:-1])
+    assert cached.stat().st_mtime_ns == stamp, "the index was to be read"
+    cached.write_bytes(cached.read_bytes()[:-1])
     same(first, opened(path))
-    assert kept.stat().st_mtime_ns != stamp, "a broken index was to be made anew"
+    assert cached.stat().st_mtime_ns != stamp, "a broken index was to be made anew"
     (images / "deep" / "c.png").rename(images / "c.png")
     with pytest.raises(ValueError, match=r"t\.\w+, (line [34567]|row 3): '.*c\.png': no such file"):
         opened(path)
@@ -246,14 +238,14 @@ def test_a_table_that_is_not_there(tmp_path):
         open_dataset(str(tmp_path / "no.csv"))
 
 
-def test_a_group_that_the_tables_own_parts_divide_is_named(images):
+def test_a_group_in_several_of_the_tables_splits_is_named(images):
     text = "path,label,split,group\na.png,x,train,p\nb.png,x,val,q\ndeep/c.png,x,val,p\n"
     problems = opened(write(images / "t.csv", text)).problems
     assert [(each.severity, each.kind, each.paths) for each in problems] == [("warning", "leak", ("p",))]
-    assert "1 groups are in more than one part, for instance 'p' in train and val" in problems[0].message
+    assert "1 groups are in more than one split, for instance 'p' in train and val" in problems[0].message
 
 
-def test_words_for_the_same_table(tmp_path, monkeypatch):
+def test_run_names_and_equal_datasets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_name("some/photos.csv") == "photos"
     assert run_name("torchvision:CIFAR10") == "CIFAR10"
@@ -267,116 +259,11 @@ def test_words_for_the_same_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("word", "nearest"), [("torchvison:CIFAR10", "torchvision:"), ("fh:beans", "hf:"), ("digit", "digits")]
+    ("name", "nearest"), [("torchvison:CIFAR10", "torchvision:"), ("fh:beans", "hf:"), ("digit", "digits")]
 )
-def test_unknown_words_have_a_nearest_known(word, nearest):
+def test_unknown_names_suggest_the_nearest_known(name, nearest):
     with pytest.raises(ValueError, match=f"did you mean '{nearest}'"):
-        open_dataset(word)
-
-
-# --- groups
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_groups_are_never_divided_and_shares_come_near(tmp_path_factory, data):
-    """Patients with several images of several classes: whole on one side, sizes and classes near the wish."""
-    random = np.random.default_rng(data.draw(st.integers(0, 10_000)))
-    classes, patients = data.draw(st.integers(2, 4)), data.draw(st.integers(15, 40))
-    largest = data.draw(st.integers(1, 8))
-    groups = np.repeat(np.arange(patients), random.integers(1, largest + 1, patients))
-    groups = random.permutation(np.where(random.random(len(groups)) < 0.1, -1, groups))
-    targets = random.integers(0, classes, len(groups))
-    val, test = data.draw(st.sampled_from([(0.2, 0.0), (0.25, 0.25), (0.1, 0.0), (0.5, 0.0)]))
-    source = FileDataset(
-        name="t",
-        labels=tuple("abcd"[:classes]),
-        paths=StringArray(f"{number}.png" for number in range(len(groups))),
-        targets=targets,
-        groups=groups,
-        split_origin="the column split:",
-        root=tmp_path_factory.getbasetemp(),
-        limit_pixels=1,
-        damaged="refuse",
-    )
-    from vitrail.data.check.duplicates import group_numbers as connected
-    from vitrail.data.check.duplicates import group_pairs
-
-    linked = connected(len(groups), group_pairs(groups))
-    config = DataConfig(val_fraction=val, test_fraction=test, split_seed=data.draw(st.integers(0, 5)))
-    parts = split_dataset(source, config, np.ones(len(groups), bool), linked).indices
-    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(len(groups)))
-    sides = [set(groups[part].tolist()) - {-1} for part in parts.values()]
-    assert sum(map(len, sides)) == len(set(groups.tolist()) - {-1})
-    for name, wish in (("val", val), ("test", test)):
-        size = len(parts.get(name, ()))
-        assert abs(size - wish * len(groups)) <= largest + classes
-        if wish and largest <= 3:
-            here = np.bincount(targets[parts[name]], minlength=classes)
-            assert (np.abs(here - wish * np.bincount(targets, minlength=classes)) <= largest + 1).all()
-
-
-def test_near_duplicates_join_groups_and_the_split_is_recorded(tmp_path):
-    random = np.random.default_rng(0)
-    lines = ["path,label,group"]
-    for number in range(40):
-        pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
-        lines.append(f"{number:02d}.png,{'ab'[number % 2]},g{number // 4}")
-    # The first image once more, a level brighter, in another group: both groups must stay together.
-    twin = np.clip(np.asarray(Image.open(tmp_path / "00.png")).astype(int) + 1, 0, 255).astype(np.uint8)
-    Image.fromarray(twin).save(tmp_path / "twin.png")
-    lines.append("twin.png,b,g9")
-    source = opened(write(tmp_path / "t.csv", "\n".join(lines)))
-    scan = scan_dataset(source, ScanSettings("stop", near_duplicates=True, limit_pixels=10**8, memory_bytes=10**8))
-    assert source.groups is not None
-    for seed in range(6):
-        splits = split_dataset(source, DataConfig(split_seed=seed), scan.good, scan.groups)
-        sides = {name: set(source.groups[part].tolist()) for name, part in splits.indices.items()}
-        assert not sides["train"] & sides["val"]
-        assert any({0, 9} <= side for side in sides.values())
-        assert splits.rule == "a stratified split of all images; 10 groups kept whole"
-    save_splits(source, splits, tmp_path / "split.json")
-    written = json.loads((tmp_path / "split.json").read_text())
-    assert written["rule"].endswith("10 groups kept whole")
-    again = load_splits(source, tmp_path / "split.json", scan.good)
-    assert again.fingerprint == written["fingerprint"] == splits.fingerprint
-    assert {name: part.tolist() for name, part in again.indices.items()} == {
-        name: part.tolist() for name, part in splits.indices.items()
-    }
-
-
-# --- the compact listing
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), max_size=40), st.data())
-def test_paths_are_a_sequence_of_what_was_put_in(strings, data):
-    paths = StringArray(strings)
-    assert list(paths) == strings == paths[:]
-    assert len(paths) == len(strings)
-    for index in range(-len(strings), len(strings)):
-        assert paths[np.int64(index)] == strings[index]
-    with pytest.raises(IndexError):
-        paths[len(strings)]
-    wanted = data.draw(st.lists(st.sampled_from([*strings, "not there at all"]), max_size=10))
-    found = positions_of(paths, wanted)
-    assert [name in strings for name in wanted] == (found >= 0).tolist()
-    assert all(paths[place] == name for place, name in zip(found.tolist(), wanted, strict=True) if place >= 0)
-    twice = next((i for i, name in enumerate(strings) if name in strings[:i]), None)
-    assert first_repeated(paths) == (None if twice is None else (strings.index(strings[twice]), twice))
-
-
-def test_names_that_are_no_unicode_survive():
-    name = os.fsdecode(b"caf\xe9.png")
-    assert StringArray([name])[0] == name == next(iter(StringArray([name])))
-
-
-def test_long_listings_are_iterated_in_pieces():
-    names = [f"{number}" for number in range(150_000)]
-    paths = StringArray(names)
-    assert list(paths) == names
-    assert paths.num_bytes < 15 * len(names)
+        open_dataset(name)
 
 
 # --- the commands
@@ -386,8 +273,8 @@ def table_of(folder: Path, target: Path, *, split: bool) -> Path:
     """Write a table of a folder's images, three of a group."""
     rows = ["path,label,group" + ",split" * split]
     for number, path in enumerate(sorted(folder.rglob("*.png"))):
-        part = ("train", "train", "train", "val", "test")[number % 5]
-        rows.append(f"{path},{path.parent.name},g{number // 3}" + f",{part}" * split)
+        split_name = ("train", "train", "train", "val", "test")[number % 5]
+        rows.append(f"{path},{path.parent.name},g{number // 3}" + f",{split_name}" * split)
     return write(target, "\n".join(rows) + "\n")
 
 
@@ -397,18 +284,18 @@ def test_train_resume_eval_and_probe_on_a_table(make_folder, tmp_path, capsys, m
     monkeypatch.chdir(tmp_path)
     sizes = ["--model", "nano8", "--model.depth", "2", "--model.embed-dim", "24", "--model.num-heads", "2"]
     assert run(["train", str(table), *sizes, "--epochs", "2", "--batch-size", "16"]) == 0
-    said = capsys.readouterr().out
-    assert "shapes.csv: 3 classes; 36 train, 9 val (a stratified split of all images; 15 groups kept whole)" in said
+    output = capsys.readouterr().out
+    assert "shapes.csv: 3 classes; 36 train, 9 val (a stratified split of all images; 15 groups kept whole)" in output
     out = tmp_path / "runs" / "shapes"
     assert run(["train", "shapes.csv", "--resume"]) == 0
     assert "finished already" in capsys.readouterr().out
     assert run(["eval", str(out), "shapes.csv", "--out", "e.json"]) == 0
-    judged, own = json.loads(Path("e.json").read_text()), json.loads((out / "evaluation.json").read_text())["val"]
-    assert judged["confusion"] == own["confusion"]
-    assert judged["split"] == "val"
+    evaluated, own = json.loads(Path("e.json").read_text()), json.loads((out / "evaluation.json").read_text())["val"]
+    assert evaluated["confusion"] == own["confusion"]
+    assert evaluated["split"] == "val"
     split = json.loads((out / "split.json").read_text())
-    assert judged["fingerprint"] == split["fingerprint"]
-    # Without the run's split.json, the model file's rule makes the same division again.
+    assert evaluated["fingerprint"] == split["fingerprint"]
+    # Without the run's split.json, the model file's rule makes the same split again.
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((out / "model.safetensors").read_bytes())
     assert run(["eval", str(alone), "shapes.csv", "--out", "e2.json"]) == 0
@@ -421,40 +308,40 @@ def test_train_resume_eval_and_probe_on_a_table(make_folder, tmp_path, capsys, m
     assert json.loads(Path("p.json").read_text())["computed"] == 0
 
 
-def test_a_tables_own_parts_are_used_and_test_never_chooses(make_folder, tmp_path, capsys):
+def test_a_tables_own_splits_are_used_and_test_never_chooses(make_folder, tmp_path, capsys):
     data = make_folder(tmp_path / "shapes", count=10)
-    table = table_of(data, tmp_path / "parts.csv", split=True)
+    table = table_of(data, tmp_path / "splits.csv", split=True)
     sizes = ["--model", "nano8", "--model.depth", "2", "--model.embed-dim", "24", "--model.num-heads", "2"]
     out = tmp_path / "out"
     assert run(["train", str(table), "--out", str(out), *sizes, "--epochs", "1", "--batch-size", "16"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "18 train, 6 val, 6 test (the column split: train, val, test)" in said
-    judged = json.loads((out / "evaluation.json").read_text())
-    assert judged["test"]["num_images"] == judged["val"]["num_images"] == 6
+    output = " ".join(capsys.readouterr().out.split())
+    assert "18 train, 6 val, 6 test (the column split: train, val, test)" in output
+    evaluated = json.loads((out / "evaluation.json").read_text())
+    assert evaluated["test"]["num_images"] == evaluated["val"]["num_images"] == 6
     assert run(["train", str(table), "--out", str(tmp_path / "no"), "--data.val-fraction", "0.5"]) == 1
-    assert "parts.csv has its own val split" in " ".join(capsys.readouterr().err.split())
+    assert "splits.csv has its own val split" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_weight_says_what_a_image_counts(images):
+def test_the_weight_column_is_the_loss_weight_of_an_image(images):
     write(images / "w.csv", 'path,label,weight\na.png,x,2\nb.png,x, 0.5\ndeep/c.png,y,1e-3\n"deep/d, e.png",y,"3"\n')
     rows = [{"path": "a.png", "label": "x", "weight": 2}, {"path": "b.png", "label": "y", "weight": 0.25}]
     write(images / "w.jsonl", "\n".join(json.dumps(row) for row in rows))
     table = pyarrow.table({"path": ["a.png", "b.png"], "label": ["x", "y"], "weight": [1.5, 3.0]})
     pyarrow.parquet.write_table(table, images / "w.parquet")
     for name, wanted in (("w.csv", [2, 0.5, 1e-3, 3]), ("w.jsonl", [2, 0.25]), ("w.parquet", [1.5, 3])):
-        source = opened(images / name)
-        assert source.weights is not None
-        assert source.weights.tolist() == wanted
-        assert source.problems == ()
+        dataset = opened(images / name)
+        assert dataset.weights is not None
+        assert dataset.weights.tolist() == wanted
+        assert dataset.problems == ()
     assert opened(write(images / "n.csv", "path,label\na.png,x\nb.png,y\n")).weights is None
 
 
 @pytest.mark.parametrize("value", ["", "0", "-1", "nan", "inf", "heavy", "1e999"])
 def test_a_weight_that_is_no_number_above_0_is_refused(images, value):
-    place = write(images / "w.csv", f"path,label,weight\na.png,x,1\nb.png,y,{value}\n")
+    path = write(images / "w.csv", f"path,label,weight\na.png,x,1\nb.png,y,{value}\n")
     with pytest.raises(ValueError, match=rf"w\.csv, line 3: weight '{value}' is no number above 0; write one"):
-        opened(place)
+        opened(path)
     for value in ("null", "true", '"much"', "[1]"):
-        place = write(images / "w.jsonl", f'{{"path": "a.png", "label": "x", "weight": {value}}}\n')
+        path = write(images / "w.jsonl", f'{{"path": "a.png", "label": "x", "weight": {value}}}\n')
         with pytest.raises(ValueError, match=r"w\.jsonl, line 1: weight .* is no number above 0"):
-            opened(place)
+            opened(path)

@@ -1,4 +1,4 @@
-"""`vitrail shard`: what it writes, that it writes the same again, and that nothing half written stays."""
+"""`vitrail shard`: what it writes, that equal input gives equal bytes, and that nothing half written stays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def said(capsys) -> str:
+def output(capsys) -> str:
     out, error = capsys.readouterr()
     return " ".join((out + error).split())
 
@@ -44,7 +44,7 @@ def members(folder: Path) -> dict[str, bytes]:
 def photos(tmp_path) -> Path:
     """Train and val folders of two classes, in four formats, one JPEG without an ending."""
     pixels = np.random.default_rng(0)
-    for number, (name, form) in enumerate(
+    for number, (name, file_format) in enumerate(
         [
             ("train/cat/a.jpg", "JPEG"),
             ("train/cat/b.b.png", "PNG"),
@@ -56,13 +56,13 @@ def photos(tmp_path) -> Path:
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(pixels.integers(0, 255, (9 + number, 12, 3), dtype=np.uint8))
-        image.save(path, form)
+        image.save(path, file_format)
     return tmp_path / "photos"
 
 
 def test_bytes_are_kept_as_they_are_and_endings_tell_the_format(photos, tmp_path, capsys):
     assert run(["shard", str(photos), str(tmp_path / "out"), "--size", "3"]) == 0
-    text = said(capsys)
+    text = output(capsys)
     assert "5 train, 2 val in 3 shards, 0.0 MB" in text
     assert f"train: {tmp_path}/out/train-{{000000..000001}}.tar" in text
     assert f"next: vitrail train {tmp_path}/out" in text
@@ -71,14 +71,14 @@ def test_bytes_are_kept_as_they_are_and_endings_tell_the_format(photos, tmp_path
     endings = {}
     for name, content in found.items():
         if name.endswith(".json"):
-            about = json.loads(content)
+            metadata = json.loads(content)
             key = name.removesuffix(".json")
             image = next(each for each in found if each.startswith(f"{key}.") and each[-4:] not in ("json", ".cls"))
-            assert found[image] == (photos / about["path"]).read_bytes()
-            assert about["label"] == about["path"].split("/")[1]
-            assert about["split"] == about["path"].split("/")[0] == key.split("-")[0]
-            assert found[f"{key}.cls"] == str(["cat", "dog"].index(about["label"])).encode()
-            endings[about["path"]] = image.rpartition(".")[2]
+            assert found[image] == (photos / metadata["path"]).read_bytes()
+            assert metadata["label"] == metadata["path"].split("/")[1]
+            assert metadata["split"] == metadata["path"].split("/")[0] == key.split("-")[0]
+            assert found[f"{key}.cls"] == str(["cat", "dog"].index(metadata["label"])).encode()
+            endings[metadata["path"]] = image.rpartition(".")[2]
     assert endings == {
         "train/cat/a.jpg": "jpg", "train/cat/b.b.png": "png", "train/cat/c": "jpg", "train/dog/d.webp": "webp",
         "train/dog/e.gif": "gif", "val/cat/f.JPEG": "jpg", "val/dog/g.png": "jpg",
@@ -124,16 +124,16 @@ def test_size_and_bytes_limit_a_shard(make_folder, tmp_path):
         assert len(open_dataset(str(out)).paths) == 27
 
 
-def test_digits_become_png_of_the_same_pixels_and_must_not_be_mirrored_still(tmp_path):
+def test_digits_become_png_of_the_same_pixels_and_still_must_not_be_mirrored(tmp_path):
     write_shards(DataConfig(source="digits"), tmp_path / "out", size=600)
     digits, shards = open_dataset("digits"), open_dataset(str(tmp_path / "out"))
     assert isinstance(digits, ArrayDataset)
     assert shards.flip_reason == digits.flip_reason
     paths = list(digits.paths)
-    abouts = [json.loads(each) for name, each in members(tmp_path / "out").items() if name.endswith(".json")]
+    metadata = [json.loads(each) for name, each in members(tmp_path / "out").items() if name.endswith(".json")]
     for index in range(0, 1797, 50):
         image = shards.read(index, "L")
-        assert image.tobytes() == digits.read(paths.index(abouts[index]["path"]), "L").tobytes()
+        assert image.tobytes() == digits.read(paths.index(metadata[index]["path"]), "L").tobytes()
 
 
 def test_shards_of_shards_keep_bytes_and_labels(photos, tmp_path):
@@ -141,8 +141,8 @@ def test_shards_of_shards_keep_bytes_and_labels(photos, tmp_path):
     write_shards(DataConfig(source=str(tmp_path / "one")), tmp_path / "two", size=5, seed=7)
 
     def images(folder: Path) -> list[tuple[bytes, str]]:
-        source = open_dataset(str(folder))
-        return sorted((source.encoded(i), source.labels[source.targets[i]]) for i in range(len(source.paths)))
+        dataset = open_dataset(str(folder))
+        return sorted((dataset.encoded(i), dataset.labels[dataset.targets[i]]) for i in range(len(dataset.paths)))
 
     assert images(tmp_path / "one") == images(tmp_path / "two")
 
@@ -151,7 +151,7 @@ def test_broken_images_stop_the_writing_by_default(photos, tmp_path, capsys):
     (photos / "train/dog/e.gif").write_bytes((photos / "train/dog/e.gif").read_bytes()[:60])
     (photos / "train/cat/a.jpg").write_bytes(b"no image")
     assert run(["shard", str(photos), str(tmp_path / "out")]) == 1
-    text = said(capsys)
+    text = output(capsys)
     assert "photos/train/dog/e.gif: " in text
     assert "photos/train/cat/a.jpg: unreadable" in text
     assert "--data.damaged drop" in text
@@ -165,7 +165,7 @@ def test_broken_images_can_be_dropped_or_kept(photos, tmp_path, capsys):
     for damaged, count, left_out in (("drop", 5, 2), ("keep", 6, 1)):
         out = tmp_path / damaged
         assert run(["shard", str(photos), str(out), "--data.damaged", damaged]) == 0
-        text = said(capsys)
+        text = output(capsys)
         assert "warning:" in text
         assert "train/dog/e.gif: unreadable" in text
         assert f"{left_out} broken ones left out" in text
@@ -175,7 +175,7 @@ def test_broken_images_can_be_dropped_or_kept(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["full"], "full: is not empty; choose another OUT"),
         (["file"], "file: is a file; choose another OUT"),
@@ -183,18 +183,18 @@ def test_broken_images_can_be_dropped_or_kept(photos, tmp_path, capsys):
         (["out", "--bytes", "0"], "--bytes 0: expected at least 1"),
     ],
 )
-def test_what_cannot_be_written(make_folder, tmp_path, words, message, capsys, monkeypatch):
+def test_impossible_outputs_are_refused(make_folder, tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "shapes", count=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "file").touch()
-    assert run(["shard", "shapes", *words]) == 1
-    assert message in said(capsys)
+    assert run(["shard", "shapes", *arguments]) == 1
+    assert message in output(capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_folder_is_taken_and_a_deep_one_made(make_folder, tmp_path):
+def test_an_empty_folder_is_used_and_a_nested_one_made(make_folder, tmp_path):
     folder = make_folder(tmp_path / "shapes", count=1)
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "a" / "b"):
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_nothing(make_folder, tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["shapes"]
 
 
-def test_labels_that_tars_cannot_hold(tmp_path):
+def test_labels_that_cannot_be_read_back_are_refused(tmp_path):
     for name in (" cat", "dog"):
         (tmp_path / "s" / name).mkdir(parents=True)
         with io.BytesIO() as file:
@@ -232,20 +232,20 @@ def test_weights_and_groups_of_a_table_go_with_its_images(make_folder, tmp_path)
     write_shards(DataConfig(source=str(tmp_path / "t.csv")), tmp_path / "out", size=4)
     table, shards = open_dataset(str(tmp_path / "t.csv")), open_dataset(str(tmp_path / "out"))
 
-    def told(source):
+    def content(dataset):
         return sorted(
-            (source.read(i, "RGB").tobytes(), source.labels[source.targets[i]], source.weights[i]) for i in range(9)
+            (dataset.read(i, "RGB").tobytes(), dataset.labels[dataset.targets[i]], dataset.weights[i]) for i in range(9)
         )
 
-    assert told(shards) == told(table)
+    assert content(shards) == content(table)
     assert len(set(shards.groups.tolist())) == 5
     one = next((tmp_path / "out").glob("*000001.tar"))
-    content = one.read_bytes()
+    whole = one.read_bytes()
     for old, new, message in (
         (b'"weight": 1.', b'"wEight": 1.', "has no weight in its .json, but others have"),
         (b'"weight": 1.', b'"weight": -.', "is no JSON|no number above 0"),
     ):
-        one.write_bytes(content.replace(old, new, 1))
+        one.write_bytes(whole.replace(old, new, 1))
         with pytest.raises(ValueError, match=message):
             open_dataset(str(tmp_path / "out"))
 
@@ -257,10 +257,12 @@ def test_numbers_as_class_names_go_round(make_folder, tmp_path):
     folder, shards = open_dataset(str(root)), open_dataset(str(tmp_path / "out"))
     assert folder.labels == shards.labels == ("1", "10", "2")
 
-    def told(source):
-        return sorted((source.read(i, "RGB").tobytes(), source.labels[source.targets[i]]) for i in range(9))
+    def content(dataset):
+        return sorted((dataset.read(i, "RGB").tobytes(), dataset.labels[dataset.targets[i]]) for i in range(9))
 
-    assert told(folder) == told(shards)
-    for path in (tmp_path / "out").glob("*.tar"):  # without what .json says, the number alone must tell the same
+    assert content(folder) == content(shards)
+    for path in (tmp_path / "out").glob(
+        "*.tar"
+    ):  # without the label in .json, the number alone must give the same class
         path.write_bytes(path.read_bytes().replace(b'{"label"', b'{"ladel"'))
-    assert told(open_dataset(str(tmp_path / "out"))) == told(folder)
+    assert content(open_dataset(str(tmp_path / "out"))) == content(folder)

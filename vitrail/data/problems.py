@@ -1,4 +1,4 @@
-"""What can be wrong with a dataset, in one form for the console, JSON and the report."""
+"""Problems of a dataset, in one form for the console, JSON and the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding: `paths` are relative to the dataset, `message` is for people."""
+    """One problem of a dataset: `paths` are relative to it, `message` is for people."""
 
     severity: Literal["error", "warning"]
     kind: Kind
@@ -33,17 +33,17 @@ class Problem:
     message: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the finding as JSON values."""
+        """Return the problem as JSON values."""
         return {**asdict(self), "paths": list(self.paths)}
 
 
 def stop_on_errors(problems: Iterable[Problem]) -> None:
-    """Raise one ValueError that tells all errors; warnings pass."""
+    """Raise one ValueError that lists all errors; warnings raise nothing."""
     errors = [problem.message for problem in problems if problem.severity == "error"]
     if errors:
         raise ValueError("\n".join(errors))
 
 
 def first_line(error: Exception) -> str:
-    """Return the beginning of a foreign error's text, or its kind where it has none."""
+    """Return the first line of another library's error, or its class where it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""How long work tells how far it is: a function that gives a context with a function of the number done and the total."""
+"""Types of progress reports: a `Bar` opens a context whose value is called with the number done and the total."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ Bar = Callable[[str], contextlib.AbstractContextManager[Advance]]  # such as `Co
 
 
 def no_bar(what: str) -> contextlib.AbstractContextManager[Advance]:
-    """Show nothing of the progress."""
+    """Return a context that shows no progress."""
     return contextlib.nullcontext(lambda done, total: None)

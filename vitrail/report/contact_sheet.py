@@ -19,7 +19,7 @@ import torch
 from vitrail.config import AugmentConfig, DataConfig, RunConfig
 from vitrail.config_schema import leaves, override
 from vitrail.console import Console
-from vitrail.data.augment.policies import decide
+from vitrail.data.augment.policies import choose_operations
 from vitrail.data.augment.random_changes import crop_boxes, draw_changes
 from vitrail.data.loading.train_loader import TrainLoader
 from vitrail.data.setup import CheckedData, TrainData, build_train_data, load_data
@@ -171,7 +171,7 @@ def describe_changes(
     for name, column, word in _COLOURS:
         if getattr(config, name) and (shape[0] == 3 or name != "saturation"):
             words.append(f"{word} ×{1 + drawn(column, getattr(config, name)):.2f}")
-    for [(name, strength)] in decide(config, draws, channels=shape[0], size=(shape[1], shape[2])):
+    for [(name, strength)] in choose_operations(config, draws, channels=shape[0], size=(shape[1], shape[2])):
         if name != "identity":
             words.append(name.replace("_", " ") + (f" {strength:.2g}" if strength else ""))
     words += ["erased"] * bool(draws["erase"][0] < config.erasing)

@@ -1,4 +1,4 @@
-"""Published policies of random changes: RandAugment, TrivialAugment and 3-Augment, a batch at a time.
+"""Published augmentation policies: RandAugment, TrivialAugment and 3-Augment, a batch at a time.
 
 Every operation is torchvision's own, on 8-bit pixels, called once for all images of a batch that drew the same one.
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 from vitrail.config import AugmentConfig
 from vitrail.data.images.preprocess import unit_scale
 
-BINS = 31  # steps of strength from nothing to the strongest, in both papers' code
-_NOTHING_ON_GREY = ("color", "greyscale")
-SIGMAS = tuple(each / 10 for each in range(1, 21))  # of a blur, pixels: DeiT III's 0.1 to 2, in steps
+BINS = 31  # levels of strength from none to the strongest, in both papers' code
+_COLOUR_ONLY = ("color", "greyscale")
+SIGMAS = tuple(tenths / 10 for tenths in range(1, 21))  # of a blur, pixels: DeiT III's 0.1 to 2, in steps
 
 _CHUNK = 2  # images
 
@@ -83,7 +83,7 @@ STRONGEST: dict[str, dict[str, float | None]] = {
 def apply_policy(
     images: Float[Tensor, "B C H W"], config: AugmentConfig, draws: dict[str, np.ndarray]
 ) -> Float[Tensor, "B C H W"]:
-    """Change images of values 0..1 by the policy, as drawn; they are rounded to 8 bits, for which it was published.
+    """Augment images of values 0..1 by the policy, as drawn; they are rounded to 8 bits, for which it was published.
 
     Source: Cubuk et al. 2020 (RandAugment); Müller & Hutter 2021 (TrivialAugment, wide); Touvron et al. 2022 (DeiT III,
     3-Augment, whose flip and colour jitter are settings of their own).
@@ -93,13 +93,15 @@ def apply_policy(
     from torchvision.transforms.v2 import functional
 
     pixels = to_levels(images)
-    for turn in decide(config, draws, channels=pixels.shape[1], size=(pixels.shape[2], pixels.shape[3])):
+    for operations in choose_operations(
+        config, draws, channels=pixels.shape[1], size=(pixels.shape[2], pixels.shape[3])
+    ):
         groups: dict[tuple[str, float], list[int]] = {}
-        for place, operation in enumerate(turn):
-            groups.setdefault(operation, []).append(place)
-        for (name, strength), places in groups.items():
+        for position, operation in enumerate(operations):
+            groups.setdefault(operation, []).append(position)
+        for (name, strength), positions in groups.items():
             if name != "identity":
-                chosen = torch.tensor(places, device=pixels.device)
+                chosen = torch.tensor(positions, device=pixels.device)
                 pixels[chosen] = OPERATIONS[name](functional, pixels[chosen], strength)
     return unit_scale(pixels)
 
@@ -113,31 +115,31 @@ def to_levels(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
     return pixels
 
 
-def decide(
+def choose_operations(
     config: AugmentConfig, draws: dict[str, np.ndarray], *, channels: int, size: tuple[int, int]
 ) -> list[list[tuple[str, float]]]:
-    """Return (operation, strength) of each image of a batch, for each operation that is done one after the other.
+    """Return for each operation in turn the (name, strength) that each image of a batch gets.
 
-    On grey images, operations on colour do nothing; others are drawn in their stead.
+    Grey images get no operations on colour, which would do nothing to them; others are drawn instead.
     """
     if config.policy == "none":
         return []
-    names = [name for name in STRONGEST[config.policy] if channels == 3 or name not in _NOTHING_ON_GREY]
-    turns = config.policy_ops if config.policy == "randaugment" else 1
+    names = [name for name in STRONGEST[config.policy] if channels == 3 or name not in _COLOUR_ONLY]
+    num_ops = config.policy_ops if config.policy == "randaugment" else 1
     steps = np.full(len(draws["strength"]), config.policy_magnitude)
     if config.policy != "randaugment":
         steps = (draws["strength"] * (BINS if config.policy == "trivialaugment" else len(SIGMAS))).astype(int)
-    decided = []
-    for turn in range(1, turns + 1):
-        chosen = [names[int(drawn * len(names))] for drawn in draws[f"op_{turn}"]]
-        negative = draws[f"sign_{turn}"] <= 0.5
-        decided.append(
+    operations = []
+    for number in range(1, num_ops + 1):
+        chosen = [names[int(drawn * len(names))] for drawn in draws[f"op_{number}"]]
+        negative = draws[f"sign_{number}"] <= 0.5
+        operations.append(
             [
                 (name, strength_of(config.policy, name, int(step), bool(minus), size))
                 for name, step, minus in zip(chosen, steps, negative, strict=True)
             ]
         )
-    return decided
+    return operations
 
 
 def strength_of(policy: str, name: str, step: int, negative: bool, size: tuple[int, int]) -> float:

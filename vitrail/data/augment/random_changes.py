@@ -1,6 +1,6 @@
-"""Random changes to training images, a batch at a time.
+"""Random crops, flips, rotation, shift and colour of training images, a batch at a time.
 
-Every number is drawn from (seed, occasion, image) alone, so results do not depend on workers, processes or resuming.
+Every number is drawn from (seed, visit, image) alone, so results do not depend on workers, processes or resuming.
 Geometry is one affine resample: crop, flip, rotation and shift together blur once, not four times.
 """
 
@@ -19,7 +19,7 @@ from vitrail.data.augment.policies import apply_policy
 from vitrail.data.images.preprocess import unit_scale
 
 _PADDING = {"black": "zeros", "edge": "border", "mirror": "reflection"}
-# What each column of an image's random numbers decides.
+# Names of an image's random numbers, by what each decides.
 _DRAWS = (
     "area",
     "ratio",
@@ -58,7 +58,7 @@ _DRAWS = (
 )
 
 
-def draw_changes(seed: int, occasions: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
+def draw_changes(seed: int, visits: np.ndarray, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Return uniform numbers in [0, 1) for each image of a batch, by name: [B] float64.
 
     A counter-based generator (splitmix64's finaliser, Steele et al. 2014, figure 17): no state to save or to share.
@@ -66,7 +66,7 @@ def draw_changes(seed: int, occasions: np.ndarray, indices: np.ndarray) -> dict[
     columns = np.arange(1, len(_DRAWS) + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         state = scramble(np.uint64(seed) + _GOLDEN)
-        state = scramble(state ^ scramble(occasions.astype(np.uint64) * _GOLDEN + np.uint64(1)))
+        state = scramble(state ^ scramble(visits.astype(np.uint64) * _GOLDEN + np.uint64(1)))
         state = scramble(state ^ scramble(indices.astype(np.uint64) * _GOLDEN + np.uint64(2)))
         bits = scramble(state[:, None] + columns * _GOLDEN)
     return dict(zip(_DRAWS, ((bits >> np.uint64(11)) * 2.0**-53).T, strict=True))
@@ -76,7 +76,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def scramble(z: np.ndarray | np.uint64) -> np.ndarray:
-    """Scramble 64-bit counters."""
+    """Return 64-bit counters scrambled by splitmix64's finaliser."""
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -137,7 +137,7 @@ def augment_batch(
     boxes: np.ndarray | None,
     out_size: int,
 ) -> Float[Tensor, "B C S S"]:
-    """Change images at random, as drawn; the result has values 0..1.
+    """Augment images as drawn; the result has values 0..1.
 
     Args:
         images: of values 0..1, or uint8.
@@ -151,19 +151,21 @@ def augment_batch(
         grid = sampling_grid(maps, out_size)
         images = F.grid_sample(unit_scale(images), grid, padding_mode=fill, align_corners=False)
     else:
-        images = mirror(mirror(images, draws["flip"] < config.flip, 3), draws["vertical"] < config.vertical_flip, 2)
+        images = flip_images(
+            flip_images(images, draws["flip"] < config.flip, 3), draws["vertical"] < config.vertical_flip, 2
+        )
     return apply_policy(colour(unit_scale(images), config, draws), config, draws)
 
 
 def sampling_grid(maps: Float[Tensor, "B 2 3"], side: int) -> Float[Tensor, "B S S 2"]:
-    """Return what `affine_grid` does without `align_corners`, in half the time: its product is of width three."""
+    """Return the grid of `affine_grid` without `align_corners`, in half the time: its product is of width three."""
     line = (torch.arange(side, device=maps.device) * 2 + 1) / side - 1
     a, b, c = maps[:, :, :, None, None].unbind(2)  # [B, 2, 1, 1] each
     return (line * a + (line[:, None] * b + c)).movedim(1, 3)
 
 
-def mirror(images: Shaped[Tensor, "B C H W"], chosen: np.ndarray, dim: int) -> Shaped[Tensor, "B C H W"]:
-    """Mirror the chosen images along one side."""
+def flip_images(images: Shaped[Tensor, "B C H W"], chosen: np.ndarray, dim: int) -> Shaped[Tensor, "B C H W"]:
+    """Flip the chosen images along one dimension."""
     if not chosen.any():
         return images
     where = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
@@ -175,7 +177,7 @@ def mirror(images: Shaped[Tensor, "B C H W"], chosen: np.ndarray, dim: int) -> S
 def colour(
     images: Float[Tensor, "B C H W"], config: AugmentConfig, draws: dict[str, np.ndarray]
 ) -> Float[Tensor, "B C H W"]:
-    """Change brightness, contrast and saturation, as torchvision's ColorJitter does (without hue)."""
+    """Jitter brightness, contrast and saturation as torchvision's ColorJitter does (without hue)."""
 
     def factor(name: str, strength: float) -> Tensor:
         return torch.from_numpy(1 + (2 * draws[name] - 1) * strength).to(images)[:, None, None, None]

@@ -1,10 +1,10 @@
-"""Decoded training images on disk, mapped into memory: from the second epoch on nothing is decoded.
+"""A cache of decoded training images on disk, mapped into memory: from the second epoch on nothing is decoded.
 
-An image is kept whole, its short side brought to a stated length, as uint8. Crops are taken from that form in every
+An image is stored whole, its short side resized to a given length, as uint8. Crops are taken from that form in every
 epoch, the first included, so that a batch is the same whether an image was in the cache or not.
 
-The file has a place for every image. A place counts when its checksum holds, which each process looks at once: so a
-process that is killed, a full disk or two processes that write the same image can spoil nothing.
+The file has a slot for every image. A slot is valid when its checksum matches, which each process verifies once: so a
+process that is killed, a full disk or two processes that write the same image do no harm.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ import simplejpeg
 from vitrail.data.cache.rows import rows_folder
 from vitrail.files import filled_folder
 
-FORMAT = 1  # raise it when the same image would be kept otherwise
-_SPARE_BYTES = 2**28  # left on the disk: a checkpoint may have to go there
-_HEAD = 8  # bytes before each image: whether it is there, and its checksum
+FORMAT = 1  # raise it when the same image would be stored differently
+_SPARE_BYTES = 2**28  # left free on the disk, which a checkpoint may need
+_HEAD = 8  # bytes before each image: a flag that it is stored, and its checksum
 
 
 class DecodedImageCache:
-    """The kept images of a source; safe for threads and for processes of one machine.
+    """The decoded images of a dataset; safe for threads and for processes of one machine.
 
     Attributes:
-        num_stored: how many images have a place, of those that were asked for.
-        num_bytes: what they take when all are there.
+        num_stored: how many of the requested images have a slot.
+        num_bytes: size of all slots.
         full: why nothing more is written, or an empty string.
     """
 
     def __init__(
         self,
-        source: str,
+        dataset_name: str,
         indices: np.ndarray,
         sizes: np.ndarray,
         *,
@@ -51,16 +51,16 @@ class DecodedImageCache:
         decode: Callable[[int], tuple[np.ndarray, tuple[int, int]]],
         depends_on: Callable[[np.ndarray], Iterable[object]],
     ) -> None:
-        """Open the cache of the images `indices`, or make an empty one.
+        """Open the cache of the images `indices`, or create an empty one.
 
         Args:
-            source: name of the dataset.
+            dataset_name: its name.
             sizes: [N, 2] height and width of every image of the dataset.
             side: length of the short side in pixels; smaller images stay as they are.
             channels: 3 for images [H, W, 3], 1 for images [H, W].
-            limit_bytes: places are given in the order of `indices` while they fit.
-            decode: returns an image, its short side brought to `side`, and height and width that its file has now.
-            depends_on: returns, for the images that get a place, all that their pixels depend on.
+            limit_bytes: slots are assigned in the order of `indices` while they fit.
+            decode: returns an image, its short side resized to `side`, and the height and width of its file.
+            depends_on: returns, for the images that get a slot, all values that their pixels depend on.
 
         Raises:
             OSError: the cache folder cannot be written.
@@ -70,12 +70,12 @@ class DecodedImageCache:
         ends = np.cumsum(_HEAD + self.stored_sizes[indices].prod(axis=1) * channels)
         self.num_stored = int(np.searchsorted(ends, limit_bytes, side="right"))
         self.num_bytes = int(ends[self.num_stored - 1]) if self.num_stored else 0
-        kept = indices[: self.num_stored]
+        stored = indices[: self.num_stored]
         self.starts = np.full(len(sizes), -1, dtype=np.int64)
-        self.starts[kept] = np.concatenate([[0], ends[: self.num_stored - 1]]) if self.num_stored else 0
-        layout = hashlib.blake2b(self.stored_sizes[kept].tobytes()).hexdigest()
-        what = (FORMAT, side, channels, PIL.__version__, simplejpeg.__version__, layout, *depends_on(kept))
-        self.folder = filled_folder(rows_folder("images", source, what), self._make)
+        self.starts[stored] = np.concatenate([[0], ends[: self.num_stored - 1]]) if self.num_stored else 0
+        layout = hashlib.blake2b(self.stored_sizes[stored].tobytes()).hexdigest()
+        key = (FORMAT, side, channels, PIL.__version__, simplejpeg.__version__, layout, *depends_on(stored))
+        self.folder = filled_folder(rows_folder("images", dataset_name, key), self._create_file)
         self._file = os.open(self.folder / "pixels", os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         # A file of no bytes cannot be mapped.
@@ -83,12 +83,13 @@ class DecodedImageCache:
         self._map = np.frombuffer(mapped, np.uint8)
         self._checked = np.zeros(len(sizes), dtype=bool)
 
-    def _make(self, folder: Path) -> None:
+    def _create_file(self, folder: Path) -> None:
+        """Create the file of empty slots."""
         with open(folder / "pixels", "wb") as file:
             file.truncate(self.num_bytes)  # takes no space before it is written
 
     def read(self, index: int) -> np.ndarray:
-        """Return an image in its kept form [H, W] or [H, W, 3]; it is decoded and kept when it was not yet.
+        """Return an image in its stored form [H, W] or [H, W, 3]; it is decoded and stored when it was not yet.
 
         Raises:
             ImageError, OSError: the image must be decoded, and cannot be.
@@ -99,7 +100,7 @@ class DecodedImageCache:
         high, wide = self.stored_sizes[index].tolist()
         shape = (high, wide, 3) if self.channels == 3 else (high, wide)
         pixels = self._map[start + _HEAD : start + _HEAD + math.prod(shape)]
-        if self._checked[index] or self._holds(start, pixels):
+        if self._checked[index] or self._is_stored(start, pixels):
             self._checked[index] = True
             return pixels.reshape(shape)
         pixels, size = self._decode(index)
@@ -107,29 +108,30 @@ class DecodedImageCache:
             self._write(start, pixels)
         return pixels
 
-    def _holds(self, start: int, pixels: np.ndarray) -> bool:
-        there, checksum = self._map[start : start + _HEAD].view(np.uint32).tolist()
-        return there == 1 and checksum == zlib.crc32(pixels.data)
+    def _is_stored(self, start: int, pixels: np.ndarray) -> bool:
+        """Return whether the slot at `start` has an image whose checksum matches."""
+        flag, checksum = self._map[start : start + _HEAD].view(np.uint32).tolist()
+        return flag == 1 and checksum == zlib.crc32(pixels.data)
 
     def _write(self, start: int, pixels: np.ndarray) -> None:
-        """Keep an image. By a call and not through the map, where a full disk would be a signal that ends the process."""
+        """Store an image; not through the map, where a full disk would be a signal that ends the process."""
         if self.full:
             return
         head = np.asarray([1, zlib.crc32(pixels.data)], dtype=np.uint32).tobytes()
         try:
-            left = os.fstatvfs(self._file)
-            if left.f_bavail * left.f_frsize < _SPARE_BYTES:
+            disk = os.fstatvfs(self._file)
+            if disk.f_bavail * disk.f_frsize < _SPARE_BYTES:
                 self.full = f"{self.folder}: less than {_SPARE_BYTES // 2**20} MiB are left on its disk"
                 return
-            for place, content in ((start + _HEAD, pixels.data.cast("B")), (start, head)):
+            for offset, content in ((start + _HEAD, pixels.data.cast("B")), (start, head)):
                 while len(content):
-                    written = os.pwrite(self._file, content, place)
-                    place, content = place + written, content[written:]
+                    written = os.pwrite(self._file, content, offset)
+                    offset, content = offset + written, content[written:]
         except OSError as error:
             self.full = f"{self.folder}: {error.strerror}"
 
 
 def stored_sizes_of(sizes: np.ndarray, side: int) -> np.ndarray:
-    """Return the heights and widths [N, 2] in which images are kept: the short side is `side`, or its own where shorter."""
+    """Return the heights and widths [N, 2] of stored images: the short side is `side`, or unchanged where shorter."""
     scale = np.minimum(1.0, side / np.maximum(sizes.min(axis=1, keepdims=True), 1))
     return np.maximum(1, np.round(sizes * scale)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""A listing kept in the cache folder, so that the next command need not make it again: arrays, and texts as JSON."""
+"""A cache of dataset listings, so that the next command need not list again: arrays, and texts as JSON."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 
 from vitrail.files import cache_folder, replacing
 
-_FORM = 5  # of these files and of what is kept in them: another number makes all be made anew
+_FORMAT = 5  # of these files and their content; raise it to ignore files of the older format
 
 
 def read_listing(kind: str, identity: bytes) -> tuple[dict[str, np.ndarray], Any] | None:
-    """Return what is kept of a file, None where nothing is, or where it is broken."""
+    """Return the cached listing of a file; None where there is none, or where it is broken."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
-        with _place(kind, identity).open("rb") as file:
+        with _listing_path(kind, identity).open("rb") as file:
             checksum, body = file.read(4), file.read()
     except OSError:
         return None
@@ -36,23 +36,23 @@ def read_listing(kind: str, identity: bytes) -> tuple[dict[str, np.ndarray], Any
 
 
 def write_listing(kind: str, identity: bytes, arrays: dict[str, np.ndarray], texts: Any) -> None:
-    """Keep a listing; where the cache folder cannot be written, nothing is kept, and the next command makes it again.
+    """Store a listing; where the cache folder cannot be written, nothing is stored, and the next command lists again.
 
     Args:
-        kind: what is listed, a folder's name.
-        identity: what changes when the file does, as `file_identity` gives it.
+        kind: name of the folder for listings of this kind.
+        identity: bytes that change when the listed file does, as `file_identity` returns them.
     """
     from safetensors.numpy import save
 
     body = save({**arrays, "texts": np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8)})
-    place = _place(kind, identity)
+    path = _listing_path(kind, identity)
     with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place) as draft, draft.open("wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as draft, draft.open("wb") as file:
             file.write(zlib.crc32(body).to_bytes(4, "little"))
             file.write(body)
 
 
-def _place(kind: str, identity: bytes) -> Path:
-    digest = hashlib.blake2b(b"%d\0%b" % (_FORM, identity), digest_size=16).hexdigest()
+def _listing_path(kind: str, identity: bytes) -> Path:
+    digest = hashlib.blake2b(b"%d\0%b" % (_FORMAT, identity), digest_size=16).hexdigest()
     return cache_folder() / "listings" / kind / f"{digest}.bin"

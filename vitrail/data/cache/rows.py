@@ -1,4 +1,4 @@
-"""What was found out about an image, kept on disk: after ten more images, ten are worked on."""
+"""A cache on disk of one row of numbers for each image, so that only new images are computed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vitrail.files import cache_folder
 from vitrail.tensor_files import load_tensors, save_tensors
 
 KEY = np.dtype("V16")
-_PIECES = 32  # more files than this are joined into one
+_MOST_FILES = 32  # more files than this are joined into one
 
 
 class RowCache:
-    """Rows of numbers under 16-byte keys, in a folder of files that are never changed once they are written.
+    """Rows of numbers under 16-byte keys, in a folder of files that are not changed once they are written.
 
-    Each file is written whole and under a name of its own, so that several processes can add at once. A file that is
-    broken counts as absent: its checksum must hold before a row of it is used.
+    Each file is written whole and under a name of its own, so that several processes can add at once. A broken file
+    counts as absent: its checksum must match before a row of it is used.
     """
 
     def __init__(self, folder: Path, width: int, dtype: type[np.generic]) -> None:
@@ -40,18 +40,18 @@ class RowCache:
         """Return rows [N, width] and whether each was found [N]."""
         values = np.zeros((len(keys), self.width), dtype=self.dtype)
         found = np.zeros(len(keys), dtype=bool)
-        place = {key: number for number, key in enumerate(keys.tolist())}
+        positions = {key: position for position, key in enumerate(keys.tolist())}
         for path in self._files():
-            piece = self._piece(path)
-            if piece is None:
+            content = self._read_file(path)
+            if content is None:
                 continue
-            here = np.asarray([place.get(key, -1) for key in piece[0].tolist()], dtype=np.int64)
-            values[here[here >= 0]] = piece[1][here >= 0]
-            found[here[here >= 0]] = True
+            rows = np.asarray([positions.get(key, -1) for key in content[0].tolist()], dtype=np.int64)
+            values[rows[rows >= 0]] = content[1][rows >= 0]
+            found[rows[rows >= 0]] = True
         return values, found
 
     def add(self, keys: np.ndarray, values: np.ndarray) -> None:
-        """Keep rows, and join the files when they have become many.
+        """Add rows, and join the files when there are many.
 
         Raises:
             OSError: the folder cannot be written.
@@ -61,16 +61,16 @@ class RowCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write(keys, values)
         paths = self._files()
-        if len(paths) > _PIECES:
-            whole = [piece for path in paths if (piece := self._piece(path)) is not None]
-            keys, values = np.concatenate([piece[0] for piece in whole]), np.concatenate([piece[1] for piece in whole])
-            last = list({key: number for number, key in enumerate(keys.tolist())}.values())
+        if len(paths) > _MOST_FILES:
+            contents = [content for path in paths if (content := self._read_file(path)) is not None]
+            keys, values = (np.concatenate(arrays) for arrays in zip(*contents, strict=True))
+            last = list({key: row for row, key in enumerate(keys.tolist())}.values())
             joined = self._write(keys[last], values[last])
             for path in set(paths) - {joined}:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all rows."""
         for path in self._files():
             path.unlink(missing_ok=True)
 
@@ -86,13 +86,13 @@ class RowCache:
         save_tensors(path, tensors, {"crc32": str(_checksum(raw, values))})
         return path
 
-    def _piece(self, path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    def _read_file(self, path: Path) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the keys and rows of a file, or None when it is broken or gone."""
         try:
             tensors, metadata = load_tensors(path)
             keys, values = tensors["keys"].numpy(), tensors["rows"].numpy()
-            shapes = keys.shape == (len(values), KEY.itemsize) and values.shape[1:] == (self.width,)
-            if not shapes or keys.dtype != np.uint8 or values.dtype != self.dtype:
+            has_shapes = keys.shape == (len(values), KEY.itemsize) and values.shape[1:] == (self.width,)
+            if not has_shapes or keys.dtype != np.uint8 or values.dtype != self.dtype:
                 return None
             if int(metadata["crc32"]) != _checksum(keys, values):
                 return None
@@ -106,19 +106,21 @@ def _checksum(keys: np.ndarray, values: np.ndarray) -> int:
 
 
 def rows_folder(
-    kind: str, source: str, what: Iterable[object], weights: Mapping[str, torch.Tensor] | None = None
+    kind: str, dataset_name: str, depends_on: Iterable[object], weights: Mapping[str, torch.Tensor] | None = None
 ) -> Path:
-    """Return the folder for rows about a source's images: its name tells the source, and a hash all that the rows depend on.
+    """Return the folder for rows about a dataset's images, named after the dataset and a hash of their dependencies.
 
     Args:
-        kind: the folder above it.
-        source: the name of the dataset.
-        what: values of which each, by its text, makes other rows.
-        weights: tensors that do so too.
+        kind: name of the parent folder.
+        dataset_name: name of the dataset.
+        depends_on: values that the rows depend on, compared by their text.
+        weights: tensors that the rows depend on.
     """
-    digest = hashlib.blake2b("\0".join(map(str, [source, *what])).encode("utf-8", "surrogateescape"), digest_size=8)
+    digest = hashlib.blake2b(
+        "\0".join(map(str, [dataset_name, *depends_on])).encode("utf-8", "surrogateescape"), digest_size=8
+    )
     for name, values in sorted((weights or {}).items()):
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", source)[-40:]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", dataset_name)[-40:]
     return cache_folder() / kind / f"{name}-{digest.hexdigest()}"

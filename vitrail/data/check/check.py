@@ -18,7 +18,7 @@ from vitrail.data.check.duplicates import duplicate_pairs, group_numbers
 from vitrail.data.check.image_formats import FormatStats, format_problems
 from vitrail.data.check.scan import Scan, ScanSettings, scan_dataset
 from vitrail.data.datasets.base import ArrayDataset, Dataset, FileDataset, broken_image
-from vitrail.data.datasets.folder import open_folder
+from vitrail.data.datasets.folder import open_image_folder
 from vitrail.data.datasets.open import open_dataset
 from vitrail.data.datasets.webdataset.shards import is_shards
 from vitrail.data.images.decode import ImageError, inspect_image
@@ -103,7 +103,7 @@ def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
     """List the images; classes that only some parts have are listed too, where training would refuse them."""
     if root.is_dir() and not is_shards(config.source):
         damaged = "keep" if config.damaged == "keep" else "refuse"
-        return open_folder(root, limit_pixels=config.limit_pixels, damaged=damaged, all_classes=True)
+        return open_image_folder(root, limit_pixels=config.limit_pixels, damaged=damaged, all_classes=True)
     return open_dataset(config.source, limit_pixels=config.limit_pixels, keep_damaged=config.damaged == "keep", bar=bar)
 
 

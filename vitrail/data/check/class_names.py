@@ -1,4 +1,4 @@
-"""Traps in the names of classes, and folders that are not laid out as they should be."""
+"""Find class names that are easily confused, and folders that are one level too high or too low."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ _LOOK_ALIKE = str.maketrans(
 
 
 def label_problems(labels: Sequence[str]) -> list[Problem]:
-    """Describe class names that look alike but are not equal, and names with marks that nobody sees."""
+    """Return the problems of class names that look alike but are not equal, or that have invisible characters."""
     problems = []
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:
         alike[skeleton(label)].append(label)
-    for same in alike.values():
-        if len(same) > 1:
-            names = ", ".join(ascii_shown(each) for each in same)
-            text = f"the classes {names} {difference(same)}, and are {len(same)} classes; rename them if one is meant"
-            problems.append(Problem("warning", "name", tuple(same), text))
+    for similar in alike.values():
+        if len(similar) > 1:
+            names = ", ".join(quoted(each) for each in similar)
+            text = f"the classes {names} {difference(similar)}, and are {len(similar)} classes; rename them if one is meant"
+            problems.append(Problem("warning", "name", tuple(similar), text))
     for label in labels:
-        if label != label.strip() or any(unicodedata.category(each) in ("Cc", "Cf") for each in label):
-            text = f"the class {ascii_shown(label)} has spaces at its ends or characters that cannot be seen; rename it"
+        if label != label.strip() or any(unicodedata.category(char) in ("Cc", "Cf") for char in label):
+            text = f"the class {quoted(label)} has spaces at its ends or characters that cannot be seen; rename it"
             problems.append(Problem("warning", "name", (label,), text))
     return problems
 
 
 def skeleton(label: str) -> str:
-    """Return what two names have in common that a person takes for the same."""
+    """Return a simplified name, equal for names that a person takes for the same."""
     plain = unicodedata.normalize("NFKC", label).casefold()
-    plain = "".join(each for each in plain if unicodedata.category(each) not in ("Cc", "Cf"))
+    plain = "".join(char for char in plain if unicodedata.category(char) not in ("Cc", "Cf"))
     return re.sub(r"[\s_-]+", "", plain.translate(_LOOK_ALIKE))
 
 
 def difference(labels: Sequence[str]) -> str:
-    """Say how names of one skeleton differ."""
+    """Return how names of one skeleton differ, for people."""
     if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
         return "differ only in how Unicode writes the same letters (NFC, NFD)"
     if len({label.casefold() for label in labels}) < len(labels):
@@ -55,43 +55,41 @@ def difference(labels: Sequence[str]) -> str:
     return "look alike"
 
 
-def ascii_shown(label: str) -> str:
-    """Return a name in quotes; where it is not plain ASCII, with its codes, so that a difference is seen."""
+def quoted(label: str) -> str:
+    """Return a name in quotes; one that is not plain ASCII with its character codes, so that a difference is seen."""
     return repr(label) if label.isascii() else f"{label!r} ({ascii(label)[1:-1]})"
 
 
 def level_problem(root: Path) -> Problem | None:
-    """Recognise a folder that is one level too high or too low, or whose levels are swapped; None when it looks right."""
+    """Return the problem of a folder that is one level too high or too low, or whose levels are swapped; None else."""
     folders = subfolders(root)
     if not folders:
         images = any(is_image_name(each.name) for each in root.iterdir())
         if not images:
             return None
-        return _level(
+        return _level_error(
             f"{root} is itself a folder of images, one level too low: give the folder above it, {_above(root)}"
         )
     if any(each.lower() in SPLIT_NAMES and subfolders(root / each) for each in folders):
         return None
     inner = {each: subfolders(root / each) for each in folders}
-    parts = {name for each in inner.values() for name in each if name.lower() in SPLIT_NAMES}
+    splits = {name for each in inner.values() for name in each if name.lower() in SPLIT_NAMES}
     if len(folders) == 1 and inner[folders[0]]:
-        return _level(f"{root} holds nothing but {folders[0]}/, one level too high: give {root / folders[0]}")
-    if parts and all(each and {name.lower() for name in each} <= set(SPLIT_NAMES) for each in inner.values()):
+        return _level_error(f"{root} holds nothing but {folders[0]}/, one level too high: give {root / folders[0]}")
+    if splits and all(each and {name.lower() for name in each} <= set(SPLIT_NAMES) for each in inner.values()):
+        text = f"the splits {', '.join(sorted(splits))} are inside the classes; swap the levels: {root}/train/<class>/"
+        return _level_error(text)
+    shared = set.intersection(*map(set, inner.values()))
+    if len(folders) > 1 and len(shared) > 1:
         text = (
-            f"the parts {', '.join(sorted(parts))} lie inside the classes; turn the levels round: {root}/train/<class>/"
-        )
-        return _level(text)
-    same = set.intersection(*map(set, inner.values()))
-    if len(folders) > 1 and len(same) > 1:
-        text = (
-            f"every folder of {root} holds the same folders ({', '.join(sorted(same)[:5])}), which look like the classes; "
-            f"the first level is taken as the class ({', '.join(folders[:5])}). Turn the levels round if that is wrong"
+            f"every folder of {root} holds the same folders ({', '.join(sorted(shared)[:5])}), which look like the classes; "
+            f"the first level is taken as the class ({', '.join(folders[:5])}). Swap the levels if that is wrong"
         )
         return Problem("warning", "name", tuple(folders), text)
     return None
 
 
-def _level(text: str) -> Problem:
+def _level_error(text: str) -> Problem:
     return Problem("error", "name", (), text)
 
 

@@ -1,8 +1,8 @@
-"""Images that are a slight crop of another one, or a re-encoded or resized copy too rough for the plain hash.
+"""Find images that are a slight crop of another one, or a copy re-encoded or resized too roughly for the plain hash.
 
-A crop moves everything a little, which a hash of the whole image does not survive. So each image's lowest
-frequencies are compared with those of 25 windows of every other image; what looks alike is then laid over each other
-to a fraction of a pixel (Lucas & Kanade 1981, with a shift and a scale for each axis) and must agree everywhere.
+A crop moves every pixel a little, which changes a hash of the whole image. So each image's lowest frequencies are
+compared with those of 25 windows of every other image; similar pairs are then aligned to a fraction of a pixel (Lucas &
+Kanade 1981, with a shift and a scale for each axis) and must agree everywhere.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from vitrail.data.cache.scans import THUMBNAIL
 from vitrail.data.datasets.base import Dataset
 from vitrail.data.images.decode import ImageError
 
-# Of each axis, what a window keeps. A crop between two of them is within 4 % of one, near enough for `align`.
+# The interval of a window along an axis. A crop between two of them is within 4 % of one, near enough for `align`.
 INTERVALS = np.asarray([(0.0, 1.0), (0.08, 1.0), (0.0, 0.92), (0.04, 0.96), (0.08, 0.92)], dtype=np.float32)
-LIMIT = 50_000  # images; the search takes time with their square: at this number minutes
+LIMIT = 50_000  # images; the time grows with their square, and at this number it is minutes
 _FREQUENCIES = 8
 # Of 1.4 million pairs of different photographs, one in 10,000 reaches this cosine.
 _ALIKE = 0.8
-_PER_IMAGE = 16  # candidates of one image: in a set where everything looks alike, the nearest
+_PER_IMAGE = 16  # candidates of one image: where all images are similar, the nearest
 _ELEMENTS = 2**25  # of one block of the comparison: 128 MiB
-_LARGEST_CUT = 0.2  # of a side
+_LARGEST_CUT = 0.2  # of a side, as a share
 _ROUNDS = 12
 _CHUNK = 512
 SMALLEST_SIDE = 48  # pixels; a slight crop of a smaller image is too like its neighbours
-_FINE = 96  # side of the copies that decide, pixels
-# Least correlation of small copies that are worth a closer look, and of the fine ones that decide.
-_WORTH, _SAME = 0.88, 0.95
+_FINE = 96  # side of the fine copies, pixels
+# Least correlation of small copies that are compared again, finer, and of the fine copies of a crop.
+_COARSE_CORRELATION, _FINE_CORRELATION = 0.88, 0.95
 
 
 def cropped_pairs(
@@ -53,31 +53,31 @@ def cropped_pairs(
         return np.empty((0, 2), dtype=np.int64)
     pairs, windows = crop_candidates(thumbnails[chosen])
     pairs = chosen[pairs]
-    pairs, windows = _agreeing(pairs, windows, _WORTH, lambda indices: thumbnails[indices])
+    pairs, windows = _correlated(pairs, windows, _COARSE_CORRELATION, lambda indices: thumbnails[indices])
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
 
         def fine(indices: np.ndarray) -> np.ndarray:
             return np.stack(list(pool.map(lambda index: _fine_copy(dataset, int(index)), indices)))
 
-        pairs, _ = _agreeing(pairs, windows, _SAME, fine)
+        pairs, _ = _correlated(pairs, windows, _FINE_CORRELATION, fine)
     return np.unique(np.sort(pairs, axis=1), axis=0)
 
 
-def _agreeing(
+def _correlated(
     pairs: np.ndarray, windows: np.ndarray, least: float, copies: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the pairs that correlate at least so much once they are aligned, and return their windows too."""
-    keep, better = np.zeros(len(pairs), dtype=bool), windows.copy()
+    """Return the pairs whose correlation is at least `least` once they are aligned, and their windows."""
+    keep, aligned = np.zeros(len(pairs), dtype=bool), windows.copy()
     for at in range(0, len(pairs), _CHUNK):
-        part = slice(at, at + _CHUNK)
-        first, second = copies(pairs[part, 0]), copies(pairs[part, 1])
-        better[part], score = align(first, second, windows[part])
-        keep[part] = score >= least
-    return pairs[keep], better[keep]
+        chunk = slice(at, at + _CHUNK)
+        first, second = copies(pairs[chunk, 0]), copies(pairs[chunk, 1])
+        aligned[chunk], score = align(first, second, windows[chunk])
+        keep[chunk] = score >= least
+    return pairs[keep], aligned[keep]
 
 
 def _fine_copy(dataset: Dataset, index: int) -> np.ndarray:
-    """Return a grey copy for the closer look; black where the image cannot be read any more."""
+    """Return the fine grey copy of an image; black where it cannot be read any more."""
     try:
         image = dataset.read(index, "L")
     except (ImageError, OSError):
@@ -86,7 +86,7 @@ def _fine_copy(dataset: Dataset, index: int) -> np.ndarray:
 
 
 def crop_candidates(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find pairs (whole, crop) [P, 2] of grey copies [N, 32, 32] uint8, and where to begin their alignment.
+    """Find pairs (whole, crop) [P, 2] of grey copies [N, 32, 32] uint8, and a first window for their alignment.
 
     Returns:
         The pairs, as indices, and left, right, top, bottom [P, 4] of the window of the first, as shares of its sides.
@@ -98,8 +98,8 @@ def crop_candidates(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     block = max(1, _ELEMENTS // (windows * max(count, 1)))
     pairs, starts = [np.empty((0, 2), dtype=np.int64)], [np.empty((0, 4), dtype=np.float32)]
     for at in range(0, count, block):
-        cut = _spectra(thumbnails[at : at + block], INTERVALS)
-        cosine = (cut.reshape(-1, cut.shape[-1]) @ whole.T).reshape(len(cut), windows, count)
+        cropped = _spectra(thumbnails[at : at + block], INTERVALS)
+        cosine = (cropped.reshape(-1, cropped.shape[-1]) @ whole.T).reshape(len(cropped), windows, count)
         best = cosine.max(axis=1)
         best[np.arange(len(best)), np.arange(at, at + len(best))] = -1
         if count > _PER_IMAGE:
@@ -114,7 +114,7 @@ def crop_candidates(thumbnails: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def align(whole: np.ndarray, crop: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the window of each first image that shows what the second shows.
+    """Find the window of each first image that matches the second image.
 
     Args:
         whole: grey copies [P, S, S].
@@ -127,36 +127,36 @@ def align(whole: np.ndarray, crop: np.ndarray, start: np.ndarray) -> tuple[np.nd
     side = whole.shape[1]
     u = ((np.arange(side) + 0.5) / side).astype(np.float32)
     source, target = whole.astype(np.float32), _standard(crop.astype(np.float32))
-    place, best = start.copy(), start.copy()
+    window, best = start.copy(), start.copy()
     score = np.full(len(whole), -1, dtype=np.float32)
     for _ in range(_ROUNDS):
-        seen = _standard(_window(source, place))
+        seen = _standard(_window_pixels(source, window))
         now = (seen * target).mean(axis=(1, 2))
         better = now > score
-        score[better], best[better] = now[better], place[better]
+        score[better], best[better] = now[better], window[better]
         slope_y, slope_x = np.gradient(seen, axis=(1, 2))
-        slope_x *= side / (place[:, 1] - place[:, 0])[:, None, None]
-        slope_y *= side / (place[:, 3] - place[:, 2])[:, None, None]
+        slope_x *= side / (window[:, 1] - window[:, 0])[:, None, None]
+        slope_y *= side / (window[:, 3] - window[:, 2])[:, None, None]
         moves = np.stack([slope_x * (1 - u), slope_x * u, slope_y * (1 - u)[:, None], slope_y * u[:, None]], axis=-1)
         flat = moves.reshape(len(moves), -1, 4)
         normal = flat.transpose(0, 2, 1) @ flat
         normal += np.eye(4, dtype=np.float32) * (1e-3 * np.trace(normal, axis1=1, axis2=2) + 1e-3)[:, None, None]
-        wrong = (target - seen).reshape(len(seen), -1, 1)
-        step = np.linalg.solve(normal, flat.transpose(0, 2, 1) @ wrong)[:, :, 0]
-        place = place + np.clip(step, -0.05, 0.05)
-        place[:, 0::2] = np.clip(place[:, 0::2], 0, _LARGEST_CUT)
-        place[:, 1::2] = np.clip(place[:, 1::2], 1 - _LARGEST_CUT, 1)
+        residual = (target - seen).reshape(len(seen), -1, 1)
+        step = np.linalg.solve(normal, flat.transpose(0, 2, 1) @ residual)[:, :, 0]
+        window = window + np.clip(step, -0.05, 0.05)
+        window[:, 0::2] = np.clip(window[:, 0::2], 0, _LARGEST_CUT)
+        window[:, 1::2] = np.clip(window[:, 1::2], 1 - _LARGEST_CUT, 1)
     return best, score
 
 
-def _window(images: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Return windows of images [P, S, S], at the images' own size, by linear interpolation."""
+def _window_pixels(images: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Return windows of images [P, S, S], resized to the images' own size by linear interpolation."""
     side = images.shape[1]
-    return _sampling(place[:, 2:], side) @ images @ _sampling(place[:, :2], side).transpose(0, 2, 1)
+    return _sampling(window[:, 2:], side) @ images @ _sampling(window[:, :2], side).transpose(0, 2, 1)
 
 
 def _sampling(interval: np.ndarray, side: int) -> np.ndarray:
-    """Return matrices [P, S, S] that take pixels from the intervals [P, 2] of an axis."""
+    """Return matrices [P, S, S] that interpolate pixels in the intervals [P, 2] along an axis."""
     u = (np.arange(side) + 0.5) / side
     at = (interval[:, :1] + (interval[:, 1:] - interval[:, :1]) * u) * side - 0.5
     weight = 1 - np.abs(np.clip(at, 0, side - 1)[:, :, None] - np.arange(side))
@@ -177,8 +177,9 @@ def _spectra(thumbnails: np.ndarray, intervals: np.ndarray) -> np.ndarray:
     rows = np.concatenate(list(transform @ _sampling(intervals, THUMBNAIL)))  # [intervals · 8, 32]
     number = len(intervals)
     low = (rows @ thumbnails.astype(np.float32) @ rows.T).reshape(-1, number, _FREQUENCIES, number, _FREQUENCIES)
-    each = np.arange(_FREQUENCIES)
-    low = low.transpose(0, 1, 3, 2, 4) * np.sqrt(np.hypot(each[:, None], each))  # photographs fall off with frequency
+    frequency = np.arange(_FREQUENCIES)
+    # Weighted by frequency, since the spectra of photographs fall off with it.
+    low = low.transpose(0, 1, 3, 2, 4) * np.sqrt(np.hypot(frequency[:, None], frequency))
     flat = low.reshape(len(thumbnails), number**2, -1).astype(np.float32)
     return flat / np.maximum(np.linalg.norm(flat, axis=2, keepdims=True), 1.0)
 

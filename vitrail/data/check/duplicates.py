@@ -1,4 +1,4 @@
-"""Equal and nearly equal images: perceptual hashes find candidates, small grey copies verify them.
+"""Find equal and nearly equal images: perceptual hashes give candidates, small grey copies verify them.
 
 The hash is pHash (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2):
 the signs of the 8×8 lowest frequencies of a 32×32 grey copy. It is computed for thousands of images at once, which
@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 _CHUNK = 4096
-# Candidates differ in at most this many of 64 hash bits: with 4 bands of 16 bits, at most 3 differences leave one band
-# untouched, so that every such pair is found.
+# Candidates differ in at most this many of 64 hash bits: of 4 bands of 16 bits, at most 3 differences leave one equal,
+# so that every such pair is found.
 _HASH_BITS = 3
 # Two grey copies are near duplicates when their mean and their 99th-percentile difference are at most these many of
 # 255 levels: re-encoding as JPEG at quality 75 stays below, different images of one scene do not.
@@ -26,8 +26,8 @@ def hashes(thumbnails: np.ndarray) -> np.ndarray:
     out = np.empty(len(thumbnails), dtype=np.uint64)
     weights = np.uint64(1) << np.arange(64, dtype=np.uint64)
     for start in range(0, len(thumbnails), _CHUNK):
-        part = thumbnails[start : start + _CHUNK].astype(np.float32)
-        low = np.asarray(dctn(part, axes=(1, 2)))[:, :8, :8].reshape(len(part), 64)
+        chunk = thumbnails[start : start + _CHUNK].astype(np.float32)
+        low = np.asarray(dctn(chunk, axes=(1, 2)))[:, :8, :8].reshape(len(chunk), 64)
         bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
         out[start : start + _CHUNK] = (bits * weights).sum(axis=1, dtype=np.uint64)
     return out
@@ -52,12 +52,12 @@ def duplicate_pairs(thumbnails: np.ndarray, digests: np.ndarray, *, near: bool =
     if not near:
         return exact, np.empty((0, 2), dtype=np.int64)
     unique = np.sort(order[starts])
-    pairs = [similar(unique, thumbnails, found) for found in candidates(hashes(thumbnails[unique]))]
-    nearly = np.unique(np.concatenate([np.empty((0, 2), dtype=np.int64), *pairs]), axis=0)
+    near_pairs = [similar_pairs(unique, thumbnails, pairs) for pairs in candidate_pairs(hashes(thumbnails[unique]))]
+    nearly = np.unique(np.concatenate([np.empty((0, 2), dtype=np.int64), *near_pairs]), axis=0)
     return exact, nearly
 
 
-def candidates(codes: np.ndarray) -> list[np.ndarray]:
+def candidate_pairs(codes: np.ndarray) -> list[np.ndarray]:
     """Return index pairs whose hashes differ in at most `_HASH_BITS` bits, a list of [P, 2], some pairs repeated."""
     found = []
     for band in range(4):
@@ -71,13 +71,13 @@ def candidates(codes: np.ndarray) -> list[np.ndarray]:
                 break
             left, right = left[same], right[same]
             close = np.bitwise_count(codes[left] ^ codes[right]) <= _HASH_BITS
-            pair = np.stack([left[close], right[close]], axis=1)
-            found.append(np.sort(pair, axis=1))
+            pairs = np.stack([left[close], right[close]], axis=1)
+            found.append(np.sort(pairs, axis=1))
     return found
 
 
-def similar(unique: np.ndarray, thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Keep the candidate pairs whose grey copies really look alike; returns indices into all images."""
+def similar_pairs(unique: np.ndarray, thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the candidate pairs whose grey copies are nearly equal, as indices of all images."""
     pairs = unique[pairs]
     if not len(pairs):
         return pairs
@@ -97,7 +97,7 @@ def group_pairs(numbers: np.ndarray | None) -> np.ndarray:
 
 
 def group_numbers(count: int, *pairs: np.ndarray) -> np.ndarray:
-    """Return a group number [count] such that linked images share one (connected components)."""
+    """Return group numbers [count], equal for images that pairs link (connected components)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 

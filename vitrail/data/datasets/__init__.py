@@ -1,1 +1,1 @@
-"""Labelled images, wherever they come from: what DATA may be."""
+"""Datasets of labelled images, one module for each kind of DATA."""

@@ -1,4 +1,4 @@
-"""Where a source's images lie: in files of their own, in arrays, or many together in one file."""
+"""The `Dataset` protocol, and its forms by where the images are: single files, arrays, Parquet files, tar shards."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import PIL.Image
 from vitrail.data.images.decode import ImageError, read_image
 from vitrail.data.problems import Problem
 
-SPLIT_BY_FOLDERS = "the folders"  # what divides a source that has train/ val/ test/
+SPLIT_BY_FOLDERS = "the folders"  # the split origin of a dataset with the folders train/ val/ test/
 
 SPLITS = ("train", "val", "test")
-# In any case of letters: Train/ and Test/ must not silently be read as two classes.
+# Matched in any case of letters: Train/ and Test/ must not silently be read as two classes.
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
@@ -31,7 +31,7 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataset:
-    """What every source knows of its images before it reads one; `Source` says what each field means."""
+    """The listing that all datasets have in common, before an image is read; `Dataset` describes the fields."""
 
     name: str
     labels: tuple[str, ...]
@@ -48,10 +48,10 @@ class ImageDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class FileDataset(ImageDataset):
-    """Images in files of their own: class folders, tables, and datasets that are unpacked to files.
+    """Images in single files: class folders, tables, and downloaded datasets that are unpacked to files.
 
     Attributes:
-        root: what `paths` are relative to; a path that is absolute stays so.
+        root: folder that `paths` are relative to; an absolute path stays as it is.
     """
 
     root: Path
@@ -77,12 +77,12 @@ class FileDataset(ImageDataset):
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayDataset(ImageDataset):
-    """Images that are arrays already, uint8 [N, H, W] grey or [N, H, W, 3] colour, one array after the other."""
+    """Images in memory: arrays of uint8 [N, H, W] grey or [N, H, W, 3] colour, one array after the other."""
 
     arrays: tuple[np.ndarray, ...]
 
     def pixels(self, index: int) -> np.ndarray:
-        """Return one image's own pixels, not a copy."""
+        """Return a view of one image's pixels."""
         for array in self.arrays:
             if index < len(array):
                 return array[index]
@@ -110,17 +110,17 @@ class ArrayDataset(ImageDataset):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedDataset(ImageDataset, abc.ABC):
-    """Images that are stored one after the other in files of many."""
+    """Images of which many are stored in one file."""
 
     damaged: Literal["refuse", "keep"]
 
     @abc.abstractmethod
     def encoded(self, index: int) -> bytes:
-        """Return one image as it is stored."""
+        """Return the bytes of one image as they are stored."""
 
     @abc.abstractmethod
     def location(self, index: int) -> str:
-        """Return where one image is, for people."""
+        """Return the location of one image, for people."""
 
     def read(self, index: int, mode: Literal["RGB", "L"]) -> PIL.Image.Image:
         return read_image(
@@ -137,11 +137,11 @@ class EncodedDataset(ImageDataset, abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetDataset(EncodedDataset):
-    """Encoded images one after the other in a file that is mapped into memory, not read into it.
+    """Encoded images from Parquet files, copied to one file in the cache folder that is mapped into memory.
 
     Attributes:
-        packed: the file's bytes.
-        starts: [N + 1] where each image begins, and the end of the last.
+        content: the bytes of that file.
+        starts: [N + 1] the offset of each image, and the end of the last.
     """
 
     content: np.ndarray
@@ -159,17 +159,17 @@ class ParquetDataset(EncodedDataset):
 
 @dataclass(frozen=True)
 class TarShard:
-    """A tar of images on this machine.
+    """A tar shard whose bytes are on this machine.
 
     Attributes:
-        word: its path or address, as it was asked for.
-        stem: what the paths of its images begin with.
-        file: where its bytes are: itself, or a copy in the cache folder.
-        state: length in bytes and instant of the last write (ns), when it was listed.
-        identity: what changes when its content does.
+        location: its path or address, as the user gave it.
+        stem: how the paths of its images begin.
+        file: path of the shard itself, or of its copy in the cache folder.
+        state: length in bytes and time of the last write (ns), when it was listed.
+        identity: bytes that change when its content does.
     """
 
-    word: str
+    location: str
     stem: str
     file: str
     state: tuple[int, int]
@@ -178,15 +178,15 @@ class TarShard:
 
 @dataclass(frozen=True, kw_only=True)
 class TarDataset(EncodedDataset):
-    """Images in tars, each read from its place.
+    """Images in tar shards, each read at its offset.
 
-    A tar is opened for each image: held open, or mapped, a thousand of them would use up a process's files, and a
-    mapped file that is cut off kills the process instead of raising an error.
+    A tar is opened for each image: held open, or mapped, a thousand of them would use up the file handles of a process,
+    and a mapped file that is cut off kills the process instead of raising an error.
 
     Attributes:
         shards: in the order of their images.
-        firsts: [S] the number of each shard's first image.
-        starts, sizes: [N] first byte and length of each image in its shard.
+        firsts: [S] index of each shard's first image.
+        starts, sizes: [N] offset and length of each image in its shard, bytes.
     """
 
     shards: tuple[TarShard, ...]
@@ -195,15 +195,15 @@ class TarDataset(EncodedDataset):
     sizes: np.ndarray
 
     def shard(self, index: int) -> int:
-        """Return the number of the shard that holds an image."""
+        """Return the index of the shard that holds an image."""
         return int(np.searchsorted(self.firsts, index, side="right")) - 1
 
     def encoded(self, index: int) -> bytes:
         shard, size = self.shards[self.shard(index)], int(self.sizes[index])
         with open(shard.file, "rb", buffering=0) as handle:
-            found = os.fstat(handle.fileno())
-            if (found.st_size, found.st_mtime_ns) != shard.state:
-                raise ValueError(f"{shard.word}: was changed after it was listed; start again")
+            status = os.fstat(handle.fileno())
+            if (status.st_size, status.st_mtime_ns) != shard.state:
+                raise ValueError(f"{shard.location}: was changed after it was listed; start again")
             handle.seek(int(self.starts[index]))
             content = handle.read(size)
             while 0 < len(content) < size and (more := handle.read(size - len(content))):
@@ -212,27 +212,27 @@ class TarDataset(EncodedDataset):
 
     def location(self, index: int) -> str:
         shard = self.shards[self.shard(index)]
-        return f"{shard.word}: {self.paths[index].removeprefix(shard.stem + '/')}"
+        return f"{shard.location}: {self.paths[index].removeprefix(shard.stem + '/')}"
 
     def identity(self, index: int) -> bytes | None:
         return b"%b\0%d %d" % (self.shards[self.shard(index)].identity, self.starts[index], self.sizes[index])
 
 
-def file_identity(place: str) -> bytes | None:
-    """Return path, size, instants of writing and change, and number of a file, or None where there is none."""
+def file_identity(path: str) -> bytes | None:
+    """Return path, size, times of writing and change, and inode of a file; None where there is no file."""
     try:
-        found = os.stat(place)
+        status = os.stat(path)
     except OSError:
         return None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return None
-    # Copying can set back the time of writing, not that of the change, nor the file's number.
-    state = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
-    return f"{place}\0{state}".encode("utf-8", "surrogateescape")
+    # Copying can set back the time of writing, but not the time of change or the inode.
+    state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    return f"{path}\0{state}".encode("utf-8", "surrogateescape")
 
 
 def flip_reason(labels: Sequence[str]) -> str:
-    """Say why images of these classes must not be mirrored, from the names; empty when they may."""
+    """Return why images of classes with these names must not be mirrored; empty when they may be."""
     if all(len(label) == 1 and label.isalnum() for label in labels):
         return "the classes are single letters or digits, and a mirrored sign is another sign"
     sides = [
@@ -246,13 +246,17 @@ def flip_reason(labels: Sequence[str]) -> str:
 
 
 def broken_image(dataset: Dataset, index: int, error: ImageError | OSError, damaged: str) -> Problem:
-    """Describe a broken file: an error unless the user chose to go on without it."""
+    """Return the problem of a broken image: an error, unless the user chose to go on without it."""
     severity = "error" if damaged == "stop" else "warning"
     verdict = error.info.verdict if isinstance(error, ImageError) else "unreadable"
     assert verdict != "ok"
     remedy = "Mend or remove it, or go on without such files by --data.damaged drop"
-    fate = {"stop": remedy, "drop": "It is left out", "keep": "What can be decoded is kept; else it is left out"}
-    message = f"{error}. {fate[damaged]}"
+    consequences = {
+        "stop": remedy,
+        "drop": "It is left out",
+        "keep": "What can be decoded is kept; else it is left out",
+    }
+    message = f"{error}. {consequences[damaged]}"
     return Problem(severity, verdict, (dataset.paths[index],), message)
 
 
@@ -261,17 +265,17 @@ class Dataset(Protocol):
     """Labelled images, listed but not yet read.
 
     Attributes:
-        name: what the user called it, for messages and file names.
+        name: a short name for messages and file names.
         labels: class names in class order.
-        paths: one identifying path per image, relative to the source, `/` between parts.
+        paths: one identifying path per image, relative to the dataset, with `/` between folders.
         targets: [N] class index of every image.
-        split: name of the part (train, val, test) of every image where the source has parts, or None.
-        groups: [N] number of the group that the source puts each image in, -1 for none; or None. Images of one group
-            (one patient, one video) are never divided.
-        weights: [N] what the source says that each image counts in the training's loss, above 0; or None.
-        split_origin: what the parts are, for people, such as "the folders".
-        problems: what was found wrong while listing.
-        flip_reason: why images of this source must not be mirrored, or an empty string.
+        split: [N] split (train, val, test) of every image where the dataset has splits of its own, or None.
+        groups: [N] group number of every image, -1 for none; or None. Images of one group (one patient, one video) are
+            always in the same split.
+        weights: [N] weight of each image in the training's loss, above 0; or None.
+        split_origin: what defines the dataset's own splits, for people, such as "the folders".
+        problems: those found in listing.
+        flip_reason: why images of this dataset must not be mirrored, or an empty string.
         limit_pixels: an image of more pixels is refused.
     """
 
@@ -303,17 +307,17 @@ class Dataset(Protocol):
         ...
 
     def encoded(self, index: int) -> bytes:
-        """Return one image as an image file holds it: as it is stored, or as PNG where only pixels are."""
+        """Return one image as the bytes of an image file: as it is stored, or as PNG where only pixels are."""
         ...
 
     def location(self, index: int) -> str:
-        """Return where one image is, for people."""
+        """Return the location of one image, for people."""
         ...
 
     def identity(self, index: int) -> bytes | None:
-        """Return what changes when the image does, without decoding it; None where its file is gone."""
+        """Return bytes that change when the image does, without decoding it; None where its file is gone."""
         ...
 
     def strict(self) -> Dataset:
-        """Return the same source, but one that gives no damaged image."""
+        """Return the same dataset, whose `read` refuses damaged images."""
         ...

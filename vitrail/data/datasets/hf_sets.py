@@ -1,4 +1,4 @@
-"""Datasets as the Hugging Face hub has them: `hf:FOLDER` that lies here, or `hf:NAME` through the extra `hf`."""
+"""Datasets of the Hugging Face hub: `hf:FOLDER` on this machine, or `hf:NAME` through the extra `hf`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import Literal
 
 from vitrail.data.datasets.base import FileDataset, ParquetDataset
-from vitrail.data.datasets.folder import open_folder
+from vitrail.data.datasets.folder import open_image_folder
 from vitrail.data.datasets.parquet import open_parquet
 from vitrail.data.problems import first_line
 from vitrail.files import cache_folder, filled_folder
 
 
-def open_hf(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> FileDataset | ParquetDataset:
+def open_hf_dataset(
+    name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]
+) -> FileDataset | ParquetDataset:
     """List the images of a local folder (class folders, or Parquet files with images in them) or of a named dataset.
 
     Raises:
-        ValueError: there is no such folder, or what names need is not installed.
+        ValueError: there is no such folder, or the extra that names need is not installed.
     """
-    place = Path(name).expanduser()
-    if place.is_dir():
-        called = f"hf:{place.resolve().name}"
-        if files := sorted(place.rglob("*.parquet")):
-            return open_parquet(files, called, limit_pixels=limit_pixels, damaged=damaged)
-        return replace(open_folder(place, limit_pixels=limit_pixels, damaged=damaged), name=called)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        dataset_name = f"hf:{folder.resolve().name}"
+        if files := sorted(folder.rglob("*.parquet")):
+            return open_parquet(files, dataset_name, limit_pixels=limit_pixels, damaged=damaged)
+        return replace(open_image_folder(folder, limit_pixels=limit_pixels, damaged=damaged), name=dataset_name)
     if not name or name.startswith((".", "/", "~")):
         raise ValueError(
             f"hf:{name}: no such folder; expected a dataset's name, or a folder of class folders or .parquet"
@@ -34,7 +36,7 @@ def open_hf(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"])
 
 
 def download(name: str) -> list[Path]:
-    """Return the Parquet files of a named dataset, one a part, which are fetched on the first call.
+    """Return the Parquet files of a named dataset, one for each split; they are downloaded on the first call.
 
     Raises:
         ValueError: the extra is not installed, or the dataset cannot be fetched.
@@ -50,10 +52,10 @@ def download(name: str) -> list[Path]:
                 "its .parquet files and name their folder: hf:FOLDER"
             ) from None
         try:
-            parts = load_dataset(name)
+            splits = load_dataset(name)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"hf:{name}: cannot be fetched: {first_line(error)}") from None
-        for part, rows in parts.items():
-            rows.to_parquet(draft / f"{part}.parquet")
+        for split, rows in splits.items():
+            rows.to_parquet(draft / f"{split}.parquet")
 
     return sorted(filled_folder(folder, fill).glob("*.parquet"))

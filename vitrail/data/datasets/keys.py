@@ -1,4 +1,4 @@
-"""What each image of a dataset is known by, so that what is cached of it is found again, and not when it has changed."""
+"""Cache keys of images: equal while an image is unchanged, so that what is cached of it is found again."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vitrail.threads import ordered_map
 
 
 def image_keys(dataset: Dataset, indices: np.ndarray, mode: Literal["RGB", "L"], workers: int = 0) -> np.ndarray:
-    """Return what each image is known by [N] V16: its path and its identity in the source, else its pixels."""
+    """Return the cache key of each image [N] V16: a hash of its path and of its identity or, without one, its pixels."""
 
     def key(index: int) -> bytes:
-        known = dataset.identity(index) or _content(dataset, index, mode)
+        identity = dataset.identity(index) or _content(dataset, index, mode)
         text = f"{dataset.paths[index]}\0".encode("utf-8", "surrogateescape")
-        return hashlib.blake2b(text + known, digest_size=KEY.itemsize).digest()
+        return hashlib.blake2b(text + identity, digest_size=KEY.itemsize).digest()
 
     return np.frombuffer(b"".join(ordered_map(key, map(int, indices), workers)), dtype=KEY)
 
@@ -34,7 +34,7 @@ def cache_name(dataset: Dataset) -> str:
 
 
 def _content(dataset: Dataset, index: int, mode: Literal["RGB", "L"]) -> bytes:
-    """Return what an image without an identity is known by: its pixels, or nothing known when it is broken."""
+    """Return the pixels of an image without an identity; random bytes when it is broken, so that nothing is found."""
     try:
         pixels = np.asarray(dataset.read(index, mode))
     except (ImageError, OSError):

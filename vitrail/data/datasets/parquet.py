@@ -1,8 +1,8 @@
 """Parquet files that hold the images themselves, as datasets on the Hugging Face hub do.
 
-A row of Parquet cannot be read without the thousand around it, so a shuffled epoch would unpack everything again for
-each batch. The encoded images are therefore written once, one after the other, into a file in the cache folder, and
-that is mapped into memory.
+A row of Parquet cannot be read without the thousand around it, so a shuffled epoch would read everything again for
+each batch. The encoded images are therefore copied once, one after the other, to a file in the cache folder, which is
+mapped into memory.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vitrail.data.problems import Problem
 from vitrail.files import cache_folder, replacing
 
 _BATCH = 256
-SPLIT_ORIGIN = "its own parts"
+SPLIT_ORIGIN = "its own splits"
 
 
 def image_column(schema: Any) -> str | None:
-    """Return the column of encoded images: bytes, or `{bytes, path}` as the hub stores them; None where there is none."""
+    """Return the column of encoded images, bytes or `{bytes, path}` as the hub stores them; None without one."""
     import pyarrow
 
     for field in schema:
@@ -39,13 +39,13 @@ def image_column(schema: Any) -> str | None:
     return None
 
 
-def has_images(place: Path) -> bool:
-    """Whether a Parquet file holds images, not paths; a broken one does not."""
+def has_images(path: Path) -> bool:
+    """Return whether a Parquet file holds images and not paths; a broken file does not."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        schema = pyarrow.parquet.read_schema(place)
+        schema = pyarrow.parquet.read_schema(path)
     except (pyarrow.ArrowException, OSError):
         return False
     return "path" not in schema.names and image_column(schema) is not None
@@ -54,10 +54,10 @@ def has_images(place: Path) -> bool:
 def open_parquet(
     files: list[Path], name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]
 ) -> ParquetDataset:
-    """List the images of Parquet files; each file is of the part that its name begins with, or its folder has.
+    """List the images of Parquet files; the split of a file is that of its name's beginning, or of its folder.
 
     Raises:
-        ValueError: a file has no images or no labels, or only some are of a part.
+        ValueError: a file has no images or no labels, or only some files have a split.
     """
     import pyarrow.parquet
 
@@ -66,12 +66,12 @@ def open_parquet(
     for file, (image, _) in zip(files, columns, strict=True):
         if image is None:
             raise ValueError(f"{file}: has no column of images (bytes); its columns are {', '.join(schemas[0].names)}")
-    parts = [split_of_file(file) for file in files]
-    known = {part for part in parts if part is not None}
-    if known and None in parts:
-        odd = files[parts.index(None)]
+    splits = [split_of_file(file) for file in files]
+    has_splits = any(split is not None for split in splits)
+    if has_splits and None in splits:
+        odd = files[splits.index(None)]
         raise ValueError(
-            f"{odd}: its name begins with no part (train-, validation-, test-), as that of others does; rename it"
+            f"{odd}: its name begins with no split (train-, validation-, test-), as those of other files do; rename it"
         )
     values, paths, counts = [], StringArray(), []
     for file, (_, label) in zip(files, columns, strict=True):
@@ -82,21 +82,23 @@ def open_parquet(
         values += column
         counts.append(len(column))
         paths.extend(f"{file.stem}/{row:06d}" for row in range(len(column)))
-    labels, targets = classes_of_column(values, class_names(schemas[0], columns[0][1]))
+    labels, targets = classes_of_column(values, stored_class_names(schemas[0], columns[0][1]))
     used = {name for pair in columns for name in pair}
-    idle = tuple(dict.fromkeys(name for schema in schemas for name in schema.names if name not in used))
-    problems = [Problem("warning", "name", idle, f"{name}: columns {', '.join(idle[:10])}: not read")] if idle else []
-    packed, starts = map_images(files, [str(image) for image, _ in columns])
+    unread = tuple(dict.fromkeys(name for schema in schemas for name in schema.names if name not in used))
+    problems = (
+        [Problem("warning", "name", unread, f"{name}: columns {', '.join(unread[:10])}: not read")] if unread else []
+    )
+    content, starts = map_images(files, [str(image) for image, _ in columns])
     return ParquetDataset(
         name=name,
         labels=labels,
         paths=paths,
         targets=targets,
-        split=np.repeat(np.asarray(parts), counts) if known else None,
+        split=np.repeat(np.asarray(splits), counts) if has_splits else None,
         split_origin=SPLIT_ORIGIN,
         problems=tuple(problems),
         flip_reason=flip_reason(labels),
-        content=packed,
+        content=content,
         starts=starts,
         limit_pixels=limit_pixels,
         damaged=damaged,
@@ -108,14 +110,14 @@ def label_column(file: Path, schema: Any) -> str:
     for name in ("label", "labels"):
         if name in schema.names:
             return name
-    named = [name for name in schema.names if class_names(schema, name)]
-    if len(named) == 1:
-        return named[0]
+    with_names = [name for name in schema.names if stored_class_names(schema, name)]
+    if len(with_names) == 1:
+        return with_names[0]
     raise ValueError(f"{file}: has no column 'label', but {', '.join(schema.names)}; rename the column that holds it")
 
 
-def class_names(schema: Any, column: str) -> list[str]:
-    """Return the class names that the hub's library has written into a file, none where it has not."""
+def stored_class_names(schema: Any, column: str) -> list[str]:
+    """Return the class names that the hub's library wrote into a file; none where it did not."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return list(features[column]["names"])
@@ -124,7 +126,7 @@ def class_names(schema: Any, column: str) -> list[str]:
 
 
 def classes_of_column(values: list[Any], names: list[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return labels in class order and each image's class: by the file's own numbers, else by the sorted texts."""
+    """Return labels in class order and the class of each image: the file's own numbers, else by sorted names."""
     if names and all(isinstance(value, int) and 0 <= value < len(names) for value in values):
         return tuple(names), np.asarray(values, dtype=np.int64)
     labels, targets = np.unique(np.asarray([str(value) for value in values]), return_inverse=True)
@@ -132,13 +134,13 @@ def classes_of_column(values: list[Any], names: list[str]) -> tuple[tuple[str, .
 
 
 def split_of_file(file: Path) -> str | None:
-    """Return the part that a file's name (`train-00000-of-00002.parquet`) or its folder (`train/0000.parquet`) tells."""
+    """Return the split in the name of a file (`train-00000-of-00002.parquet`) or of its folder, or None."""
     start = file.stem.split("-")[0].lower()
     return SPLIT_NAMES.get(start) or SPLIT_NAMES.get(file.parent.name.lower())
 
 
 def map_images(files: list[Path], columns: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the encoded images of all files, mapped into memory, and where each begins; written on the first call."""
+    """Return the encoded images of all files, mapped into memory, and their offsets; the first call copies them."""
     import pyarrow.parquet
 
     states = [(os.path.abspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -1,4 +1,4 @@
-"""A million paths as one buffer of bytes: a list of `str` would take twice the memory, and grow in every process."""
+"""A sequence of strings in one buffer of bytes: a million paths as a list of `str` would take twice the memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CHUNK = 65_536
 
 
 class StringArray(Sequence[str]):
-    """Strings that are made when they are asked for; they can be added to, not changed.
+    """A sequence of strings that can be extended, not changed; a `str` is made when one is read.
 
-    A name that is no Unicode (a file system may hold one) comes back as it was, by surrogate escapes.
+    A file name that is no Unicode text is kept exactly, by surrogate escapes.
     """
 
     __slots__ = ("_buffer", "_starts")
@@ -36,14 +36,14 @@ class StringArray(Sequence[str]):
             self.append(text)
 
     @classmethod
-    def of(cls, buffer: np.ndarray, starts: np.ndarray) -> StringArray:
-        """Return strings from what `arrays` gave of them."""
-        made = cls()
-        made._buffer, made._starts = bytearray(buffer.tobytes()), array("q", starts.tobytes())
-        return made
+    def from_arrays(cls, buffer: np.ndarray, starts: np.ndarray) -> StringArray:
+        """Return the strings that `arrays` has returned as arrays."""
+        strings = cls()
+        strings._buffer, strings._starts = bytearray(buffer.tobytes()), array("q", starts.tobytes())
+        return strings
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return all bytes [num_bytes] and where each string begins [N + 1], to be kept in a file."""
+        """Return all bytes [num_bytes] and the offset of each string [N + 1], to be stored in a file."""
         return np.frombuffer(bytes(self._buffer), dtype=np.uint8), np.frombuffer(self._starts.tobytes(), dtype=np.int64)
 
     @property
@@ -62,10 +62,10 @@ class StringArray(Sequence[str]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = operator.index(index)
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
             raise IndexError(f"path {index} of {len(self)}")
-        raw = self._buffer[self._starts[place] : self._starts[place + 1]]
+        raw = self._buffer[self._starts[position] : self._starts[position + 1]]
         return raw.decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
@@ -80,23 +80,23 @@ class StringArray(Sequence[str]):
 
 
 def positions_of(paths: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Return where each name stands among `paths` [len(names)], -1 where it does not; by hashes, without a dictionary."""
+    """Return the index of each name in `paths` [len(names)], -1 where it is missing; by hashes, without a dict."""
     keys = _hashes(paths)
     order = np.argsort(keys, kind="stable")
-    wanted = _hashes(names)
-    left = np.searchsorted(keys[order], wanted, side="left")
-    found = np.full(len(wanted), -1, dtype=np.int64)
-    for number, (place, name) in enumerate(zip(left.tolist(), names, strict=True)):
-        while place < len(order) and keys[order[place]] == wanted[number]:
-            if paths[int(order[place])] == name:
-                found[number] = order[place]
+    name_keys = _hashes(names)
+    left = np.searchsorted(keys[order], name_keys, side="left")
+    positions = np.full(len(name_keys), -1, dtype=np.int64)
+    for number, (rank, name) in enumerate(zip(left.tolist(), names, strict=True)):
+        while rank < len(order) and keys[order[rank]] == name_keys[number]:
+            if paths[int(order[rank])] == name:
+                positions[number] = order[rank]
                 break
-            place += 1  # another string of the same hash
-    return found
+            rank += 1  # another string of the same hash
+    return positions
 
 
 def first_repeated(paths: Sequence[str]) -> tuple[int, int] | None:
-    """Return the places of the first string that is there twice, or None."""
+    """Return the two indices of the first string that occurs twice, or None."""
     keys = _hashes(paths)
     order = np.argsort(keys, kind="stable")
     equal = np.flatnonzero(keys[order][1:] == keys[order][:-1])
@@ -105,5 +105,5 @@ def first_repeated(paths: Sequence[str]) -> tuple[int, int] | None:
 
 
 def _hashes(strings: Iterable[str]) -> np.ndarray:
-    """Return a 64-bit number of each string, good within this process."""
+    """Return a 64-bit hash of each string, valid within this process."""
     return np.fromiter(map(hash, strings), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""`torchvision:NAME`: torchvision's classification datasets, in the parts that their makers gave them."""
+"""`torchvision:NAME`: torchvision's classification datasets, in their published splits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vitrail.data.problems import first_line
 from vitrail.files import cache_folder, filled_folder
 from vitrail.lookup import unknown
 
-SPLIT_ORIGIN = "its own parts"
+SPLIT_ORIGIN = "its own splits"
 SIGNS = "the classes are signs, and a mirrored sign is another sign"
 BY_TRAIN: Mapping[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
 
 
 def by_split(**names: str) -> Mapping[str, dict[str, Any]]:
-    """Return how torchvision is asked for each part, where its argument `split` has these names."""
-    return {part: {"split": name} for part, name in names.items()}
+    """Return torchvision's arguments for each of our splits, where its argument `split` has these names."""
+    return {split: {"split": name} for split, name in names.items()}
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class SetReader:
     """How one of torchvision's datasets is read.
 
     Attributes:
-        parts: part → the arguments that ask for it; "" for all of a set without parts.
-        held: the attribute with the images: `data` for arrays; else paths, or (path, class) in `samples`.
-        answers: the attribute with the classes, where `held` has none.
-        labels: class names, where torchvision gives none.
-        flip_reason: why its images must not be mirrored, where the class names do not tell.
+        splits: our split → torchvision's arguments for it; "" for all of a dataset without splits.
+        images_attribute: name of the attribute with the images: `data` for arrays; else paths, or (path, class) pairs.
+        targets_attribute: name of the attribute with the classes, where the images come without.
+        labels: class names, where torchvision has none.
+        flip_reason: why its images must not be mirrored, where the class names do not show it.
     """
 
     splits: Mapping[str, dict[str, Any]]
-    held: str
-    answers: str = ""
+    images_attribute: str
+    targets_attribute: str = ""
     labels: tuple[str, ...] = ()
     flip_reason: str = ""
 
@@ -66,62 +66,64 @@ SETS: dict[str, SetReader] = {
 
 
 @dataclass
-class _Gathered:
-    """The images of all parts, one part after the other."""
+class _LoadedSplits:
+    """The images and classes of all splits, one split after the other."""
 
-    held: list[Any] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
     targets: list[np.ndarray] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
     labels: tuple[str, ...] = ()
 
 
-def open_torchvision(name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]) -> ArrayDataset | FileDataset:
+def open_torchvision_dataset(
+    name: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"]
+) -> ArrayDataset | FileDataset:
     """List the images of a dataset of torchvision, in any case of letters; it is downloaded on the first call.
 
     Raises:
         ValueError: the name is unknown, the dataset cannot be downloaded, or its files are broken.
     """
-    known = next((each for each in SETS if each.lower() == name.lower()), None)
-    if known is None:
+    known_name = next((known for known in SETS if known.lower() == name.lower()), None)
+    if known_name is None:
         raise ValueError(f"torchvision:{name}: {unknown('dataset', name, SETS)}")
-    entry, root = SETS[known], cache_folder() / "torchvision" / known
-    found = gather(known, entry, root)
+    entry, root = SETS[known_name], cache_folder() / "torchvision" / known_name
+    loaded = load_all_splits(known_name, entry, root)
     common: dict[str, Any] = {
-        "name": f"torchvision:{known}",
-        "labels": found.labels,
-        "targets": np.concatenate(found.targets),
-        "split": None if found.splits == [""] else np.repeat(found.splits, [len(each) for each in found.targets]),
+        "name": f"torchvision:{known_name}",
+        "labels": loaded.labels,
+        "targets": np.concatenate(loaded.targets),
+        "split": None if loaded.splits == [""] else np.repeat(loaded.splits, [len(each) for each in loaded.targets]),
         "split_origin": SPLIT_ORIGIN,
-        "flip_reason": entry.flip_reason or flip_reason(found.labels),
+        "flip_reason": entry.flip_reason or flip_reason(loaded.labels),
     }
-    if entry.held == "data":
+    if entry.images_attribute == "data":
         return ArrayDataset(
-            arrays=tuple(map(as_array, found.held)),
+            arrays=tuple(map(as_array, loaded.images)),
             paths=StringArray(
-                f"{part}/{number:06d}"
-                for part, held in zip(found.splits, found.held, strict=True)
-                for number in range(len(held))
+                f"{split}/{number:06d}"
+                for split, images in zip(loaded.splits, loaded.images, strict=True)
+                for number in range(len(images))
             ),
             **common,
         )
     return FileDataset(
         root=root,
-        paths=StringArray(Path(os.path.relpath(each, root)).as_posix() for held in found.held for each in held),
+        paths=StringArray(Path(os.path.relpath(path, root)).as_posix() for paths in loaded.images for path in paths),
         limit_pixels=limit_pixels,
         damaged=damaged,
         **common,
     )
 
 
-def gather(name: str, entry: SetReader, root: Path) -> _Gathered:
-    """Load all parts of a dataset, which is downloaded when its folder is not there."""
+def load_all_splits(name: str, entry: SetReader, root: Path) -> _LoadedSplits:
+    """Return all splits of a dataset, which is downloaded when its folder is missing."""
     from torchvision import datasets
 
-    kind, found = getattr(datasets, name), _Gathered()
+    dataset_class, loaded = getattr(datasets, name), _LoadedSplits()
 
     def fill(draft: Path) -> None:
-        for words in entry.splits.values():
-            kind(str(draft), download=True, **words)
+        for arguments in entry.splits.values():
+            dataset_class(str(draft), download=True, **arguments)
 
     try:
         filled_folder(root, fill)
@@ -130,26 +132,25 @@ def gather(name: str, entry: SetReader, root: Path) -> _Gathered:
             f"torchvision:{name}: cannot be downloaded ({first_line(error)}); connect this machine to the network, or put "
             f"the files that torchvision.datasets.{name} downloads into {root}"
         ) from None
-    for part, words in entry.splits.items():
+    for split, arguments in entry.splits.items():
         try:
-            made = kind(str(root), **words)
+            dataset = dataset_class(str(root), **arguments)
         except (OSError, RuntimeError, ValueError, EOFError) as error:
             raise ValueError(
                 f"torchvision:{name}: the files in {root} are not whole ({first_line(error)}); remove that folder to download "
                 "them again"
             ) from None
-        held, answers = getattr(made, entry.held), getattr(made, entry.answers, None)
-        if answers is None:
-            held, answers = zip(*held, strict=True)
-        found.held.append(held)
-        found.targets.append(np.asarray(answers, dtype=np.int64))
-        found.splits.append(part)
-        names = entry.labels or made.classes
-        found.labels = tuple(names)
-    return found
+        images, targets = getattr(dataset, entry.images_attribute), getattr(dataset, entry.targets_attribute, None)
+        if targets is None:
+            images, targets = zip(*images, strict=True)
+        loaded.images.append(images)
+        loaded.targets.append(np.asarray(targets, dtype=np.int64))
+        loaded.splits.append(split)
+        loaded.labels = tuple(entry.labels or dataset.classes)
+    return loaded
 
 
 def as_array(values: Any) -> np.ndarray:
-    """Return images as uint8 [N, H, W] or [N, H, W, 3]; torchvision holds some as a tensor, some channels first."""
+    """Return images as uint8 [N, H, W] or [N, H, W, 3]; torchvision has some as a tensor, some with channels first."""
     array = np.asarray(values)
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 and array.shape[1] == 3 else array

@@ -1,7 +1,7 @@
-"""Any source as WebDataset shards: `train-000000.tar` and so on, with each image's bytes as they are.
+"""Write any dataset as WebDataset shards: `train-000000.tar` and so on, with the bytes of each image as they are.
 
-Equal images, labels and seed give equal bytes. A sample is `00000012.jpg`, `.cls` with the number of its class in
-`classes.json`, and `.json` with label, path in the source, part, group and weight.
+Equal images, labels and seed give equal bytes. A sample is `00000012.jpg`, `.cls` with the index of its class in
+`classes.json`, and `.json` with label, path in the dataset, split, group and weight.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from vitrail.data.progress import Bar, no_bar
 from vitrail.files import new_folder, write_text
 from vitrail.threads import ordered_map
 
-WITHOUT_SPLITS = "pictures"
-_RECORD = 20 * BLOCK  # tar programs write whole records
+WITHOUT_SPLITS = "pictures"  # begins the names of shards of a dataset without splits
+_RECORD = 20 * BLOCK  # bytes; tar programs write whole records
 
 
 @dataclass(frozen=True)
 class WrittenShards:
-    """What was written.
+    """The names and sizes of the shards that were written.
 
     Attributes:
         names: of the shards.
-        counts: part → number of images.
+        counts: split → number of images.
     """
 
     names: tuple[str, ...]
@@ -51,6 +51,8 @@ class WrittenShards:
 
 @dataclass(frozen=True)
 class _Encoded:
+    """The bytes of an image, none where it is broken and left out, its file name ending, and its error."""
+
     content: bytes
     ending: str
     error: ImageError | OSError | None
@@ -59,12 +61,12 @@ class _Encoded:
 def write_shards(
     config: DataConfig, out: Path, *, size: int, limit_bytes: int | None = None, seed: int = 0, bar: Bar = no_bar
 ) -> WrittenShards:
-    """Write the images of a source into shards, in an order shuffled by `seed`; each is decoded once, to know it whole.
+    """Write the images of a dataset to shards, in an order shuffled by `seed`; each is decoded once, to check it.
 
     Args:
-        out: the folder to make; it is there when all is written, and not at all before.
-        size: images in a shard, at most.
-        limit_bytes: a shard is no larger, unless one sample is.
+        out: the folder to make; it appears when everything is written.
+        size: most images in a shard.
+        limit_bytes: most bytes of a shard, unless a single sample is larger.
 
     Raises:
         ValueError: the folder holds something, or an image is broken and that was to stop the writing.
@@ -84,25 +86,25 @@ def write_shards(
     names, counts, left_out, written = [], {}, 0, 0
     try:
         with new_folder(out) as draft, bar(f"writing {total:,} images") as advance:
-            for part, indices in order.items():
-                with _Shards(draft, part, size=size, limit_bytes=limit_bytes) as shards:
-                    for index, found in encoded_images(dataset, indices, config):
-                        if found.error is not None:
-                            problems.append(broken_image(dataset, index, found.error, config.damaged))
-                        if found.content and not any(each.severity == "error" for each in problems):
-                            shards.add(sample_files(dataset, index, found, shards.num_samples))
-                        left_out += not found.content
+            for split, indices in order.items():
+                with _ShardWriter(draft, split, size=size, limit_bytes=limit_bytes) as shards:
+                    for index, encoded in encoded_images(dataset, indices, config):
+                        if encoded.error is not None:
+                            problems.append(broken_image(dataset, index, encoded.error, config.damaged))
+                        if encoded.content and not any(problem.severity == "error" for problem in problems):
+                            shards.add(sample_files(dataset, index, encoded, shards.num_samples))
+                        left_out += not encoded.content
                         if (done := sum(counts.values()) + left_out + shards.num_samples) % 64 == 0:
                             advance(done, total)
                 names += shards.names
                 written += shards.num_bytes
                 if shards.num_samples:
-                    counts[part] = shards.num_samples
+                    counts[split] = shards.num_samples
             stop_on_errors(problems)
             if not counts:
                 raise ValueError(f"{dataset.name}: none of {total:,} images is whole; nothing is written")
-            about = {"classes": list(dataset.labels), "flip_reason": dataset.flip_reason}
-            write_text(draft / CLASSES, json.dumps(about) + "\n")
+            content = {"classes": list(dataset.labels), "flip_reason": dataset.flip_reason}
+            write_text(draft / CLASSES, json.dumps(content) + "\n")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -111,7 +113,7 @@ def write_shards(
 
 
 def check_free(out: Path) -> None:
-    """Raise a ValueError unless a folder can be made here, or is empty."""
+    """Raise a ValueError unless `out` is an empty folder or does not exist."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; choose another OUT")
     if out.exists() and any(out.iterdir()):
@@ -119,7 +121,7 @@ def check_free(out: Path) -> None:
 
 
 def check_names(dataset: Dataset) -> None:
-    """Raise a ValueError when a class's name cannot be written as text, or not be read back."""
+    """Raise a ValueError when the name of a class cannot be written as text, or would be read back differently."""
     for label in dataset.labels:
         if label != label.strip() or not label:
             raise ValueError(f"{dataset.name}: class {label!r} begins or ends with a blank; rename it")
@@ -130,21 +132,21 @@ def check_names(dataset: Dataset) -> None:
 
 
 def shuffled_splits(dataset: Dataset, seed: int) -> dict[str, np.ndarray]:
-    """Return the images of each part in a shuffled order; in shards of one class, no batch would be mixed."""
+    """Return the indices of each split in a shuffled order; in the listed order, a shard would hold one class."""
     everything = np.arange(len(dataset.paths))
-    parts = {WITHOUT_SPLITS: everything}
+    splits = {WITHOUT_SPLITS: everything}
     if dataset.split is not None:
-        parts = {part: found for part in SPLITS if len(found := everything[dataset.split == part])}
+        splits = {split: found for split in SPLITS if len(found := everything[dataset.split == split])}
     return {
-        part: np.random.Generator(np.random.Philox(key=[seed, number])).permutation(indices)
-        for number, (part, indices) in enumerate(parts.items())
+        split: np.random.Generator(np.random.Philox(key=[seed, number])).permutation(indices)
+        for number, (split, indices) in enumerate(splits.items())
     }
 
 
 def encoded_images(dataset: Dataset, indices: np.ndarray, config: DataConfig) -> Iterator[tuple[int, _Encoded]]:
-    """Yield each image's number and its bytes, none where it is broken and not to be kept."""
+    """Yield the index and the bytes of each image; no bytes where it is broken and left out."""
 
-    def one(index: int) -> _Encoded:
+    def encode(index: int) -> _Encoded:
         try:
             content = dataset.encoded(index)
             image, info = read_described(content, limit_pixels=config.limit_pixels)
@@ -153,65 +155,65 @@ def encoded_images(dataset: Dataset, indices: np.ndarray, config: DataConfig) ->
         error = None
         if info.verdict != "ok":
             error = ImageError(dataclasses.replace(info, path=dataset.location(index)))
-        kept = image is not None and (error is None or config.damaged == "keep")
-        return _Encoded(content if kept else b"", ENDINGS_OF.get(info.format, ("",))[0], error)
+        is_written = image is not None and (error is None or config.damaged == "keep")
+        return _Encoded(content if is_written else b"", ENDINGS_OF.get(info.format, ("",))[0], error)
 
-    numbers = indices.tolist()
-    yield from zip(numbers, ordered_map(one, numbers, config.workers), strict=True)
+    order = indices.tolist()
+    yield from zip(order, ordered_map(encode, order, config.workers), strict=True)
 
 
-def sample_files(dataset: Dataset, index: int, found: _Encoded, number: int) -> dict[str, bytes]:
-    """Return the files of one sample, by name."""
+def sample_files(dataset: Dataset, index: int, encoded: _Encoded, number: int) -> dict[str, bytes]:
+    """Return the files of one sample, by name; `number` counts the samples of its split."""
     target = int(dataset.targets[index])
-    about: dict[str, str | float] = {"label": dataset.labels[target], "path": dataset.paths[index]}
+    metadata: dict[str, str | float] = {"label": dataset.labels[target], "path": dataset.paths[index]}
     if dataset.split is not None:
-        about["split"] = str(dataset.split[index])
+        metadata["split"] = str(dataset.split[index])
     if dataset.groups is not None and dataset.groups[index] >= 0:
-        about["group"] = str(dataset.groups[index])
+        metadata["group"] = str(dataset.groups[index])
     if dataset.weights is not None:
-        about["weight"] = float(dataset.weights[index])
+        metadata["weight"] = float(dataset.weights[index])
     key = f"{number:08d}"
     return {
-        f"{key}.{found.ending}": found.content,
+        f"{key}.{encoded.ending}": encoded.content,
         f"{key}.cls": str(target).encode(),
-        f"{key}.json": json.dumps(about).encode(),
+        f"{key}.json": json.dumps(metadata).encode(),
     }
 
 
-class _Shards:
-    """The shards of one part, written one after the other."""
+class _ShardWriter:
+    """Writes the shards of one split, one after the other."""
 
     def __init__(self, folder: Path, split: str, *, size: int, limit_bytes: int | None) -> None:
         self.folder, self.split, self.size, self.limit_bytes = folder, split, size, limit_bytes
         self.names: list[str] = []
         self.num_samples = self.num_bytes = 0
         self._file: BinaryIO | None = None
-        self._here = 0
+        self._num_in_shard = 0
 
-    def __enter__(self) -> _Shards:
+    def __enter__(self) -> _ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
     def add(self, files: dict[str, bytes]) -> None:
-        """Write a sample; its files follow each other."""
+        """Write the files of a sample one after the other, in a new shard where this one is full."""
         length = sum(BLOCK + len(content) + -len(content) % BLOCK for content in files.values())
         if self._file is not None and (
-            self._here == self.size
+            self._num_in_shard == self.size
             or (self.limit_bytes is not None and padded(self._file.tell() + length) > self.limit_bytes)
         ):
             self.close()
         if self._file is None:
             self.names.append(f"{self.split}-{len(self.names):06d}.tar")
-            self._file, self._here = (self.folder / self.names[-1]).open("wb"), 0
+            self._file, self._num_in_shard = (self.folder / self.names[-1]).open("wb"), 0
         for name, content in files.items():
             info = tarfile.TarInfo(name)  # no owner, and 1970 as its time: equal images give equal bytes
             info.size, info.mode = len(content), 0o644
             self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
             self._file.write(content)
             self._file.write(bytes(-len(content) % BLOCK))
-        self._here += 1
+        self._num_in_shard += 1
         self.num_samples += 1
 
     def close(self) -> None:
@@ -225,5 +227,5 @@ class _Shards:
 
 
 def padded(length: int) -> int:
-    """Return how long a tar of so many bytes is with its end mark."""
+    """Return the size of a tar of `length` bytes with its end mark."""
     return -(-(length + 2 * len(END)) // _RECORD) * _RECORD

@@ -1,1 +1,1 @@
-"""From the bytes of an image file to the model's input; knows no dataset."""
+"""Decode image files and bring them to the model's input; no code here knows datasets."""

@@ -1,4 +1,4 @@
-"""Any mode of pixels to 8-bit grey or RGB: transparency on white, 16 bits scaled and not clipped."""
+"""Convert pixels of any mode to 8-bit grey or RGB: transparency on white, 16 bits scaled and not clipped."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 from PIL import Image
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Bring any mode to 8-bit L or RGB, transparency on white."""
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Return an image of any mode as 8-bit L or RGB, with transparency composed on white."""
     if image.mode[0] in "IF":
         values = np.asarray(image)
-        grey = to_bytes(values)
+        grey = scale_to_uint8(values)
         key = image.info.get("transparency")
         return Image.fromarray(np.where(values == key, np.uint8(255), grey) if isinstance(key, int) else grey)
     if image.has_transparency_data:
@@ -21,7 +21,7 @@ def flatten(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def to_bytes(values: np.ndarray) -> np.ndarray:
+def scale_to_uint8(values: np.ndarray) -> np.ndarray:
     """Scale grey values to 0..255: from a nominal range if they fit in one, else from their minimum and maximum.
 
     Nominal is 0..65535 for integers and, in this order, 0..1 and 0..255 for floats; non-finite becomes the minimum.

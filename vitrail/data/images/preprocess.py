@@ -1,4 +1,4 @@
-"""From an image of any size to the model's input: one function for training's evaluation, predict and serve."""
+"""Resize, crop and normalise images to the model's input: one function for evaluation, predict and serve."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _PIXELS_LIMIT = 30_000_000  # of a resized image before its centre is cut out
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The exact preprocessing of a model, as its file's header keeps it.
+    """The exact preprocessing of a model, as the header of its model file records it.
 
-    Decode and EXIF rotation come before (`data/images/decode.py`); resizing is Pillow's, which always antialiases.
+    Decoding and EXIF rotation come before (`data/images/decode.py`); resizing is Pillow's, which always antialiases.
     """
 
     image_size: int = setting(224, "side of the result, pixels")
@@ -80,7 +80,7 @@ class Preprocess:
         return np.stack([np.asarray(band) for band in bands]) / np.float32(255)
 
     def resized(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        """Return an image of any mode that Pillow resizes, with the sides of the result."""
+        """Return an image resized and cropped to the model's input size; any mode that Pillow resizes."""
         size = self.image_size
         width, height = image.size
         if self.resize == "aspect":
@@ -91,7 +91,7 @@ class Preprocess:
         if self.resize in ("squash", "squash_crop"):
             image = image if image.size == (short, short) else self.resample(image, (short, short))
         elif short * short * max(width, height) > _PIXELS_LIMIT * min(width, height):
-            # A strip a thousand times longer than wide would be resized to gigabytes: resample only what is kept.
+            # A strip a thousand times longer than wide would be resized to gigabytes: resample only the centre.
             half = min(width, height) * size / short / 2
             box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
             return image.resize((size, size), INTERPOLATIONS[self.interpolation], box=box)
@@ -104,7 +104,7 @@ class Preprocess:
         return image.crop((left, top, left + size, top + size))
 
     def resample(self, image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
-        """Return an image at another (width, height)."""
+        """Return an image resized to (width, height)."""
         if self.resampler != "torchvision":
             return image.resize(size, INTERPOLATIONS[self.interpolation])
         import torch
@@ -128,7 +128,7 @@ class Preprocess:
         return (short, long) if width <= height else (long, short)
 
     def normalise(self, pixels: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Turn uint8 or 0..1 float images [B, C, H, W] into the model's float input, in `out` where it is given."""
+        """Return uint8 or 0..1 float images [B, C, H, W] as the model's float input, in `out` where it is given."""
         import torch
 
         mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
@@ -137,19 +137,19 @@ class Preprocess:
 
 
 def preprocess_from_config(config: RunConfig) -> Preprocess:
-    """Return the preprocessing that a run's configuration means."""
-    given = config.preprocess
+    """Return the preprocessing that a run's configuration describes."""
+    section = config.preprocess
     return Preprocess(
         image_size=config.model.image_size,
         channels=config.model.in_channels,
-        resize=given.resize,
-        crop_fraction=given.crop_fraction,
-        interpolation=given.interpolation,
-        mean=given.mean,
-        std=given.std,
-        multiple=config.model.patch_size if given.resize == "aspect" else 1,
-        crop_offset=given.crop_offset,
-        resampler=given.resampler,
+        resize=section.resize,
+        crop_fraction=section.crop_fraction,
+        interpolation=section.interpolation,
+        mean=section.mean,
+        std=section.std,
+        multiple=config.model.patch_size if section.resize == "aspect" else 1,
+        crop_offset=section.crop_offset,
+        resampler=section.resampler,
     )
 
 

@@ -1,1 +1,1 @@
-"""Which image is in which split: train, val or test, or a fold of a cross-validation."""
+"""Assign images to splits: train, val and test, or the folds of a cross-validation."""

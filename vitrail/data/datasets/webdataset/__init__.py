@@ -1,1 +1,1 @@
-"""Datasets in tar shards, on this machine or at an address."""
+"""Datasets in WebDataset tar shards, on this machine or at an address."""

@@ -1,4 +1,4 @@
-"""Files at an address, fetched once to the cache folder: whole, by several threads, and going on after a cut."""
+"""Download files to the cache folder, once: by several threads, and resuming where a connection was cut."""
 
 from __future__ import annotations
 
@@ -20,74 +20,74 @@ from vitrail.data.progress import Advance
 from vitrail.files import cache_folder
 from vitrail.lookup import shorten
 
-TRIES = 6  # in a row that bring nothing new
-PAUSE_S = 0.5  # after the first failure; each further one waits twice as long
+TRIES = 6  # in a row without progress
+PAUSE_S = 0.5  # after the first failure; each further pause is twice as long
 _THREADS = 8
 _SPARE_BYTES = 256 << 20  # left free on the disk
 
 
 class Missing(ValueError):
-    """There is no file at an address."""
+    """Raised when there is no file at an address."""
 
 
 class Denied(ValueError):
-    """A file must not be read; some stores answer so to what is not there."""
+    """Raised when a file must not be read; some stores answer so for files that do not exist."""
 
 
 def list_addresses(pattern: str) -> list[str]:
-    """Return the addresses that a pattern with `*` stands for, sorted.
+    """Return the addresses that match a pattern with `*`, sorted.
 
     Raises:
-        ValueError: none does, or the store cannot list.
+        ValueError: none matches, or the store cannot list its files.
     """
     store = store_of(pattern)
     if not isinstance(store, FsspecStore):
         raise ValueError(
             f"{pattern}: web servers cannot be asked for a list; write a range such as train-{{000..123}}.tar"
         )
-    found = _persist(pattern, lambda: sorted(map(str, store.files.glob(store.files._strip_protocol(pattern)))))
-    if not found:
+    paths = _retry(pattern, lambda: sorted(map(str, store.files.glob(store.files._strip_protocol(pattern)))))
+    if not paths:
         raise ValueError(f"{pattern}: no file there has such a name")
-    return [store.files.unstrip_protocol(each) for each in found]
+    return [store.files.unstrip_protocol(path) for path in paths]
 
 
 def inspect_addresses(urls: Sequence[str]) -> list[Remote]:
-    """Return what is at each address.
+    """Return the size and version mark of the file at each address.
 
     Raises:
         ValueError: some are missing, or a store does not answer.
     """
-    stores = {urlsplit(url)[:2]: url for url in reversed(urls)}
-    opened = {key: store_of(url) for key, url in stores.items()}
+    first_urls = {urlsplit(url)[:2]: url for url in reversed(urls)}
+    stores = {key: store_of(url) for key, url in first_urls.items()}
 
-    def one(url: str) -> Remote | None:
+    def inspect(url: str) -> Remote | None:
         try:
-            return _persist(url, lambda: opened[urlsplit(url)[:2]].look_up(url))
+            return _retry(url, lambda: stores[urlsplit(url)[:2]].inspect(url))
         except Missing:
             return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(one, urls))
-    gone = [url for url, remote in zip(urls, found, strict=True) if remote is None]
-    if gone:
-        count = f"{len(gone)} of {len(urls)} files are missing: " if len(urls) > 1 else "no such file: "
-        raise ValueError(f"{count}{shorten(gone)}; mend the address, or restore the files")
-    return [remote for remote in found if remote is not None]
+        remotes = list(pool.map(inspect, urls))
+    missing = [url for url, remote in zip(urls, remotes, strict=True) if remote is None]
+    if missing:
+        count = f"{len(missing)} of {len(urls)} files are missing: " if len(urls) > 1 else "no such file: "
+        raise ValueError(f"{count}{shorten(missing)}; mend the address, or restore the files")
+    return [remote for remote in remotes if remote is not None]
 
 
-def optional(url: str) -> Path | None:
-    """Return the copy of a file that need not be there, None where it is not."""
+def fetch_optional(url: str) -> Path | None:
+    """Return the path of the copy of a file that may be missing; None where it is."""
     try:
-        return fetch([_persist(url, lambda: store_of(url).look_up(url))])[0]
+        return fetch([_retry(url, lambda: store_of(url).inspect(url))])[0]
     except (Missing, Denied):
         return None
 
 
 def fetch(remotes: Sequence[Remote], advance: Advance = lambda done, total: None) -> list[Path]:
-    """Return the copies of files in the cache folder; those that are not there are fetched.
+    """Return the paths of the files' copies in the cache folder; missing copies are downloaded.
 
-    Several processes share the copies: one fetches a file, the others wait for it. What a cut or an ended process has
-    left is gone on with.
+    Several processes share the copies: one downloads a file, the others wait for it. A download that was cut off or
+    whose process has ended is resumed.
 
     Args:
         advance: called with the megabytes fetched and the total.
@@ -95,95 +95,95 @@ def fetch(remotes: Sequence[Remote], advance: Advance = lambda done, total: None
     Raises:
         ValueError: the disk is too small, or a file cannot be fetched.
     """
-    wanted = [remote for remote in remotes if not _is_whole(remote)]
-    if not wanted:
-        return [remote.place for remote in remotes]
+    missing = [remote for remote in remotes if not _is_whole(remote)]
+    if not missing:
+        return [remote.copy_path for remote in remotes]
     folder = cache_folder() / "shards"
     folder.mkdir(parents=True, exist_ok=True)
-    check_space(wanted, folder)
-    total, done, lock = sum(remote.size for remote in wanted), 0, threading.Lock()
+    check_space(missing, folder)
+    total, done, lock = sum(remote.size for remote in missing), 0, threading.Lock()
 
-    def count(number: int) -> None:
+    def count(num_bytes: int) -> None:
         nonlocal done
         with lock:
-            done += number
+            done += num_bytes
             advance(done // 10**6, total // 10**6)
 
     stopped = threading.Event()
-    stores = {urlsplit(remote.url)[:2]: store_of(remote.url) for remote in wanted}
+    stores = {urlsplit(remote.url)[:2]: store_of(remote.url) for remote in missing}
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch") as pool:
-        waiting = [pool.submit(fetch_one, each, stores[urlsplit(each.url)[:2]], count, stopped) for each in wanted]
+        futures = [pool.submit(fetch_one, each, stores[urlsplit(each.url)[:2]], count, stopped) for each in missing]
         try:
-            for each in waiting:
-                each.result()
+            for future in futures:
+                future.result()
         except BaseException:
             stopped.set()
-            for each in waiting:
-                each.cancel()
+            for future in futures:
+                future.cancel()
             raise
-    return [remote.place for remote in remotes]
+    return [remote.copy_path for remote in remotes]
 
 
-def check_space(wanted: Sequence[Remote], folder: Path) -> None:
-    """Raise a ValueError when the disk does not hold what is to be fetched."""
-    drafts = sum(draft.stat().st_size for remote in wanted if (draft := _draft(remote)).exists())
-    needed, free = sum(remote.size for remote in wanted) - drafts + _SPARE_BYTES, shutil.disk_usage(folder).free
+def check_space(missing: Sequence[Remote], folder: Path) -> None:
+    """Raise a ValueError when the files to be downloaded do not fit on the disk."""
+    drafts = sum(draft.stat().st_size for remote in missing if (draft := _draft(remote)).exists())
+    needed, free = sum(remote.size for remote in missing) - drafts + _SPARE_BYTES, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"{len(wanted):,} shards need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; make room, "
+            f"{len(missing):,} shards need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; make room, "
             "or set VITRAIL_CACHE to a folder on a larger disk"
         )
 
 
 def fetch_one(remote: Remote, store: Store, count: Callable[[int], None], stopped: threading.Event) -> None:
-    """Fetch a file unless another process has."""
+    """Download a file unless another process has done so meanwhile."""
     from filelock import FileLock
 
     draft = _draft(remote)
-    with FileLock(remote.place.with_name(f".{remote.place.name}.lock")):
+    with FileLock(remote.copy_path.with_name(f".{remote.copy_path.name}.lock")):
         if _is_whole(remote):
             count(remote.size)
             return
         if not remote.mark:
-            draft.unlink(missing_ok=True)  # of what content it is the beginning, nobody knows
+            draft.unlink(missing_ok=True)  # it may be the beginning of another content
         with draft.open("ab") as handle:
             count(handle.tell())
 
-            def go_on() -> None:
+            def fetch_rest() -> None:
                 if stopped.is_set():
                     raise Refused("stopped")
                 if handle.tell() > remote.size:
                     handle.truncate(0)
-                for place, block in store.pieces(remote, handle.tell()) if handle.tell() < remote.size else ():
+                for offset, block in store.blocks(remote, handle.tell()) if handle.tell() < remote.size else ():
                     if stopped.is_set():
                         raise Refused("stopped")
-                    assert place <= handle.tell()
-                    if place < handle.tell():
-                        count(place - handle.tell())
-                        handle.truncate(place)
-                        handle.seek(place)
+                    assert offset <= handle.tell()
+                    if offset < handle.tell():
+                        count(offset - handle.tell())
+                        handle.truncate(offset)
+                        handle.seek(offset)
                     handle.write(block)
                     count(len(block))
                     handle.flush()
                 if handle.tell() != remote.size:
                     raise OSError(f"the connection ended after {handle.tell():,} of {remote.size:,} bytes")
 
-            _persist(remote.url, go_on, handle.tell)
+            _retry(remote.url, fetch_rest, handle.tell)
             os.fsync(handle.fileno())
-        os.replace(draft, remote.place)
+        os.replace(draft, remote.copy_path)
 
 
-def _persist(url: str, do: Callable[[], Any], reached: Callable[[], int] = lambda: 0) -> Any:
-    """Call a function until it succeeds, with growing pauses; give up after `TRIES` that reached nothing new.
+def _retry(url: str, action: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
+    """Call `action` until it succeeds, with growing pauses; give up after `TRIES` calls without progress.
 
     Raises:
-        Missing, Denied: nothing is at the address, or nothing that may be read.
+        Missing, Denied: there is no file at the address, or none that may be read.
         ValueError: it failed for good.
     """
-    failures, best = 0, reached()
+    failures, best = 0, progress()
     while True:
         try:
-            return do()
+            return action()
         except FileNotFoundError:
             raise Missing(f"{url}: no such file") from None
         except PermissionError as error:
@@ -193,15 +193,15 @@ def _persist(url: str, do: Callable[[], Any], reached: Callable[[], int] = lambd
         except (OSError, http.client.HTTPException) as error:
             reason: Exception = error
         except Exception as error:
-            # The packages behind fsspec raise errors of all kinds; those of their settings do not get better.
+            # The packages behind fsspec raise errors of all kinds; for those about credentials, trying again does not help.
             if "Credentials" in type(error).__name__:
                 raise ValueError(
                     f"{url}: {first_line(error)}; for a public bucket set FSSPEC_S3_ANON=true, else give credentials as "
                     "for any AWS program"
                 ) from None
             reason = error
-        failures = failures + 1 if reached() <= best else 1
-        best = max(best, reached())
+        failures = failures + 1 if progress() <= best else 1
+        best = max(best, progress())
         if failures >= TRIES:
             there = f", with {best:,} bytes there" if best else ""
             raise ValueError(
@@ -212,10 +212,12 @@ def _persist(url: str, do: Callable[[], Any], reached: Callable[[], int] = lambd
 
 
 def _draft(remote: Remote) -> Path:
-    return remote.place.with_name(f".{remote.place.name}.part")
+    """Return the path of an unfinished download."""
+    return remote.copy_path.with_name(f".{remote.copy_path.name}.part")
 
 
 def _is_whole(remote: Remote) -> bool:
+    """Return whether the copy of a file is complete."""
     with contextlib.suppress(OSError):
-        return remote.place.stat().st_size == remote.size
+        return remote.copy_path.stat().st_size == remote.size
     return False

@@ -1,6 +1,6 @@
-"""What one shard holds: the place of each image in the tar, and all that is said of it; kept in the cache folder.
+"""The index of one shard: offset, class, split, group and weight of each image; stored in the cache folder.
 
-A sample is the files that follow each other and share a key, which is the path up to the first dot of the file's name
+A sample is a run of files that share a key, which is the path up to the first dot of the file's name
 (WebDataset's convention): `a/7.jpg`, `a/7.cls`, `a/7.json`.
 """
 
@@ -25,26 +25,26 @@ from vitrail.lookup import unknown
 
 _LONGEST_SIDE_FILE = 1 << 20  # bytes of a .cls or .json
 _MOST_UNREAD = 30
-_NOTES = re.compile(r"__[^/]*__($|/)|__MACOSX/")  # what WebDataset's readers skip, and what macOS adds
-_NUMBERS = {
+_SKIPPED = re.compile(r"__[^/]*__($|/)|__MACOSX/")  # names that WebDataset's readers skip, and that macOS adds
+_TYPE_CODES = {
     "starts": "q",
     "sizes": "q",
     "codes": "i",
     "splits": "b",
     "groups": "i",
     "weights": "d",
-}  # as `array` writes their forms
+}  # of the arrays, as the module `array` names them
 READ_KEYS = ("label", "split", "group", "weight")
-OWN_KEYS = ("path",)  # what `vitrail shard` writes besides, for people
+OWN_KEYS = ("path",)  # written by `vitrail shard` too, for people
 
 
 class ClassMarks(NamedTuple):
-    """What a sample says of its class; empty where it says nothing.
+    """The texts by which a sample gives its class; empty where it has none.
 
     Attributes:
         label: `label` in its .json.
         cls: its .cls.
-        folder: the folders in its key, where neither is there.
+        folder: the folders in its key, where it has neither.
     """
 
     label: str
@@ -53,7 +53,7 @@ class ClassMarks(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Where the class is read."""
+        """Return which of the three gives the class."""
         return ".json" if self.label else ".cls" if self.cls else "folder"
 
 
@@ -62,14 +62,14 @@ class ShardIndex:
     """The images of a shard.
 
     Attributes:
-        paths: their names in the tar.
-        starts, sizes: first byte and length of each.
-        said: what is said of classes, each different thing once.
-        codes: for each image its number in `said`.
-        parts: for each image its number in `PARTS`, -1 where its .json has no split.
-        groups: for each image its number in `group_names`, -1 for none.
-        weights: what each image counts in the loss, NaN where its .json has no weight.
-        unread: what is in the tar and is not read.
+        paths: [N] names in the tar.
+        starts, sizes: [N] offset and length, bytes.
+        marks: the different class marks.
+        codes: [N] index of each image's mark in `marks`.
+        splits: [N] index of each image's split in `SPLITS`, -1 where its .json has none.
+        groups: [N] index of each image's group in `group_names`, -1 for none.
+        weights: [N] loss weights, NaN where the .json has none.
+        unread: names of the content of the tar that is not read.
     """
 
     paths: StringArray
@@ -84,69 +84,69 @@ class ShardIndex:
     unread: list[str]
 
 
-def load_index(file: str, place: str, identity: bytes) -> ShardIndex:
-    """Return the index of a shard; it is made on the first call.
+def load_index(file: str, location: str, identity: bytes) -> ShardIndex:
+    """Return the index of a shard, from the cache folder where it is there.
 
     Args:
-        place: what messages call the shard.
-        identity: what changes when the file does.
+        location: path or address of the shard, as messages show it.
+        identity: bytes that change when the file does.
 
     Raises:
         ValueError: the file is no whole tar, or a sample in it cannot be used; the message names it.
     """
-    if kept := read_listing("shards", identity):
-        arrays, (said, group_names, unread) = kept
+    if cached := read_listing("shards", identity):
+        arrays, (marks, group_names, unread) = cached
         return ShardIndex(
-            paths=StringArray.of(arrays["names"], arrays["ends"]),
-            **{each: arrays[each] for each in _NUMBERS},
-            marks=[ClassMarks(*each) for each in said],
+            paths=StringArray.from_arrays(arrays["names"], arrays["ends"]),
+            **{name: arrays[name] for name in _TYPE_CODES},
+            marks=[ClassMarks(*mark) for mark in marks],
             group_names=group_names,
             unread=unread,
         )
-    with TarReader(file, place) as tar:
-        found = _IndexBuilder(tar).index()
-    names, ends = found.paths.arrays()
-    arrays = {"names": names, "ends": ends} | {each: getattr(found, each) for each in _NUMBERS}
-    write_listing("shards", identity, arrays, [found.marks, found.group_names, found.unread])
-    return found
+    with TarReader(file, location) as tar:
+        index = _IndexBuilder(tar).build()
+    names, ends = index.paths.arrays()
+    arrays = {"names": names, "ends": ends} | {name: getattr(index, name) for name in _TYPE_CODES}
+    write_listing("shards", identity, arrays, [index.marks, index.group_names, index.unread])
+    return index
 
 
 @dataclass
 class _Sample:
-    """The files of one key, while they are met."""
+    """The files of one key, while they are collected."""
 
     key: str
     first: str
     images: list[Member] = field(default_factory=list)
-    others: list[Member] = field(default_factory=list)  # images such as x.mask.png, which count where there is no x.png
+    others: list[Member] = field(default_factory=list)  # images such as x.mask.png, used where there is no x.png
     cls: str = ""
     json: dict[str, Any] = field(default_factory=dict)
     endings: set[str] = field(default_factory=set)
 
 
 class _IndexBuilder:
-    """Makes the index of a tar."""
+    """Builds the index of a tar."""
 
     def __init__(self, tar: TarReader) -> None:
         self.tar, self.paths, self.keys = tar, StringArray(), StringArray()
-        self.numbers = {name: array(form) for name, form in _NUMBERS.items()}
-        self.said: dict[ClassMarks, int] = {}
+        self.columns = {name: array(code) for name, code in _TYPE_CODES.items()}
+        self.marks: dict[ClassMarks, int] = {}
         self.group_names: dict[str, int] = {}
         self.unread: dict[str, None] = {}
 
     def fault(self, name: str, text: str) -> ValueError:
         """Return an error about a file in the tar."""
-        return ValueError(f"{self.tar.place}: {name}: {text}")
+        return ValueError(f"{self.tar.location}: {name}: {text}")
 
-    def index(self) -> ShardIndex:
-        """Walk the tar."""
+    def build(self) -> ShardIndex:
+        """Read all headers of the tar and return its index."""
         sample = None
         for member in self.tar.members():
-            name = self.clean(member.name)
+            name = self.clean_name(member.name)
             folder, slash, base = name.rpartition("/")
             stem, dot, ending = base.partition(".")
-            if not stem or not dot or _NOTES.match(name):
-                self.note(base if stem else "")
+            if not stem or not dot or _SKIPPED.match(name):
+                self.note_unread(base if stem else "")
                 continue
             key = folder + slash + stem
             if sample is None or key != sample.key:
@@ -155,21 +155,21 @@ class _IndexBuilder:
             self.add(sample, ending.lower(), Member(name, member.start, member.size))
         self.finish(sample)
         if not len(self.paths):
-            raise ValueError(f"{self.tar.place}: holds no samples; leave it out")
-        if twice := first_repeated(self.keys):
-            name = self.paths[twice[1]]
+            raise ValueError(f"{self.tar.location}: holds no samples; leave it out")
+        if repeated := first_repeated(self.keys):
+            name = self.paths[repeated[1]]
             raise self.fault(
                 name,
-                f"its key {self.keys[twice[1]]!r} was there before, with other samples between; the files of a sample must "
+                f"its key {self.keys[repeated[1]]!r} was there before, with other samples between; the files of a sample must "
                 "follow each other, and each sample have a key of its own (GNU tar: --sort=name)",
             )
-        arrays = {name: np.asarray(values) for name, values in self.numbers.items()}
+        arrays = {name: np.asarray(values) for name, values in self.columns.items()}
         return ShardIndex(
-            self.paths, **arrays, marks=list(self.said), group_names=list(self.group_names), unread=sorted(self.unread)
+            self.paths, **arrays, marks=list(self.marks), group_names=list(self.group_names), unread=sorted(self.unread)
         )
 
-    def clean(self, name: str) -> str:
-        """Return a name without what stands for the tar's own folder."""
+    def clean_name(self, name: str) -> str:
+        """Return a name without a leading `/` or `./`."""
         clean = name.lstrip("/") if name.startswith("/") else name
         while clean.startswith("./"):
             clean = clean[2:]
@@ -177,13 +177,13 @@ class _IndexBuilder:
             raise self.fault(name, "leads out of the shard (..); write the shard anew with plain names")
         return clean
 
-    def note(self, what: str) -> None:
-        """Remember what is not read."""
-        if what and len(self.unread) < _MOST_UNREAD:
-            self.unread[what] = None
+    def note_unread(self, name: str) -> None:
+        """Remember the name of something that is not read."""
+        if name and len(self.unread) < _MOST_UNREAD:
+            self.unread[name] = None
 
     def add(self, sample: _Sample, ending: str, member: Member) -> None:
-        """Take a file of a sample."""
+        """Add a file to a sample."""
         if ending in sample.endings:
             raise self.fault(member.name, "is there twice; keep one of them")
         sample.endings.add(ending)
@@ -203,10 +203,10 @@ class _IndexBuilder:
             if not isinstance(sample.json, dict):
                 raise self.fault(member.name, 'is no object; expected such as {"label": "cat"}')
         else:
-            self.note(f".{ending}")
+            self.note_unread(f".{ending}")
 
     def text(self, member: Member) -> str:
-        """Return what a small file says."""
+        """Return the text of a small file."""
         if member.size > _LONGEST_SIDE_FILE:
             raise self.fault(member.name, f"has {member.size:,} bytes; expected a few")
         try:
@@ -215,12 +215,12 @@ class _IndexBuilder:
             raise self.fault(member.name, f"is not UTF-8 ({error.reason})") from None
 
     def finish(self, sample: _Sample | None) -> None:
-        """Keep a sample whose files have all been met."""
+        """Add a sample, of which all files have been read, to the index."""
         if sample is None:
             return
         images = sample.images or sample.others
         for other in sample.others if sample.images else ():
-            self.note("." + os.path.basename(other.name).partition(".")[2])
+            self.note_unread("." + os.path.basename(other.name).partition(".")[2])
         if not images:
             raise self.fault(
                 sample.first,
@@ -233,22 +233,22 @@ class _IndexBuilder:
                 "name counts up to its first dot, so give each image a name of its own before it",
             )
         name, start, size = images[0]
-        said = self.class_of(sample, name)
+        mark = self.class_of(sample, name)
         self.keys.append(sample.key)
         self.paths.append(name)
-        self.numbers["starts"].append(start)
-        self.numbers["sizes"].append(size)
-        self.numbers["codes"].append(self.said.setdefault(said, len(self.said)))
-        self.numbers["splits"].append(self.split_of(sample, name))
-        group = self.word(sample, name, "group")
-        self.numbers["groups"].append(self.group_names.setdefault(group, len(self.group_names)) if group else -1)
-        self.numbers["weights"].append(self.weight_of(sample, name))
+        self.columns["starts"].append(start)
+        self.columns["sizes"].append(size)
+        self.columns["codes"].append(self.marks.setdefault(mark, len(self.marks)))
+        self.columns["splits"].append(self.split_of(sample, name))
+        group = self.json_text(sample, name, "group")
+        self.columns["groups"].append(self.group_names.setdefault(group, len(self.group_names)) if group else -1)
+        self.columns["weights"].append(self.weight_of(sample, name))
         for key in sample.json.keys() - {*READ_KEYS, *OWN_KEYS} if sample.json else ():
-            self.note(f"{key} in .json")
+            self.note_unread(f"{key} in .json")
 
     def class_of(self, sample: _Sample, name: str) -> ClassMarks:
-        """Return what a sample says of its class."""
-        label, cls = self.word(sample, name, "label"), sample.cls
+        """Return the class marks of a sample."""
+        label, cls = self.json_text(sample, name, "label"), sample.cls
         folder = "" if label or cls else name.rpartition("/")[0]
         if label or cls or folder:
             return ClassMarks(label, cls, folder)
@@ -258,7 +258,7 @@ class _IndexBuilder:
             "the class's name",
         )
 
-    def word(self, sample: _Sample, name: str, key: str) -> str:
+    def json_text(self, sample: _Sample, name: str, key: str) -> str:
         """Return a value of a sample's .json as text, empty where there is none."""
         value = sample.json.get(key) if sample.json else None
         if value is None:
@@ -272,7 +272,7 @@ class _IndexBuilder:
         return str(value).strip()
 
     def weight_of(self, sample: _Sample, name: str) -> float:
-        """Return what a sample's .json says that it counts in the loss, NaN where it says nothing."""
+        """Return the loss weight in a sample's .json, NaN where it has none."""
         value = sample.json.get("weight")
         if value is None:
             return math.nan
@@ -281,10 +281,10 @@ class _IndexBuilder:
         return float(value)
 
     def split_of(self, sample: _Sample, name: str) -> int:
-        """Return the number of the part that a sample's .json tells, -1 where it tells none."""
-        word = self.word(sample, name, "split")
-        if not word:
+        """Return the index in `SPLITS` of the split in a sample's .json, -1 where it has none."""
+        split = self.json_text(sample, name, "split")
+        if not split:
             return -1
-        if word.lower() not in SPLIT_NAMES:
-            raise self.fault(name, f"in its .json: {unknown('split', word, [*SPLITS, 'valid', 'validation'])}")
-        return SPLITS.index(SPLIT_NAMES[word.lower()])
+        if split.lower() not in SPLIT_NAMES:
+            raise self.fault(name, f"in its .json: {unknown('split', split, [*SPLITS, 'valid', 'validation'])}")
+        return SPLITS.index(SPLIT_NAMES[split.lower()])

@@ -1,7 +1,7 @@
-"""Tars of images as WebDataset writes them: a file, a range `train-{000..123}.tar`, a glob, here or at an address.
+"""Open WebDataset shards: a tar, a range `train-{000..123}.tar` or a glob, on this machine or at an address.
 
-Training asks for any image at any time (see `loader`), so shards are listed, not streamed: one walk over each tar's
-headers says where its images lie. Tars on this machine are read in place; others are fetched once to the cache folder.
+Training needs any image at any time (see `train_loader`), so shards are listed, not streamed: the headers of each tar
+are read once for the offsets of its images. Tars at an address are downloaded once to the cache folder.
 """
 
 from __future__ import annotations
@@ -26,58 +26,60 @@ from vitrail.data.problems import Problem
 from vitrail.data.progress import Bar, no_bar
 from vitrail.lookup import shorten
 
-# More of them wait for each other: 6 took twice the time of 1 on a local disk; one waits for a network disk.
+# 6 threads took twice the time of 1 on a local disk, since they wait for each other; 2 hide a network disk's waiting.
 _THREADS = 2
-CLASSES = "classes.json"  # beside the shards: class names in the order of the numbers in .cls
+CLASSES = "classes.json"  # a file beside the shards: class names in the order of the numbers in .cls
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def is_address(word: str) -> bool:
-    """Whether a word is an address rather than a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", word) is not None
+def is_address(source: str) -> bool:
+    """Return whether a string is an address rather than a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", source) is not None
 
 
-def is_shards(word: str) -> bool:
-    """Whether a word means tars: an address, a name that ends in .tar, or a folder that holds such files and no folders."""
-    if is_address(word):
+def is_shards(source: str) -> bool:
+    """Return whether DATA names shards: an address, a name that ends in .tar, or a folder of tars and no folders."""
+    if is_address(source):
         return True
-    place = Path(word).expanduser()
-    if place.is_dir():
-        with os.scandir(place) as entries:
-            found = [(each.name, each.is_dir()) for each in entries if not each.name.startswith(".")]
-        return any(name.endswith(".tar") for name, _ in found) and not any(folder for _, folder in found)
-    return word.lower().endswith((".tar", *COMPRESSED))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        with os.scandir(path) as entries:
+            members = [(each.name, each.is_dir()) for each in entries if not each.name.startswith(".")]
+        return any(name.endswith(".tar") for name, _ in members) and not any(is_folder for _, is_folder in members)
+    return source.lower().endswith((".tar", *COMPRESSED))
 
 
-def open_shards(word: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"], bar: Bar = no_bar) -> TarDataset:
+def open_shards(source: str, *, limit_pixels: int, damaged: Literal["refuse", "keep"], bar: Bar = no_bar) -> TarDataset:
     """List the images of shards.
 
     Raises:
         ValueError: a shard is missing, is no whole tar or cannot be fetched, or a sample in it cannot be used.
     """
-    word = word.removeprefix("file://")
-    words = expand(word)
-    shards = fetched_shards(words, bar) if is_address(words[0]) else local_shards(words)
-    classes = find_classes(words)
+    source = source.removeprefix("file://")
+    locations = expand(source)
+    shards = fetched_shards(locations, bar) if is_address(locations[0]) else local_shards(locations)
+    classes = find_classes(locations)
     with ThreadPoolExecutor(_THREADS) as pool, bar(f"listing {len(shards):,} shards") as advance:
         indexes = []
-        for index in pool.map(lambda each: load_index(each.file, each.word, each.identity), shards):
+        for index in pool.map(lambda each: load_index(each.file, each.location, each.identity), shards):
             indexes.append(index)
             advance(len(indexes), len(shards))
-    name = word if is_address(word) else Path(word).resolve().name
-    parts = [split_in_name(each) for each in shards]
-    found = join_shards(name, shards, indexes, classes=classes, parts=parts, limit_pixels=limit_pixels, damaged=damaged)
-    # Braces say themselves which shards are meant.
-    missing = [] if "{" in word else gaps([each.word for each in shards])
-    return replace(found, problems=(*found.problems, *missing))
+    name = source if is_address(source) else Path(source).resolve().name
+    splits = [split_in_name(shard) for shard in shards]
+    dataset = join_shards(
+        name, shards, indexes, classes=classes, splits=splits, limit_pixels=limit_pixels, damaged=damaged
+    )
+    # Braces name the shards one by one, so that none can be missing.
+    gaps = [] if "{" in source else missing_shards([shard.location for shard in shards])
+    return replace(dataset, problems=(*dataset.problems, *gaps))
 
 
-def gaps(words: Sequence[str]) -> list[Problem]:
-    """Warn of numbers that are missing between those of shards with the same name."""
+def missing_shards(locations: Sequence[str]) -> list[Problem]:
+    """Return the problem of numbers that are missing between those of shards; none where none is missing."""
     numbers: dict[tuple[str, int], list[int]] = {}
-    for word in words:
-        if number := re.search(r"(\d+)\.tar$", word):
-            numbers.setdefault((word[: number.start()], len(number[1])), []).append(int(number[1]))
+    for location in locations:
+        if number := re.search(r"(\d+)\.tar$", location):
+            numbers.setdefault((location[: number.start()], len(number[1])), []).append(int(number[1]))
     missing = [
         f"{start}{number:0{width}d}.tar"
         for (start, width), each in numbers.items()
@@ -89,39 +91,41 @@ def gaps(words: Sequence[str]) -> list[Problem]:
     return [Problem("warning", "name", tuple(missing), text)]
 
 
-def expand(word: str) -> list[str]:
-    """Return the paths or addresses of the shards that a word means, in the order of their names.
+def expand(source: str) -> list[str]:
+    """Return the paths or addresses of the shards that DATA names, in the order of their names.
 
     Raises:
-        ValueError: there are none, some are not there, or they are no tars.
+        ValueError: there are none, some are missing, or some are no tars.
     """
     from braceexpand import braceexpand
 
-    if not is_address(word):
-        word = os.path.expanduser(word)
-        if os.path.isdir(word):
-            return sorted(glob.glob(os.path.join(glob.escape(word), "*.tar")))
-        if os.path.exists(word):
-            return refuse_others([word])
+    if not is_address(source):
+        source = os.path.expanduser(source)
+        if os.path.isdir(source):
+            return sorted(glob.glob(os.path.join(glob.escape(source), "*.tar")))
+        if os.path.exists(source):
+            return check_tar_names([source])
     try:
-        each = list(braceexpand(word, escape=False))
+        patterns = list(braceexpand(source, escape=False))
     except ValueError:
-        raise ValueError(f"{word}: a brace is not closed; expected such as train-{{000..123}}.tar") from None
-    words = [found for pattern in each for found in matches(pattern)]
-    if len(set(words)) < len(words):
-        twice = next(found for found in words if words.count(found) > 1)
-        raise ValueError(f"{word}: names {twice} twice")
-    refuse_others(words)
-    gone = [] if is_address(word) else [found for found in words if not os.path.isfile(found)]
-    if gone:
-        count = f"{len(gone)} of {len(words)} shards are missing: " if len(words) > 1 else ""
-        raise ValueError(f"{count}{shorten(gone)}: no such file; mend the range, or restore the files")
-    return words
+        raise ValueError(f"{source}: a brace is not closed; expected such as train-{{000..123}}.tar") from None
+    locations = [location for pattern in patterns for location in expand_glob(pattern)]
+    if len(set(locations)) < len(locations):
+        repeated = next(location for location in locations if locations.count(location) > 1)
+        raise ValueError(f"{source}: names {repeated} twice")
+    check_tar_names(locations)
+    missing = [] if is_address(source) else [location for location in locations if not os.path.isfile(location)]
+    if missing:
+        count = f"{len(missing)} of {len(locations)} shards are missing: " if len(locations) > 1 else ""
+        raise ValueError(f"{count}{shorten(missing)}: no such file; mend the range, or restore the files")
+    return locations
 
 
-def shards_name(word: str) -> str:
-    """Return a plain name for a word that means shards: what stays of it without ranges and the names of parts."""
-    path = re.sub(r"\{[^}]*\}|[*?[\]]", "", urlsplit(word)[1] + urlsplit(word).path if is_address(word) else word)
+def shards_name(source: str) -> str:
+    """Return a plain name for DATA that names shards: without ranges, globs and the names of splits."""
+    path = re.sub(
+        r"\{[^}]*\}|[*?[\]]", "", urlsplit(source)[1] + urlsplit(source).path if is_address(source) else source
+    )
     for text in reversed(path.removesuffix(".tar").split("/")):
         words = [each for each in re.findall(r"[^-_]+[-_]*", text) if each.strip("-_").lower() not in SPLIT_NAMES]
         if any(letter.isalpha() for each in words for letter in each):
@@ -129,85 +133,85 @@ def shards_name(word: str) -> str:
     return "shards"
 
 
-def matches(pattern: str) -> list[str]:
-    """Return what a pattern with `*` stands for, and anything else as it is."""
+def expand_glob(pattern: str) -> list[str]:
+    """Return the paths or addresses that match a pattern; one without wildcards as it is."""
     if is_address(pattern):
         pattern += "*.tar" if pattern.endswith("/") else ""
         return remote.list_addresses(pattern) if "*" in pattern else [pattern]
     if not glob.has_magic(pattern):
         return [pattern]
-    found = sorted(glob.glob(pattern, recursive=True))
-    if not found:
+    paths = sorted(glob.glob(pattern, recursive=True))
+    if not paths:
         raise ValueError(f"{pattern}: no file has such a name")
-    return found
+    return paths
 
 
-def refuse_others(words: list[str]) -> list[str]:
-    """Return the words, unless one does not end as a tar does."""
-    for word in words:
-        path = (urlsplit(word).path if is_address(word) else word).lower()
+def check_tar_names(locations: list[str]) -> list[str]:
+    """Return the paths or addresses; raises a ValueError when one does not end in .tar."""
+    for location in locations:
+        path = (urlsplit(location).path if is_address(location) else location).lower()
         if path.endswith(COMPRESSED):
             raise ValueError(
-                f"{word}: is compressed, so that no image can be read without all before it; unpack it once to .tar: "
+                f"{location}: is compressed, so that no image can be read without all before it; unpack it once to .tar: "
                 "images are compressed already"
             )
         if not path.endswith(".tar"):
-            what = "of addresses, only tars of images are read" if is_address(word) else "is no tar"
-            raise ValueError(f"{word}: {what}; expected a name that ends in .tar, such as train-{{000..123}}.tar")
-    return words
+            what = "of addresses, only tars of images are read" if is_address(location) else "is no tar"
+            raise ValueError(f"{location}: {what}; expected a name that ends in .tar, such as train-{{000..123}}.tar")
+    return locations
 
 
-def stems(words: Sequence[str]) -> list[str]:
+def stems(locations: Sequence[str]) -> list[str]:
     """Return short names of shards, each once: their paths below the folder that they share, without .tar."""
-    paths = [urlsplit(word).path if is_address(word) else os.path.abspath(word) for word in words]
+    paths = [urlsplit(each).path if is_address(each) else os.path.abspath(each) for each in locations]
     shared = posixpath.commonpath([posixpath.dirname(path) or "/" for path in paths])
     short = [posixpath.relpath(path, shared)[: -len(".tar")] for path in paths]
-    return short if len(set(short)) == len(short) else [word.partition("://")[2][: -len(".tar")] for word in words]
+    return short if len(set(short)) == len(short) else [each.partition("://")[2][: -len(".tar")] for each in locations]
 
 
-def local_shards(words: Sequence[str]) -> list[TarShard]:
+def local_shards(paths: Sequence[str]) -> list[TarShard]:
     """Return shards that are files on this machine."""
     shards = []
-    for word, stem in zip(words, stems(words), strict=True):
-        found, place = os.stat(word), os.path.abspath(word)
-        identity = file_identity(place)
+    for path, stem in zip(paths, stems(paths), strict=True):
+        status, file = os.stat(path), os.path.abspath(path)
+        identity = file_identity(file)
         if identity is None:
-            raise ValueError(f"{word}: is no file")
-        shards.append(TarShard(word, stem, place, (found.st_size, found.st_mtime_ns), identity))
+            raise ValueError(f"{path}: is no file")
+        shards.append(TarShard(path, stem, file, (status.st_size, status.st_mtime_ns), identity))
     return shards
 
 
 def fetched_shards(urls: Sequence[str], bar: Bar) -> list[TarShard]:
-    """Return shards at addresses, of which the cache folder then has copies."""
-    found = remote.inspect_addresses(urls)
+    """Return shards at addresses, which are downloaded to the cache folder where they are not there yet."""
+    remotes = remote.inspect_addresses(urls)
     with bar(f"fetching {len(urls):,} shards (MB)") as advance:
-        places = remote.fetch(found, advance)
+        copies = remote.fetch(remotes, advance)
     shards = []
-    for each, stem, place in zip(found, stems(urls), places, strict=True):
-        state = os.stat(place)
-        # By what its store says, not by the copy: fetched again, the same shard is the same.
+    for each, stem, copy in zip(remotes, stems(urls), copies, strict=True):
+        status = os.stat(copy)
+        # Identified by its store's mark, not by the copy: downloaded again, the same shard is the same.
         shards.append(
             TarShard(
-                each.url, stem, str(place), (state.st_size, state.st_mtime_ns), f"{each.url}\0{each.digest}".encode()
+                each.url, stem, str(copy), (status.st_size, status.st_mtime_ns), f"{each.url}\0{each.digest}".encode()
             )
         )
     return shards
 
 
-def find_classes(words: Sequence[str]) -> ClassNames | None:
-    """Return what `classes.json` beside the shards says, None where there is none.
+def find_classes(locations: Sequence[str]) -> ClassNames | None:
+    """Return the content of `classes.json` beside the shards, None where there is none.
 
     Raises:
         ValueError: it cannot be read, or folders of shards disagree on it.
     """
     found: dict[ClassNames | None, str] = {}
-    for folder in dict.fromkeys(word[: word.rfind("/") + 1] for word in words):
-        place = folder + CLASSES
-        if is_address(place):
-            copy = remote.optional(place)
+    for folder in dict.fromkeys(each[: each.rfind("/") + 1] for each in locations):
+        location = folder + CLASSES
+        if is_address(location):
+            file = remote.fetch_optional(location)
         else:
-            copy = Path(place) if os.path.isfile(place) else None
-        found[None if copy is None else read_classes(copy, place)] = place
+            file = Path(location) if os.path.isfile(location) else None
+        found[None if file is None else read_classes(file, location)] = location
     if len(found) > 1:
         raise ValueError(
             f"{' and '.join(found.values())}: are not the same; shards of one dataset have the same classes"
@@ -215,32 +219,32 @@ def find_classes(words: Sequence[str]) -> ClassNames | None:
     return next(iter(found))
 
 
-def read_classes(file: Path, place: str) -> ClassNames:
-    """Return what a `classes.json` says: a list of names, or `{"classes": [names], "flip_reason": text}`."""
+def read_classes(file: Path, location: str) -> ClassNames:
+    """Return the content of a `classes.json`: a list of names, or `{"classes": [names], "flip_reason": text}`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{place}: is no JSON ({error}); expected a list of class names in class order") from None
+        raise ValueError(f"{location}: is no JSON ({error}); expected a list of class names in class order") from None
     names, reason = (
         (content.get("classes"), content.get("flip_reason", "")) if isinstance(content, dict) else (content, "")
     )
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names) or not names:
-        raise ValueError(f"{place}: expected a list of class names in class order")
+        raise ValueError(f"{location}: expected a list of class names in class order")
     if len(set(names)) < len(names):
-        raise ValueError(f"{place}: has the class {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise ValueError(f"{location}: has the class {next(name for name in names if names.count(name) > 1)!r} twice")
     return ClassNames(tuple(names), str(reason))
 
 
 def split_in_name(shard: TarShard) -> int:
-    """Return the number of the part that a shard's name (`train-000.tar`, `photos-val-7.tar`) or folder tells, else -1.
+    """Return the index in `SPLITS` of the split in a shard's name (`photos-val-7.tar`) or folder, -1 without one.
 
     Raises:
-        ValueError: the name tells two.
+        ValueError: the name has two.
     """
-    folder, _, base = (urlsplit(shard.word).path if is_address(shard.word) else shard.file).rpartition("/")
+    folder, _, base = (urlsplit(shard.location).path if is_address(shard.location) else shard.file).rpartition("/")
     words = re.split(r"[-_.]", base.removesuffix(".tar").lower())
     found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     if len(found) > 1:
-        raise ValueError(f"{shard.word}: its name tells the parts {' and '.join(sorted(found))}; rename it")
-    part = next(iter(found), None) or SPLIT_NAMES.get(folder.rpartition("/")[2].lower())
-    return -1 if part is None else SPLITS.index(part)
+        raise ValueError(f"{shard.location}: its name has the splits {' and '.join(sorted(found))}; rename it")
+    split = next(iter(found), None) or SPLIT_NAMES.get(folder.rpartition("/")[2].lower())
+    return -1 if split is None else SPLITS.index(split)

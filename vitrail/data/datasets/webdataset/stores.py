@@ -1,4 +1,4 @@
-"""How files at an address are read: over HTTP by Python itself, from every other store through fsspec."""
+"""Readers of files at an address: over HTTP by Python itself, from all other stores through fsspec."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitrail.data.problems import first_line
 from vitrail.files import cache_folder
 
 TIMEOUT_S = 30
-BLOCK_BYTES = 8 << 20  # asked for at once where a store is read by ranges
+BLOCK_BYTES = 8 << 20  # of one request where a store is read by ranges
 _MARKS = (
     "ETag",
     "etag",
@@ -34,7 +34,7 @@ _MARKS = (
 
 
 class Refused(Exception):
-    """An answer that another try would not change."""
+    """Raised for an answer that another try would not change."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Remote:
 
     Attributes:
         size: its length in bytes.
-        mark: what its store says changes when its content does; empty where it says nothing.
+        mark: the store's version mark, which changes when the content does; empty where it gives none.
     """
 
     url: str
@@ -52,32 +52,32 @@ class Remote:
 
     @property
     def digest(self) -> str:
-        """What the file is known by: another content has another digest."""
+        """A hash of address, size and mark, which differs when the content does."""
         return hashlib.blake2b(f"{self.url}\0{self.size}\0{self.mark}".encode(), digest_size=12).hexdigest()
 
     @property
-    def place(self) -> Path:
-        """Where its copy is, or will be."""
+    def copy_path(self) -> Path:
+        """The path of its copy in the cache folder, whether it exists or not."""
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(urlsplit(self.url).path))[-60:]
         return cache_folder() / "shards" / f"{self.digest}-{stem}"
 
 
 class Store(Protocol):
-    """How files of one kind of address are read."""
+    """Reads files at one kind of address."""
 
-    def look_up(self, url: str) -> Remote:
-        """Return what is at an address; raises `FileNotFoundError` where nothing is."""
+    def inspect(self, url: str) -> Remote:
+        """Return the size and mark of the file at an address; raises `FileNotFoundError` where there is none."""
         ...
 
-    def pieces(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
-        """Yield the file from byte `start`, as (place, bytes); from byte 0 where the store can do no other."""
+    def blocks(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
+        """Yield the file from byte `start`, as (offset, bytes); from byte 0 where the store has no ranges."""
         ...
 
 
 class HttpStore:
-    """`http://` and `https://`, with ranges where the server knows them."""
+    """Reads `http://` and `https://`, by ranges where the server has them."""
 
-    def look_up(self, url: str) -> Remote:
+    def inspect(self, url: str) -> Remote:
         # Not HEAD: addresses that were signed for reading refuse it.
         with self._open(url, {"Range": "bytes=0-0"}) as answer:
             total = answer.headers.get("Content-Range", "").rpartition("/")[2]
@@ -86,17 +86,17 @@ class HttpStore:
                 raise Refused("the server does not say how long the file is, so that a cut would not be noticed")
             return Remote(url, int(length), _mark(answer.headers))
 
-    def pieces(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
+    def blocks(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
         headers = {"Range": f"bytes={start}-"} if start else {}
         with self._open(remote.url, headers) as answer:
             if _mark(answer.headers) != remote.mark:
                 raise Refused("the file was changed while it was fetched; type the command again")
-            place = start if answer.status == 206 else 0
+            offset = start if answer.status == 206 else 0
             if answer.status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise Refused(f"the server sent another range than byte {start:,} and on")
             while block := answer.read(1 << 20):
-                yield place, block
-                place += len(block)
+                yield offset, block
+                offset += len(block)
 
     def _open(self, url: str, headers: dict[str, str]) -> Any:
         own = {"User-Agent": f"vitrail/{vitrail.__version__}", "Accept-Encoding": "identity"}
@@ -117,7 +117,7 @@ class HttpStore:
 
 
 class FsspecStore:
-    """Whatever fsspec knows, by ranges of a few megabytes."""
+    """Reads every address that fsspec knows, by ranges of a few megabytes."""
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -136,28 +136,28 @@ class FsspecStore:
             ) from None
         self.files.invalidate_cache()
 
-    def look_up(self, url: str) -> Remote:
+    def inspect(self, url: str) -> Remote:
         info = self.files.info(self.files._strip_protocol(url))
         if info.get("size") is None:
             raise Refused("the store does not say how long the file is, so that a cut would not be noticed")
         marks = (info.get(key) for key in _MARKS)
         return Remote(url, int(info["size"]), next((str(mark) for mark in marks if mark), ""))
 
-    def pieces(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
+    def blocks(self, remote: Remote, start: int) -> Iterator[tuple[int, bytes]]:
         path = self.files._strip_protocol(remote.url)
-        for place in range(start, remote.size, BLOCK_BYTES):
-            end = min(place + BLOCK_BYTES, remote.size)
-            block = self.files.cat_file(path, start=place, end=end)
-            if len(block) != end - place:
-                raise OSError(f"bytes {place:,} to {end:,} were asked for, and {len(block):,} came")
-            yield place, block
+        for offset in range(start, remote.size, BLOCK_BYTES):
+            end = min(offset + BLOCK_BYTES, remote.size)
+            block = self.files.cat_file(path, start=offset, end=end)
+            if len(block) != end - offset:
+                raise OSError(f"bytes {offset:,} to {end:,} were asked for, and {len(block):,} came")
+            yield offset, block
         self.files.invalidate_cache()
-        if self.look_up(remote.url) != remote:
+        if self.inspect(remote.url) != remote:
             raise Refused("the file was changed while it was fetched; type the command again")
 
 
 def store_of(url: str) -> Store:
-    """Return how an address is read.
+    """Return the reader for an address.
 
     Raises:
         ValueError: nothing here knows this kind of address, or its package is not installed.
@@ -166,10 +166,11 @@ def store_of(url: str) -> Store:
 
 
 def _mark(headers: Any) -> str:
+    """Return the version mark in the headers of an answer; empty where there is none."""
     return headers.get("ETag") or headers.get("Last-Modified") or ""
 
 
 def _package(error: Exception) -> str:
     """Return the package that fsspec's message asks for."""
-    words = re.findall(r"[Ii]nstall (?:the )?[`'\"]?([A-Za-z0-9_-]+)", str(error))
-    return words[0] if words else "fsspec[full]"
+    names = re.findall(r"[Ii]nstall (?:the )?[`'\"]?([A-Za-z0-9_-]+)", str(error))
+    return names[0] if names else "fsspec[full]"

@@ -1,7 +1,7 @@
-"""Where the files in a tar lie: its headers, walked once and strictly. Nothing is ever unpacked.
+"""Read the headers of a tar, once and strictly, for the offsets of its files. Nothing is unpacked.
 
-Python's `tarfile` takes a damaged header in the middle for the end of the archive, and says nothing of what follows it;
-here it is an error. Read are the forms that tar programs write today: ustar, GNU (long names, sizes above 8 GB), pax.
+Python's `tarfile` takes a damaged header in the middle for the end of the archive, and does not report what follows it;
+here it is an error. Formats are those that tar programs write today: ustar, GNU (long names, sizes above 8 GB), pax.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 BLOCK = 512
 END = bytes(BLOCK)
-_AHEAD = 1 << 16
+_READ_BYTES = 1 << 16
 _LONGEST_NAME = 1 << 20
-# How a file begins that is no tar, and what to do with it.
+# How a compressed file begins → the program that unpacks it.
 COMPRESSED = {
     b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\x00": "unxz", b"\x28\xb5\x2f\xfd": "unzstd", b"PK": "unzip"
 }  # fmt: skip
@@ -30,7 +30,7 @@ REFUSED = {
 
 
 class Member(NamedTuple):
-    """A plain file in a tar: its name as it is written there, its first byte, its length."""
+    """A plain file in a tar: its name as written there, its offset and its length in bytes."""
 
     name: str
     start: int
@@ -38,17 +38,18 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """Reads a tar at given places.
+    """Reads the members of a tar.
 
     Args:
-        place: what messages call it.
+        file: path of the tar.
+        location: its path or address, as messages show it.
     """
 
-    def __init__(self, file: str | os.PathLike[str], place: str) -> None:
-        self.place = place
+    def __init__(self, file: str | os.PathLike[str], location: str) -> None:
+        self.location = location
         self.handle = open(file, "rb", buffering=0)  # noqa: SIM115
         self.size = os.fstat(self.handle.fileno()).st_size
-        self._held, self._held_at = b"", 0
+        self._buffer, self._buffer_start = b"", 0
 
     def __enter__(self) -> TarReader:
         return self
@@ -57,19 +58,19 @@ class TarReader:
         self.handle.close()
 
     def read(self, start: int, size: int) -> bytes:
-        """Return some bytes, fewer at the end of the file."""
-        if not self._held_at <= start <= start + size <= self._held_at + len(self._held):
+        """Return `size` bytes from offset `start`, fewer at the end of the file."""
+        if not self._buffer_start <= start <= start + size <= self._buffer_start + len(self._buffer):
             self.handle.seek(start)
-            self._held, self._held_at = self.handle.read(max(size, BLOCK * 4)), start
-        return self._held[start - self._held_at : start - self._held_at + size]
+            self._buffer, self._buffer_start = self.handle.read(max(size, BLOCK * 4)), start
+        return self._buffer[start - self._buffer_start : start - self._buffer_start + size]
 
     def members(self) -> Iterator[Member]:
-        """Yield the plain files in their order; folders are left out.
+        """Yield the plain files in order; folders are left out.
 
         Raises:
-            ValueError: this is no whole tar, or holds something else than files and folders.
+            ValueError: this is no whole tar, or it holds something other than files and folders.
         """
-        at, last, told = 0, "", {}
+        at, last, extended = 0, "", {}
         while True:
             header = self.read(at, BLOCK)
             if header == END:
@@ -78,18 +79,20 @@ class TarReader:
             self.check_header(header, at, last)
             kind, size = header[156:157], self.number(header[124:136], at)
             start = at + BLOCK
-            if kind in (b"x", b"X", b"L", b"g", b"K"):  # about the next member
+            if kind in (b"x", b"X", b"L", b"g", b"K"):  # extended header: about the next member
                 self.check_inside(start, size, "a long name")
                 if size > _LONGEST_NAME:
-                    raise ValueError(f"{self.place}: is damaged at byte {at:,}: it tells of a name of {size:,} bytes")
+                    raise ValueError(
+                        f"{self.location}: is damaged at byte {at:,}: it announces a name of {size:,} bytes"
+                    )
                 if kind in (b"x", b"X"):
-                    told |= self.pax(self.read(start, size), at)
+                    extended |= self.pax(self.read(start, size), at)
                 elif kind == b"L":
-                    told["path"] = _text(self.read(start, size))
+                    extended["path"] = _text(self.read(start, size))
             else:
-                name = told.get("path") or _name(header)
-                size = int(told["size"]) if "size" in told else size
-                if any(key.startswith("GNU.sparse") for key in told):
+                name = extended.get("path") or _name(header)
+                size = int(extended["size"]) if "size" in extended else size
+                if any(key.startswith("GNU.sparse") for key in extended):
                     kind = b"S"
                 if kind in FILE and not name.endswith("/"):
                     self.check_inside(start, size, repr(name))
@@ -97,60 +100,60 @@ class TarReader:
                 elif kind != FOLDER and kind not in FILE:
                     what = REFUSED.get(kind, f"of the unknown kind {kind!r}")
                     raise ValueError(
-                        f"{self.place}: {name!r} is {what}; only plain files are read. Write the shard anew without it, or "
+                        f"{self.location}: {name!r} is {what}; only plain files are read. Write the shard anew without it, or "
                         "with what it leads to (GNU tar: --dereference --hard-dereference)"
                     )
                 else:
                     size = 0
-                last, told = name, {}
+                last, extended = name, {}
             at = start + -(-size // BLOCK) * BLOCK
 
     def check_header(self, header: bytes, at: int, last: str) -> None:
-        """Raise a ValueError unless these are the 512 bytes of a header."""
+        """Raise a ValueError unless `header` is a whole header with the right checksum."""
         if len(header) < BLOCK and at:
             raise ValueError(
-                f"{self.place}: is cut short: it ends after {last!r}, at byte {self.size:,}, without a tar's end mark; "
+                f"{self.location}: is cut short: it ends after {last!r}, at byte {self.size:,}, without a tar's end mark; "
                 "fetch or write it again"
             )
         try:
-            right = int(header[148:156].strip(b" \0") or b"-1", 8) == sum(header[:148]) + 256 + sum(header[156:])
+            is_valid = int(header[148:156].strip(b" \0") or b"-1", 8) == sum(header[:148]) + 256 + sum(header[156:])
         except ValueError:
-            right = False
-        if right:
+            is_valid = False
+        if is_valid:
             return
         if at:
             raise ValueError(
-                f"{self.place}: is damaged at byte {at:,}, after {last!r}: no header of a tar is there; fetch or write it "
+                f"{self.location}: is damaged at byte {at:,}, after {last!r}: no header of a tar is there; fetch or write it "
                 "again"
             )
         for start, program in COMPRESSED.items():
             if header.startswith(start):
                 raise ValueError(
-                    f"{self.place}: is compressed, so that no image can be read without all before it; unpack it once "
+                    f"{self.location}: is compressed, so that no image can be read without all before it; unpack it once "
                     f"({program}): images are compressed already"
                 )
-        raise ValueError(f"{self.place}: is no tar (no header of one at the beginning of its {self.size:,} bytes)")
+        raise ValueError(f"{self.location}: is no tar (no header of one at the beginning of its {self.size:,} bytes)")
 
     def check_inside(self, start: int, size: int, what: str) -> None:
-        """Raise a ValueError when the file ends before what it should hold."""
+        """Raise a ValueError when the file ends before `what`, which begins at `start`, does."""
         if start + size > self.size:
             raise ValueError(
-                f"{self.place}: is cut short: {what} should end at byte {start + size:,}, but the file has {self.size:,}; "
+                f"{self.location}: is cut short: {what} should end at byte {start + size:,}, but the file has {self.size:,}; "
                 "fetch or write it again"
             )
 
     def check_end(self, at: int) -> None:
         """Raise a ValueError when anything but zeros follows the end mark."""
-        while block := self.read(at, _AHEAD):
+        while block := self.read(at, _READ_BYTES):
             if block.count(0) != len(block):
                 raise ValueError(
-                    f"{self.place}: goes on after its end mark, as tars do that were joined by cat; what follows would "
+                    f"{self.location}: goes on after its end mark, as tars do that were joined by cat; what follows would "
                     "not be read. Join them by tar --concatenate, or name them one by one"
                 )
             at += len(block)
 
     def number(self, field: bytes, at: int) -> int:
-        """Return a number of a header: octal digits, or GNU's binary form."""
+        """Return the number in a field of a header: octal digits, or GNU's binary form."""
         if field[0] == 0x80:
             return int.from_bytes(field[1:], "big")
         try:
@@ -158,31 +161,34 @@ class TarReader:
         except ValueError:
             value = -1
         if value < 0:
-            raise ValueError(f"{self.place}: is damaged at byte {at:,}: {field!r} is no size; fetch or write it again")
+            raise ValueError(
+                f"{self.location}: is damaged at byte {at:,}: {field!r} is no size; fetch or write it again"
+            )
         return value
 
     def pax(self, content: bytes, at: int) -> dict[str, str]:
-        """Return the records of a pax header, `length key=value`, that say where and what the next member is."""
-        found, place = {}, 0
-        while place < len(content) and content[place]:
+        """Return the records of a pax header, `length key=value`, that give path, size or sparseness of the member."""
+        records, start = {}, 0
+        while start < len(content) and content[start]:
             try:
-                length = int(content[place : content.index(b" ", place)])
-                record = content[place : place + length]
+                length = int(content[start : content.index(b" ", start)])
+                record = content[start : start + length]
                 key, value = record[record.index(b" ") + 1 : -1].split(b"=", 1)
                 if length != len(record) or record[-1:] != b"\n" or (key == b"size" and int(value) < 0):
                     raise ValueError
             except ValueError:
-                raise ValueError(f"{self.place}: is damaged at byte {at:,}: its pax header cannot be read") from None
-            found[_text(key)] = _text(value)
-            place += length
-        return {key: value for key, value in found.items() if key in ("path", "size") or key.startswith("GNU.sparse")}
+                raise ValueError(f"{self.location}: is damaged at byte {at:,}: its pax header cannot be read") from None
+            records[_text(key)] = _text(value)
+            start += length
+        return {key: value for key, value in records.items() if key in ("path", "size") or key.startswith("GNU.sparse")}
 
 
 def _name(header: bytes) -> str:
-    """Return the name of a header; GNU's use the field of the prefix for something else."""
+    """Return the name in a header; GNU tar uses the prefix field for something else."""
     prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
     return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
 
 
 def _text(field: bytes) -> str:
+    """Return a field as text, up to its first zero byte."""
     return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""Cross-validation: every image evaluated once, groups whole, runs that stand alone, figures that add up."""
+"""Cross-validation: every image evaluated once, groups whole, runs that stand alone, metrics that add up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_splits import divided, listing, per_class
+from test_splits import listing, per_class, split_listing
 
 from vitrail import api
 from vitrail.api import Result, train
@@ -73,45 +73,45 @@ def test_large_groups_are_spread_by_their_classes():
         assert [np.bincount(targets[numbers == fold]).tolist() for fold in range(3)] == [[20, 20]] * 3
 
 
-def test_each_fold_is_a_division_of_its_own_and_together_they_are_all():
-    source = listing(50, 23, 7)
-    parts = [divided(source, folds=5, fold=fold, test_fraction=0.1) for fold in range(5)]
-    table = np.asarray([per_class(source, each.indices["val"]) for each in parts])
+def test_each_fold_has_splits_of_its_own_and_together_they_hold_all_images():
+    dataset = listing(50, 23, 7)
+    folds = [split_listing(dataset, folds=5, fold=fold, test_fraction=0.1) for fold in range(5)]
+    table = np.asarray([per_class(dataset, each.indices["val"]) for each in folds])
     assert table.sum(axis=0).tolist() == [45, 21, 6]
     assert (table.max(axis=0) - table.min(axis=0)).tolist() == [0, 1, 1]
-    tests = {tuple(each.indices["test"]) for each in parts}
+    tests = {tuple(each.indices["test"]) for each in folds}
     assert len(tests) == 1
-    assert per_class(source, parts[0].indices["test"]) == [5, 2, 1]
-    judged = np.concatenate([each.indices["val"] for each in parts])
-    assert len(judged) == len(set(judged)) == 72
-    assert not set(judged) & set(parts[0].indices["test"])
-    for each in parts:
+    assert per_class(dataset, folds[0].indices["test"]) == [5, 2, 1]
+    evaluated = np.concatenate([each.indices["val"] for each in folds])
+    assert len(evaluated) == len(set(evaluated)) == 72
+    assert not set(evaluated) & set(folds[0].indices["test"])
+    for each in folds:
         assert len(each.indices["train"]) + len(each.indices["val"]) == 72
         assert each.problems == ()
-    assert len({each.fingerprint for each in parts}) == 5
-    assert parts[3].rule == "a stratified split of all images; val: fold 3 of 5 (from 0), stratified"
-    other = divided(source, folds=5, fold=0, test_fraction=0.1, split_seed=1)
-    assert other.indices["val"].tolist() != parts[0].indices["val"].tolist()
+    assert len({each.fingerprint for each in folds}) == 5
+    assert folds[3].rule == "a stratified split of all images; val: fold 3 of 5 (from 0), stratified"
+    other = split_listing(dataset, folds=5, fold=0, test_fraction=0.1, split_seed=1)
+    assert other.indices["val"].tolist() != folds[0].indices["val"].tolist()
 
 
 def test_classes_that_not_every_fold_can_evaluate_are_named():
-    source = listing(20, 3, 1)
-    found = divided(source, folds=4, fold=0)
+    dataset = listing(20, 3, 1)
+    found = split_listing(dataset, folds=4, fold=0)
     assert [(each.kind, each.severity, each.paths) for each in found.problems] == [
         ("small-class", "warning", ("c1", "c2")),
         ("small-class", "warning", ("c2",)),
     ]
     assert "2 classes have fewer images than there are folds (4)" in found.problems[0].message
     assert "1 images are evaluated in no fold" in found.problems[1].message
-    assert all(23 in divided(source, folds=4, fold=fold).indices["train"] for fold in range(4))
+    assert all(23 in split_listing(dataset, folds=4, fold=fold).indices["train"] for fold in range(4))
 
 
-def test_a_source_with_its_own_validation_part_is_refused_and_its_test_part_kept_apart():
-    source = listing(8, 8, split=(["train"] * 6 + ["val"] * 2) * 2)
+def test_a_validation_split_in_the_dataset_is_refused_and_its_test_split_kept_apart():
+    dataset = listing(8, 8, split=(["train"] * 6 + ["val"] * 2) * 2)
     with pytest.raises(ValueError, match=r"folders name one already \(val/\); move its images into train/"):
-        divided(source, folds=2, fold=0)
-    source = listing(8, 8, split=(["train"] * 6 + ["test"] * 2) * 2)
-    splits = [divided(source, folds=3, fold=fold) for fold in range(3)]
+        split_listing(dataset, folds=2, fold=0)
+    dataset = listing(8, 8, split=(["train"] * 6 + ["test"] * 2) * 2)
+    splits = [split_listing(dataset, folds=3, fold=fold) for fold in range(3)]
     assert all(each.indices["test"].tolist() == [6, 7, 14, 15] for each in splits)
     assert sorted(np.concatenate([each.indices["val"] for each in splits])) == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]
 
@@ -133,12 +133,12 @@ def test_impossible_folds_are_refused(values, message):
 @pytest.fixture(scope="module")
 def crossed(tmp_path_factory, make_folder, tiny) -> tuple[Result, Path]:
     """A cross-validation of three folds, and its data."""
-    place = tmp_path_factory.mktemp("folds")
-    data = make_folder(place / "shapes", count=10)
-    return train(data, out=place / "out", console=QUIET, **tiny, **{"data.folds": 3}), data
+    folder = tmp_path_factory.mktemp("folds")
+    data = make_folder(folder / "shapes", count=10)
+    return train(data, out=folder / "out", console=QUIET, **tiny, **{"data.folds": 3}), data
 
 
-def test_figures_are_those_of_the_folds_together(crossed):
+def test_metrics_are_those_of_the_folds_together(crossed):
     result, _ = crossed
     found = json.loads((result.folder / "folds.json").read_text())
     assert found == result.folds
@@ -157,11 +157,11 @@ def test_figures_are_those_of_the_folds_together(crossed):
 
 def test_every_image_is_evaluated_once_and_every_fold_is_a_run(crossed):
     result, data = crossed
-    judged = []
+    evaluated = []
     for fold in range(3):
         run = result.folder / f"fold-{fold}"
         split = json.loads((run / "split.json").read_text())["splits"]
-        judged += split["val"]
+        evaluated += split["val"]
         assert len(split["train"]) == 20
         header = load_model(run / "model.safetensors")[1]
         assert (header.split["folds"], header.split["fold"]) == (3, fold)
@@ -170,7 +170,7 @@ def test_every_image_is_evaluated_once_and_every_fold_is_a_run(crossed):
             again = evaluate(str(model), str(data), split="val", device=torch.device("cpu"), console=QUIET)
             assert again["fingerprint"] == json.loads((run / "split.json").read_text())["fingerprint"]
             assert again["top1"] == result.folds["parts"]["val"]["each"][fold]["top1"]
-    assert len(judged) == len(set(judged)) == 30
+    assert len(evaluated) == len(set(evaluated)) == 30
 
 
 def test_one_fold_alone_is_the_same_run(crossed, tmp_path, tiny):
@@ -181,7 +181,7 @@ def test_one_fold_alone_is_the_same_run(crossed, tmp_path, tiny):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_resume_goes_on_with_what_is_unfinished(crossed, tmp_path, monkeypatch):
+def test_resume_trains_only_unfinished_folds(crossed, tmp_path, monkeypatch):
     result, data = crossed
     cut = tmp_path / "cut"
     shutil.copytree(result.folder, cut)
@@ -201,7 +201,7 @@ def test_resume_goes_on_with_what_is_unfinished(crossed, tmp_path, monkeypatch):
     assert load_config(cut / "fold-2" / "config.json").data.fold == 2
 
 
-def test_what_cannot_be_resumed_or_begun_is_refused(crossed, tiny):
+def test_impossible_starts_and_resumes_are_refused(crossed, tiny):
     result, data = crossed
     with pytest.raises(ValueError, match="exactly as configured, with epochs 2.0, not 9.0"):
         train(data, out=result.folder, console=QUIET, resume=True, epochs=9.0)
@@ -216,15 +216,15 @@ def test_what_cannot_be_resumed_or_begun_is_refused(crossed, tiny):
     assert not (result.folder.parent / "new").exists()
 
 
-def test_a_folds_model_evaluates_other_data_by_its_own_parts(crossed, make_folder, tmp_path):
-    for part in ("train", "val"):
-        make_folder(tmp_path / "other" / part, count=4)
+def test_a_folds_model_evaluates_other_data_by_its_own_splits(crossed, make_folder, tmp_path):
+    for split in ("train", "val"):
+        make_folder(tmp_path / "other" / split, count=4)
     model = str(crossed[0].folder / "fold-1")
     found = evaluate(model, str(tmp_path / "other"), device=torch.device("cpu"), console=QUIET)
     assert (found["split"], found["num_images"]) == ("val", 12)
 
 
-def test_a_word_for_all_folds_names_one(crossed, capsys):
+def test_the_folder_of_all_folds_is_no_model_spec(crossed, capsys):
     result, data = crossed
     assert vitrail(["eval", str(result.folder), str(data)]) == 1
     assert "fold-0" in capsys.readouterr().err
@@ -245,12 +245,12 @@ def test_two_processes_train_all_folds(crossed, tmp_path):
     )
 
 
-def test_folds_stay_what_they_are():
-    # A model file makes its division again by (folds, fold, seed).
-    source = listing(60, 25, 12, 3)
+def test_folds_have_not_changed():
+    # A model file makes its splits again by (folds, fold, seed).
+    dataset = listing(60, 25, 12, 3)
     groups = np.random.Generator(np.random.Philox(key=7)).integers(0, 80, 100)
-    prints = [divided(source, groups, folds=4, fold=fold, split_seed=7).fingerprint for fold in range(4)]
-    assert prints == [
+    fingerprints = [split_listing(dataset, groups, folds=4, fold=fold, split_seed=7).fingerprint for fold in range(4)]
+    assert fingerprints == [
         "8527fdde4fc0c2690f9a10ba30655306",
         "f8c0a48a25706f4bef93279ab609d1d0",
         "1f2e3687a87eacb3445c4db4a5aa131f",
@@ -258,7 +258,7 @@ def test_folds_stay_what_they_are():
     ]
 
 
-def test_a_group_that_is_taken_out_for_one_class_is_out_for_the_others():
+def test_a_group_removed_for_one_class_is_removed_for_the_others():
     """Three groups, of which two share three rare classes: none of their images can be evaluated in every fold."""
     common = [(group, label, count) for group, count in ((0, 4), (1, 2), (2, 2)) for label in range(20)]
     rare = [(group, label, 1) for group in (1, 2) for label in (20, 21, 22)]
@@ -269,16 +269,16 @@ def test_a_group_that_is_taken_out_for_one_class_is_out_for_the_others():
         numbers = fold_numbers(np.arange(len(targets)), targets, groups, 2, seed)
         folds = {group: set(numbers[groups == group].tolist()) for group in range(3)}
         assert all(len(each) == 1 for each in folds.values())
-        judged = set().union(*folds.values()) - {-1}
-        for fold in judged:  # what is trained on beside each fold has every class
+        evaluated = set().union(*folds.values()) - {-1}
+        for fold in evaluated:  # what is trained on beside each fold has every class
             assert set(targets[numbers != fold]) == set(range(23))
 
 
 def test_more_folds_than_can_be_filled_are_refused_before_one_is_trained(make_folder, tmp_path):
     root = make_folder(tmp_path / "shapes", count=3)
-    source = open_dataset(str(root))
+    dataset = open_dataset(str(root))
     good, alone = np.ones(9, dtype=bool), np.arange(9)
     with pytest.raises(
         ValueError, match=r"data\.folds is 10, but \d+ of them .* 9 images in 9 groups .*; lower data\.folds"
     ):
-        split_dataset(source, DataConfig(source=str(root), folds=10), good, alone)
+        split_dataset(dataset, DataConfig(source=str(root), folds=10), good, alone)

@@ -1,4 +1,4 @@
-"""Crops out of files: the same pixels whoever decodes, smaller decoding only where it is asked for, and the cache."""
+"""Crops from files: the same pixels by every decoder, decoding at a fraction only where it is set, and the cache."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JPEGs of several sizes and orientations, grey ones, and PNGs, in two classes."""
     root = tmp_path_factory.mktemp("images")
     for number in range(16):
-        place = root / "ab"[number % 2]
-        place.mkdir(exist_ok=True)
+        class_folder = root / "ab"[number % 2]
+        class_folder.mkdir(exist_ok=True)
         image = photo(number, 90 + 7 * number, 160 - 5 * number)
         if number == 3:
-            image.save(place / f"{number:02d}.png")
+            image.save(class_folder / f"{number:02d}.png")
         else:
             image = image.convert("L") if number == 5 else image
-            (place / f"{number:02d}.jpg").write_bytes(jpeg(image, number % 9))
+            (class_folder / f"{number:02d}.jpg").write_bytes(jpeg(image, number % 9))
     return root
 
 
@@ -69,13 +69,13 @@ def middle(width: int, height: int) -> Box:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 def test_exact_crops_have_the_bits_of_pillows_decoding(folder, mode, interpolation):
-    source, cut = open_dataset(str(folder)), CropReader(24, interpolation, mode)
-    for index in range(len(source.paths)):
-        image = source.read(index, mode)
-        with Image.open(source.location(index)) as opened:  # another decoder than the one under test
+    dataset, crop_reader = open_dataset(str(folder)), CropReader(24, interpolation, mode)
+    for index in range(len(dataset.paths)):
+        image = dataset.read(index, mode)
+        with Image.open(dataset.location(index)) as opened:  # another decoder than the one under test
             own = ImageOps.exif_transpose(opened).convert("RGB").convert(mode)
         expected = by_pillow(np.asarray(own), middle(*image.size), (24, 24), interpolation)
-        np.testing.assert_array_equal(cut.read(source, index, middle), expected)
+        np.testing.assert_array_equal(crop_reader.read(dataset, index, middle), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,7 +85,7 @@ def test_exact_crops_have_the_bits_of_pillows_decoding(folder, mode, interpolati
     st.integers(1, 64),
     st.sampled_from(sorted(INTERPOLATIONS)),
 )
-def test_a_part_gives_pillow_all_that_its_filter_reaches(seed, size, side, interpolation):
+def test_pillow_gets_all_pixels_that_its_filter_reaches(seed, size, side, interpolation):
     """Against Pillow's resizing of the whole image, up to the rounding between its two passes."""
     random = np.random.default_rng(seed)
     image = photo(seed, *size)
@@ -114,36 +114,36 @@ def test_fast_crops_differ_little_and_come_from_smaller_decoding():
         side = 60 + 380 * random.random()
         box = Box(random.random() * (640 - side), random.random() * (480 - side), side, side)
         pixels = []
-        for cut in (exact, fast):
-            decoded = decode_jpeg(data, header, "RGB", cut.factor(box))
+        for crop_reader in (exact, fast):
+            decoded = decode_jpeg(data, header, "RGB", crop_reader.factor(box))
             assert decoded is not None
-            place = shrunk(box, cut.factor(box), header, decoded.shape)
-            pixels.append(cut.resize(decoded, place, (48, 48)).astype(int))
+            shrunk_box = shrunk(box, crop_reader.factor(box), header, decoded.shape)
+            pixels.append(crop_reader.resize(decoded, shrunk_box, (48, 48)).astype(int))
         assert np.abs(pixels[0] - pixels[1]).mean() < 4, number  # of 255; another box gives about 40
 
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_smaller_decoding_is_turned_too(factor, orientation):
+def test_decoding_at_a_fraction_is_rotated_too(factor, orientation):
     data = jpeg(photo(2, 161, 90), orientation)
     header = jpeg_header(data)
     assert header is not None
-    assert header.turn == orientation
+    assert header.orientation == orientation
     whole = decode_jpeg(data, header, "RGB")
     assert whole is not None
     whole = np.array(whole).astype(int)
     small = decode_jpeg(data, header, "RGB", factor)
     assert small is not None
-    assert whole.shape[1::-1] == header.turned_size
+    assert whole.shape[1::-1] == header.oriented_size
     assert small.shape[:2] == tuple(-(-side // factor) for side in whole.shape[:2])
-    box = shrunk(Box(0.0, 0.0, *header.turned_size), factor, header, small.shape)
+    box = shrunk(Box(0.0, 0.0, *header.oriented_size), factor, header, small.shape)
     for row, column in ((1, 1), (1, small.shape[1] - 2), (small.shape[0] - 2, 1)):  # a pixel is a block's mean
         top, left = round((row - box.top) * factor), round((column - box.left) * factor)
         block = whole[top : top + factor, left : left + factor]
         assert np.abs(block.mean(axis=(0, 1)) - small[row, column]).max() < 6
 
 
-def test_two_levels_at_most_lie_between_the_two_resizers():
+def test_the_two_resizers_differ_by_two_levels_at_most():
     pixels = np.asarray(photo(5, 300, 200))
     for box in (Box(10, 20, 200, 150), Box(0, 0, 300, 200), Box(3, 5, 40, 30)):
         one, other = (by(pixels, box, (64, 64), "bilinear").astype(int) for by in (by_pillow, by_torch))
@@ -151,17 +151,17 @@ def test_two_levels_at_most_lie_between_the_two_resizers():
 
 
 def test_a_damaged_file_is_an_error_by_name_in_every_form(folder, tmp_path):
-    place = tmp_path / "copy"
+    root = tmp_path / "copy"
     for name in ("a", "b"):
-        (place / name).mkdir(parents=True)
+        (root / name).mkdir(parents=True)
         for number in range(2):
-            (place / name / f"{number}.jpg").write_bytes(jpeg(photo(number, 200, 150)))
-    source = open_dataset(str(place))
-    broken = place / "a" / "0.jpg"
+            (root / name / f"{number}.jpg").write_bytes(jpeg(photo(number, 200, 150)))
+    dataset = open_dataset(str(root))
+    broken = root / "a" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:-900])
     for fast in (False, True):
         with pytest.raises(ImageError, match=r"a/0\.jpg: damaged"):
-            CropReader(16, "bilinear", "RGB", fast).read(source, 0, middle)
+            CropReader(16, "bilinear", "RGB", fast).read(dataset, 0, middle)
 
 
 def test_header_of_what_is_no_plain_jpeg_is_none():
@@ -192,15 +192,15 @@ def batches(config: RunConfig, checked: CheckedData, start: int = 0, stop: int =
 
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
-def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, tmp_path):
-    """An empty cache, a half full one and a full one, threads or not, and one without a place for most images."""
+def test_batches_do_not_depend_on_the_cache(folder, decode, monkeypatch, tmp_path):
+    """An empty cache, a half full one and a full one, threads or not, and one without a slot for most images."""
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "one"))
     config, checked = loaded(folder, decode=decode, cache_side=32)
     data, first = batches(config, checked)
     cache = data.reader.cache
     assert cache is not None
     assert cache.num_stored == len(data.splits.indices["train"])
-    monkeypatch.setattr(CropReader, "whole", None)  # all is there: nothing may be decoded any more
+    monkeypatch.setattr(CropReader, "whole", None)  # all images are stored: nothing may be decoded any more
     again, second = batches(config, checked)
     assert again.reader.cache is not None
     assert again.reader.cache.folder == cache.folder
@@ -216,20 +216,20 @@ def test_what_is_read_does_not_depend_on_the_cache(folder, decode, monkeypatch, 
             assert one.indices.tolist() == two.indices.tolist()
 
 
-def test_what_was_kept_badly_is_decoded_again(folder, monkeypatch, tmp_path):
-    """A process that was killed, or a disk that lies: a place whose checksum does not hold is no image."""
+def test_a_damaged_cache_entry_is_decoded_again(folder, monkeypatch, tmp_path):
+    """A process that was killed, or a disk that lies: a slot whose checksum does not match is not used."""
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     config, checked = loaded(folder, cache_side=32)
     data, first = batches(config, checked)
     assert data.reader.cache is not None
-    place = data.reader.cache.folder / "pixels"
-    content = bytearray(place.read_bytes())
+    path = data.reader.cache.folder / "pixels"
+    content = bytearray(path.read_bytes())
     for at in range(100, len(content), 5000):
         content[at] ^= 255
-    place.write_bytes(content)
+    path.write_bytes(content)
     _, second = batches(config, checked)
     assert all(torch.equal(one.images, two.images) for one, two in zip(first, second, strict=True))
-    assert place.read_bytes() != bytes(content)
+    assert path.read_bytes() != bytes(content)
 
 
 def test_a_changed_file_has_another_cache(folder, monkeypatch, tmp_path):
@@ -249,17 +249,17 @@ def test_a_changed_file_has_another_cache(folder, monkeypatch, tmp_path):
     assert all(np.isfinite(batch.images.numpy()).all() for batch in found)
 
 
-def test_a_full_disk_ends_the_keeping_and_not_the_training(folder, monkeypatch, tmp_path, capsys):
+def test_a_full_disk_stops_the_caching_and_not_the_training(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     config, checked = loaded(folder, cache_side=32)
     data = build_train_data(checked, config)
     cache = data.reader.cache
     assert cache is not None
     cache._file = os.open("/dev/full", os.O_RDWR)  # every write there says that the disk is full
-    part = data.splits.indices["train"]
-    before = cache.read(int(part[0]))
+    indices = data.splits.indices["train"]
+    before = cache.read(int(indices[0]))
     assert "No space left" in cache.full
-    np.testing.assert_array_equal(cache.read(int(part[0])), before)
+    np.testing.assert_array_equal(cache.read(int(indices[0])), before)
     session = SimpleNamespace(data=data, console=Console(), world=World())
     report_dropped(session)  # type: ignore[arg-type]
     report_dropped(session)  # type: ignore[arg-type]
@@ -270,12 +270,12 @@ def test_threads_share_a_cache(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     config, checked = loaded(folder, cache_side=32)
     caches = [build_train_data(checked, config).reader.cache for _ in range(2)]  # as two processes would have
-    part = checked.splits.indices["train"].tolist()
-    wanted = {index: np.array(caches[0]._decode(index)[0]) for index in part}  # type: ignore[union-attr]
+    indices = checked.splits.indices["train"].tolist()
+    wanted = {index: np.array(caches[0]._decode(index)[0]) for index in indices}  # type: ignore[union-attr]
     wrong: list[int] = []
 
     def read(cache: DecodedImageCache) -> None:
-        for index in part * 3:
+        for index in indices * 3:
             if not np.array_equal(cache.read(index), wanted[index]):
                 wrong.append(index)
 
@@ -287,7 +287,7 @@ def test_threads_share_a_cache(folder, monkeypatch, tmp_path):
     assert wrong == []
 
 
-def test_kept_sizes():
+def test_stored_sizes():
     sizes = np.asarray([[100, 200], [200, 100], [20, 30], [33, 1000]])
     assert stored_sizes_of(sizes, 32).tolist() == [[32, 64], [64, 32], [20, 30], [32, 970]]
 
@@ -299,7 +299,7 @@ def test_kept_sizes():
         ({"data.cache_side": 40, "augment.crop_scale": 1.0}, "crop_scale is 1"),
     ],
 )
-def test_a_cache_that_cannot_be_is_refused_before_a_folder_is_made(folder, tmp_path, tiny, given, message):
+def test_an_impossible_cache_is_refused_before_a_folder_is_made(folder, tmp_path, tiny, given, message):
     with pytest.raises(ValueError, match=message):
         train(folder, out=tmp_path / "run", console=Console(quiet=True), **{**tiny, "model.image_size": 32, **given})
     assert not (tmp_path / "run").exists()
@@ -308,23 +308,23 @@ def test_a_cache_that_cannot_be_is_refused_before_a_folder_is_made(folder, tmp_p
 def test_a_training_gives_the_same_weights_from_an_empty_and_from_a_full_cache(
     folder, tmp_path, tiny, monkeypatch, capsys
 ):
-    ways = {**tiny, "batch_size": 4, "model.image_size": 32, "data.cache_side": 40, "data.decode": "fast"}
+    settings_ = {**tiny, "batch_size": 4, "model.image_size": 32, "data.cache_side": 40, "data.decode": "fast"}
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
-    whole = train(folder, out=tmp_path / "whole", console=Console(), **ways)
+    whole = train(folder, out=tmp_path / "whole", console=Console(), **settings_)
     assert "training images are kept decoded in" in " ".join(capsys.readouterr().out.split())
-    again = train(folder, out=tmp_path / "again", console=Console(quiet=True), **ways)
+    again = train(folder, out=tmp_path / "again", console=Console(quiet=True), **settings_)
     one, other = (load_tensors(each.folder / "model.safetensors")[0] for each in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
-def test_small_turned_images_are_kept_as_they_are(decode, tmp_path, monkeypatch):
-    """A turned image that is not resized is a view with its axes swapped."""
+def test_small_rotated_images_are_stored_as_they_are(decode, tmp_path, monkeypatch):
+    """A rotated image that is not resized is a view with its axes swapped."""
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
     for number in range(16):
-        place = tmp_path / "data" / "ab"[number % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:02d}.jpg").write_bytes(jpeg(photo(number, 40, 28), 1 + number // 2))
+        class_folder = tmp_path / "data" / "ab"[number % 2]
+        class_folder.mkdir(parents=True, exist_ok=True)
+        (class_folder / f"{number:02d}.jpg").write_bytes(jpeg(photo(number, 40, 28), 1 + number // 2))
     config, checked = loaded(tmp_path / "data", decode=decode, cache_side=32)
     data, first = batches(config, checked)
     _, second = batches(config, checked)
@@ -342,17 +342,17 @@ def test_exif_behind_padding_is_found(padding):
     at = data.index(b"\xff\xe1")
     padded = data[:at] + b"\xff" * padding + data[at:]
     header = jpeg_header(padded)
-    assert header is None or header.turn == 6
+    assert header is None or header.orientation == 6
     assert read_image(padded).size == read_image(data).size == (20, 40)
 
 
-def test_a_image_of_one_pixel_can_be_cropped_fast(tmp_path):
+def test_an_image_of_one_pixel_can_be_cropped_fast(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         photo(0, 1, 1).save(tmp_path / name / "one.png")
-    source = open_dataset(str(tmp_path))
+    dataset = open_dataset(str(tmp_path))
     for left in (0.0, 0.4, 0.7):
         found = CropReader(8, "bilinear", "RGB", fast=True).read(
-            source, 0, lambda width, height, left=left: Box(left, left, 0.3, 0.3)
+            dataset, 0, lambda width, height, left=left: Box(left, left, 0.3, 0.3)
         )
         assert found.shape == (3, 8, 8)

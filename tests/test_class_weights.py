@@ -1,4 +1,4 @@
-"""Weights in the loss: torch's own up to their norm, the same in parts and processes, recorded, from tables too."""
+"""Loss weights: torch's own up to their norm, the same in sub-batches and processes, recorded, from tables too."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from vitrail.training.step import update
 
 SIZES = np.asarray([60, 12, 3, 0])
 TARGETS = np.repeat(np.arange(4), SIZES)
-SOURCE = ArrayDataset(
+DATASET = ArrayDataset(
     name="test",
     labels=("a", "b", "c", "d"),
     paths=[str(number) for number in range(75)],
@@ -56,34 +56,34 @@ def test_class_weights_are_what_the_papers_say():
     np.testing.assert_allclose(near, inverse, rtol=1e-6)
 
 
-def test_weights_are_one_on_average_over_the_training_part():
+def test_weights_are_one_on_average_over_the_training_split():
     own = np.random.default_rng(0).uniform(0.1, 5.0, 75)
-    part = np.delete(EVERYTHING, [3, 62, 74])
+    indices = np.delete(EVERYTHING, [3, 62, 74])
     for kind in ("inverse", "effective"):
         optim = OptimConfig(class_weights=kind)
-        for source in (SOURCE, replace(SOURCE, weights=own)):
-            weights = loss_weights(source, part, optim)
+        for dataset in (DATASET, replace(DATASET, weights=own)):
+            weights = loss_weights(dataset, indices, optim)
             assert weights is not None
-            assert weights[part].mean() == pytest.approx(1.0)
+            assert weights[indices].mean() == pytest.approx(1.0)
             assert np.isfinite(weights).all()
             both = class_weights(np.asarray([59, 11, 2, 0]), optim)[TARGETS] * (
-                source.weights if source.weights is not None else 1
+                dataset.weights if dataset.weights is not None else 1
             )
             np.testing.assert_allclose(weights / weights[0], both / both[0])
-    assert loss_weights(SOURCE, part, OptimConfig()) is None
-    only_own = loss_weights(replace(SOURCE, weights=own), part, OptimConfig())
-    np.testing.assert_allclose(only_own, own / own[part].mean())
+    assert loss_weights(DATASET, indices, OptimConfig()) is None
+    only_own = loss_weights(replace(DATASET, weights=own), indices, OptimConfig())
+    np.testing.assert_allclose(only_own, own / own[indices].mean())
 
 
 def test_inverse_weights_let_each_class_count_alike():
-    weights = loss_weights(SOURCE, EVERYTHING, OptimConfig(class_weights="inverse"))
+    weights = loss_weights(DATASET, EVERYTHING, OptimConfig(class_weights="inverse"))
     assert weights is not None
     np.testing.assert_allclose(np.bincount(TARGETS, weights), [25, 25, 25])
-    assert mean_weights(SOURCE, EVERYTHING, weights) == {"a": 0.416667, "b": 2.083333, "c": 8.333333}
+    assert mean_weights(DATASET, EVERYTHING, weights) == {"a": 0.416667, "b": 2.083333, "c": 8.333333}
 
 
-class Given(nn.Module):
-    """A model that says what it was told to."""
+class FixedLogits(nn.Module):
+    """A model that returns the logits it was made with."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Given(nn.Module):
 def test_the_loss_is_torchs_up_to_the_norm(smoothing):
     targets = torch.randint(3, (32,))
     by_class = torch.tensor([0.5, 2.0, 7.0])
-    model = Given(torch.randn(32, 3))
+    model = FixedLogits(torch.randn(32, 3))
     batch = Batch(torch.zeros(32, 1, 8, 8), targets, np.arange(32), weights=by_class[targets])
     found = Classification(model, label_smoothing=smoothing)(batch)["loss"]  # pyright: ignore[reportArgumentType]
     if not smoothing:
@@ -113,11 +113,11 @@ def test_the_loss_is_torchs_up_to_the_norm(smoothing):
 
 def test_weights_of_one_change_nothing():
     batch = Batch(torch.zeros(32, 1, 8, 8), torch.randint(3, (32,)), np.arange(32))
-    objective = Classification(Given(torch.randn(32, 3)), label_smoothing=0.1)  # pyright: ignore[reportArgumentType]
+    objective = Classification(FixedLogits(torch.randn(32, 3)), label_smoothing=0.1)  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(objective(batch)["loss"], objective(replace(batch, weights=torch.ones(32)))["loss"])
 
 
-def test_parts_of_a_batch_add_up():
+def test_sub_batches_add_up():
     batch = Batch(torch.randn(12, 1, 8, 8), torch.randint(4, (12,)), np.arange(12), weights=torch.rand(12) + 0.1)
     weights = []
     for accumulate in (1, 3):
@@ -132,7 +132,7 @@ def test_parts_of_a_batch_add_up():
     torch.testing.assert_close(*weights, rtol=0, atol=2e-5)
 
 
-def test_a_run_trains_with_them_and_records_them(make_folder, tmp_path: Path, tiny: dict):
+def test_a_run_trains_with_loss_weights_and_records_them(make_folder, tmp_path: Path, tiny: dict):
     data = make_folder(tmp_path / "data")
     for number in range(14):
         (data / "steep" / f"{number:03d}.png").unlink()
@@ -142,18 +142,20 @@ def test_a_run_trains_with_them_and_records_them(make_folder, tmp_path: Path, ti
             data, out=tmp_path / kind, console=Console(quiet=True), **tiny, **{"optim.class_weights": kind}
         ).folder
         lines[kind] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        noted = json.loads((run / "run.json").read_text()).get("loss_weights")
+        recorded = json.loads((run / "run.json").read_text()).get("loss_weights")
         if kind == "none":
-            assert noted is None
+            assert recorded is None
         else:
             counts = np.asarray([16, 16, 5])
             wanted = counts.sum() / counts / 3
-            assert noted == {n: round(w, 6) for n, w in zip(("flat", "slant", "steep"), wanted.tolist(), strict=True)}
+            assert recorded == {
+                n: round(w, 6) for n, w in zip(("flat", "slant", "steep"), wanted.tolist(), strict=True)
+            }
     first = [next(line["train/loss"] for line in each if "train/loss" in line) for each in lines.values()]
     assert first[0] != first[1]
 
 
-def test_uneven_classes_are_told_of_at_the_start_and_in_every_evaluation(make_folder, tmp_path: Path, capsys):
+def test_uneven_classes_are_reported_at_the_start_and_in_every_evaluation(make_folder, tmp_path: Path, capsys):
     data = make_folder(tmp_path / "data", count=60)
     for label, kept in (("steep", 4), ("slant", 30)):
         for path in sorted((data / label).iterdir())[kept:]:
@@ -161,9 +163,9 @@ def test_uneven_classes_are_told_of_at_the_start_and_in_every_evaluation(make_fo
     words = ["--model", "nano8", "--model.depth", "1", "--model.embed-dim", "24", "--epochs", "1"]
     words += ["--model.num-heads", "2"]
     assert vitrail(["train", str(data), "--out", str(tmp_path / "run"), *words]) == 0
-    said = capsys.readouterr().out
-    assert "--data.sampling sqrt: classes have 3 to 48 images" in said
-    assert "mean recall of the classes" in said
+    output = capsys.readouterr().out
+    assert "--data.sampling sqrt: classes have 3 to 48 images" in output
+    assert "mean recall of the classes" in output
     assert vitrail(["eval", str(tmp_path / "run"), str(data), "--out", str(tmp_path / "eval.json")]) == 0
     found = json.loads((tmp_path / "eval.json").read_text())
     assert f"mean recall of the classes {found['balanced_accuracy']:.2%}" in capsys.readouterr().out

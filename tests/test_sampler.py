@@ -1,4 +1,4 @@
-"""Which image comes when: exact counts by class and image, the same for any number of processes, from any step."""
+"""The sampler: exact counts by class and image, the same for any number of processes, from any step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vitrail.config import AugmentConfig, RunConfig
 from vitrail.config_schema import override
 from vitrail.data.augment.random_changes import draw_changes
-from vitrail.data.datasets.open import digits
+from vitrail.data.datasets.open import digits_dataset
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.data.loading.reader import ImageReader
 from vitrail.data.loading.sampler import Sampler, largest_remainder
@@ -21,25 +21,25 @@ SIZES = (60, 25, 12, 3)
 TARGETS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), SIZES))
 
 
-def samples(order: Sampler, start: int, stop: int, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Return occasion and place of all samples of some steps."""
-    rows = [order.samples(step, rank, ranks) for step in range(start, stop) for rank in range(ranks)]
-    occasions, places = (np.concatenate(column) for column in zip(*rows, strict=True))
-    return occasions, places
+def samples(sampler: Sampler, start: int, stop: int, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return visit and index of all samples of some steps."""
+    rows = [sampler.samples(step, rank, ranks) for step in range(start, stop) for rank in range(ranks)]
+    visits, indices = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return visits, indices
 
 
-def test_the_default_order_and_its_draws_are_what_they_always_were():
+def test_the_default_order_and_its_draws_have_not_changed():
     # Made on commit 9595d9e, before there was a choice: a recorded run must go on with the same images.
-    order = Sampler(np.zeros(13, int), batch_size=6, seed=5)
+    sampler = Sampler(np.zeros(13, int), batch_size=6, seed=5)
     golden = {
         0: ([0, 0, 0], [7, 11, 5], [0.48645471453765865, 0.28887341550144663, 0.6156207928900951]),
         2: ([1, 1, 1], [12, 2, 9], [0.027544920427691966, 0.14965745877670533, 0.23182310659728378]),
         4: ([2, 2, 2], [5, 3, 7], [0.5633253514531115, 0.8149752158001062, 0.04315393185917593]),
         7: ([3, 3, 3], [5, 2, 12], [0.30586106422313397, 0.34610720904917436, 0.9465167044983835]),
     }
-    for step, (epochs, places, areas) in golden.items():
-        found = order.samples(step, 1, 2)
-        assert [each.tolist() for each in found] == [epochs, places]
+    for step, (visits, indices, areas) in golden.items():
+        found = sampler.samples(step, 1, 2)
+        assert [each.tolist() for each in found] == [visits, indices]
         assert draw_changes(5, *found)["area"].tolist() == areas
 
 
@@ -70,28 +70,28 @@ def test_no_class_is_without_a_share(sizes):
 
 
 @pytest.mark.parametrize(("sampling", "wanted"), [("balanced", [25, 25, 25, 25]), ("sqrt", [43, 28, 19, 10])])
-def test_every_epoch_has_each_classs_share_and_images_of_a_class_come_as_often(sampling, wanted):
-    order = Sampler(TARGETS, batch_size=20, seed=3, sampling=sampling)
+def test_every_epoch_has_each_classs_share_and_images_of_a_class_are_sampled_equally_often(sampling, wanted):
+    sampler = Sampler(TARGETS, batch_size=20, seed=3, sampling=sampling)
     total = np.zeros(100, int)
     for epoch in range(13):
-        _, places = samples(order, 5 * epoch, 5 * epoch + 5)
-        assert np.bincount(TARGETS[places], minlength=4).tolist() == wanted
-        total += np.bincount(places, minlength=100)
+        _, indices = samples(sampler, 5 * epoch, 5 * epoch + 5)
+        assert np.bincount(TARGETS[indices], minlength=4).tolist() == wanted
+        total += np.bincount(indices, minlength=100)
         for label in range(4):
             own = total[np.equal(TARGETS, label)]
-            assert own.max() - own.min() <= 1, "an image came more often than another of its class"
+            assert own.max() - own.min() <= 1, "an image was sampled more often than another of its class"
     assert total.min() >= 1, "an image was left out"
     other = samples(Sampler(TARGETS, batch_size=20, seed=4, sampling=sampling), 0, 5)
-    assert other[1].tolist() != samples(order, 0, 5)[1].tolist()
+    assert other[1].tolist() != samples(sampler, 0, 5)[1].tolist()
 
 
 @pytest.mark.parametrize("sampling", ["natural", "balanced", "sqrt"])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_a_image_never_comes_twice_on_one_occasion(sampling, repeats):
-    order = Sampler(TARGETS, batch_size=12, seed=3, sampling=sampling, repeats=repeats)
-    occasions, places = samples(order, 0, 80)
-    pairs = set(zip(occasions.tolist(), places.tolist(), strict=True))
-    assert len(pairs) == len(places)
+def test_no_image_is_sampled_twice_in_one_visit(sampling, repeats):
+    sampler = Sampler(TARGETS, batch_size=12, seed=3, sampling=sampling, repeats=repeats)
+    visits, indices = samples(sampler, 0, 80)
+    pairs = set(zip(visits.tolist(), indices.tolist(), strict=True))
+    assert len(pairs) == len(indices)
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,30 +104,30 @@ def test_the_order_does_not_depend_on_processes_or_on_where_it_starts(data):
     make = {"batch_size": batch, "seed": data.draw(st.integers(0, 5)), "sampling": sampling, "repeats": repeats}
     whole = samples(Sampler(TARGETS, **make), 0, start + 2)
     later = samples(Sampler(TARGETS, **make), start, start + 2, ranks)
-    for all_of_it, end in zip(whole, later, strict=True):
-        assert all_of_it[start * batch :].tolist() == end.tolist()
+    for all_samples, end in zip(whole, later, strict=True):
+        assert all_samples[start * batch :].tolist() == end.tolist()
 
 
 def test_repeated_images_are_spread_over_their_batch():
-    order, single = (Sampler(TARGETS, batch_size=b, seed=3, repeats=r) for b, r in ((12, 3), (4, 1)))
+    sampler, single = (Sampler(TARGETS, batch_size=b, seed=3, repeats=r) for b, r in ((12, 3), (4, 1)))
     for step in range(60):
-        occasions, places = order.samples(step)
+        visits, indices = sampler.samples(step)
         once, distinct = single.samples(step)
-        assert places.tolist() == distinct.tolist() * 3
-        assert occasions.tolist() == [3 * epoch + repeat for repeat in range(3) for epoch in once]
+        assert indices.tolist() == distinct.tolist() * 3
+        assert visits.tolist() == [3 * epoch + repeat for repeat in range(3) for epoch in once]
 
 
 def test_repeats_are_augmented_differently():
-    source = digits()
+    dataset = digits_dataset()
     preprocess = Preprocess(image_size=8, channels=1, mean=(0.5,), std=(0.5,), resize="squash")
-    images = ImageReader(source, source.targets, preprocess, source.arrays[0][:, None], is_ready=True, workers=1)
+    reader = ImageReader(dataset, dataset.targets, preprocess, dataset.arrays[0][:, None], is_ready=True, workers=1)
     augment = AugmentConfig(rotation=20.0, repeats=4)
-    stream = TrainLoader(
-        images, np.arange(50), batch_size=8, seed=0, augment=augment, device=torch.device("cpu"), sampling="balanced"
+    loader = TrainLoader(
+        reader, np.arange(50), batch_size=8, seed=0, augment=augment, device=torch.device("cpu"), sampling="balanced"
     )
-    for batch in stream.batches(0, 3):
+    for batch in loader.batches(0, 3):
         assert batch.indices.tolist() == batch.indices[:2].tolist() * 4
-        assert batch.targets.tolist() == source.targets[batch.indices].tolist()
+        assert batch.targets.tolist() == dataset.targets[batch.indices].tolist()
         for one in range(8):
             for other in range(one):
                 assert not torch.equal(batch.images[one], batch.images[other])
@@ -142,6 +142,6 @@ def test_repeats_are_augmented_differently():
         ({"data.sampling": "sqrt", "optim.class_weights": "inverse"}, "corrected twice"),
     ],
 )
-def test_what_cannot_be_ordered_is_refused(change, message):
+def test_impossible_sampling_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         override(RunConfig(), change)
