@@ -42,8 +42,3 @@ def stop_on_errors(problems: Iterable[Problem]) -> None:
     errors = [problem.message for problem in problems if problem.severity == "error"]
     if errors:
         raise ValueError("\n".join(errors))
-
-
-def first_line(error: Exception) -> str:
-    """Return the beginning of a foreign error's text, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -78,10 +78,10 @@ def cnn_suffix(suffix: str, name: str) -> str:
     Raises:
         ValueError: it is neither one of `SUFFIXES` nor a model of timm.
     """
-    from vitrail.models.cnns import nearest, refuse_unknown
+    from vitrail.models.cnns import nearest, refuse_unknown_cnn
 
     try:
-        refuse_unknown(suffix)
+        refuse_unknown_cnn(suffix)
     except ValueError:
         near = nearest(suffix, SUFFIXES)
         hint = f"; did you mean {near!r}?" if near else "."

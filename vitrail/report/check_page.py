@@ -111,13 +111,13 @@ def _kind(result: CheckResult, kind: Kind, found: list[Problem], place: dict[str
     title, remedy = TITLES[kind]
     rows = []
     for problem in found[:FINDINGS_LIMIT]:
-        images = [(path, inline_jpeg(result.dataset, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
+        images = [(path, jpeg_thumbnail(result.dataset, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
         more = len(problem.paths) - len(images)
         rows.append({"severity": problem.severity, "message": problem.message, "images": images, "more": more})
     return {"kind": kind, "title": title, "remedy": remedy, "rows": rows, "count": len(found)}
 
 
-def inline_jpeg(dataset: Dataset | None, index: int | None) -> str | None:
+def jpeg_thumbnail(dataset: Dataset | None, index: int | None) -> str | None:
     """Return an image as a small inline JPEG; empty for one that cannot be decoded, None for what is no image."""
     if dataset is None or index is None:
         return None

@@ -163,7 +163,7 @@ def heat_map(confusion: np.ndarray, description: str) -> str:
     return to_svg(figure, description)
 
 
-def preview(thumbnail: object) -> dict[str, Any] | None:
+def stored_thumbnail(thumbnail: object) -> dict[str, Any] | None:
     """Returns a thumbnail's `src` and whether it is `tiny`; None unless it is inline and of bounded size."""
     if not isinstance(thumbnail, str) or len(thumbnail) > THUMBNAIL_LIMIT:
         return None

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import shlex
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from vitrail.files import write_bytes
+from vitrail.lookup import shorten
 from vitrail.report import plots
 
 Json = dict[str, Any]
@@ -52,14 +53,9 @@ def build_report(run: Path) -> Path:
             f"{str(run)!r} is not a run folder: expected a run.json in it, as 'vitrail train' writes. "
             "Give the folder that training named, or start one with 'vitrail train DATA --out RUN'"
         )
-    target, part = run / "report.html", run / f".report.html.{os.getpid()}"
-    try:
-        page = render(read_run(run))
-        part.write_bytes(page.encode("utf-8", "backslashreplace"))  # file names may be no valid Unicode
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+    path = run / "report.html"
+    write_bytes(path, render(read_run(run)).encode("utf-8", "backslashreplace"))  # file names may be no valid Unicode
+    return path
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -102,7 +98,7 @@ def render(run: RunFiles) -> str:
         pairs=[] if confusion is None else plots.most_confused(confusion, labels),
         classes=_classes(result),
         calibration=_calibration(result),
-        mistakes=[row | {"image": plots.preview(row.get("thumbnail"))} for row in mistakes],
+        mistakes=[row | {"image": plots.stored_thumbnail(row.get("thumbnail"))} for row in mistakes],
         problems=_rows(run.facts.get("problems")),
         choices=_rows(run.facts.get("choices"))[:ROWS_LIMIT],
         start=_start(run),
@@ -311,16 +307,11 @@ def _start(run: RunFiles) -> Json | None:
     listed = {key: [str(each) for each in _list(start.get(key))] for key in words}
     rows = [("Weights loaded", str(start.get("loaded", "–")))]
     rows += [("Head", str(start.get("head") or "loaded, with its classes"))]
-    rows += [(words[key], _some(texts)) for key, texts in listed.items() if texts]
+    rows += [(words[key], shorten(texts, between="; ")) for key, texts in listed.items() if texts]
     learning, total = number(run.facts.get("num_learning")), number(run.facts.get("num_parameters"))
     if learning and total:
         rows.append(("Learned", f"{learning:,.0f} numbers; the model has {total:,.0f}"))
     return {"origin": str(start.get("origin", "")), "rows": rows}
-
-
-def _some(texts: list[str], most: int = 8) -> str:
-    rest = len(texts) - most
-    return "; ".join(texts[:most]) + (f"; and {rest:,} more" if rest > 0 else "")
 
 
 def _flat(section: Json, prefix: str = "") -> list[tuple[str, object]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrail.lookup import shorten
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table, sincos2d
@@ -147,7 +148,11 @@ def new_head(
         same = rows == {index: index for index in range(len(old))}
         return head, "" if same else f"all {len(labels)} rows found by name among {len(old)} classes", False
     added = [label for index, label in enumerate(labels) if index not in rows]
-    return head, f"{len(rows)} of {len(labels)} rows found by name among {len(old)} classes; new: {_few(added)}", True
+    return (
+        head,
+        f"{len(rows)} of {len(labels)} rows found by name among {len(old)} classes; new: {shorten(added)}",
+        True,
+    )
 
 
 Change = tuple[Tensor, str, bool]
@@ -216,8 +221,3 @@ def _carry_norm(weights: dict[str, Any], fresh: Mapping[str, Tensor]) -> Iterabl
                 weights[f"{other}.{each}"] = weights.pop(f"{one}.{each}")
             return [f"{one} is taken for {other}"]
     return []
-
-
-def _few(names: Sequence[str], most: int = 8) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

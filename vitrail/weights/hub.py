@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from vitrail.lookup import first_line
 from vitrail.weights.file_kinds import WEIGHTS, weights_file
 
 _SETTINGS = ("config.json", "preprocessor_config.json")
@@ -109,7 +110,11 @@ def _without_network(name: str, revision: str | None, shown: str, error: Excepti
 
     models = Path(HF_HUB_CACHE).glob("models--*")
     others = sorted(path.name.removeprefix("models--").replace("--", "/") for path in models)
-    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"the hub is not reached ({_reason(error)})"
+    why = (
+        "HF_HUB_OFFLINE is set"
+        if os.environ.get("HF_HUB_OFFLINE")
+        else f"the hub is not reached ({first_line(error)[:120]})"
+    )
     raise ValueError(
         f"{shown}: {why}, and the cache at {HF_HUB_CACHE} has no such model; it has "
         f"{', '.join(others[:10]) or 'none'}. Load it once with a network, or name a folder: {shown.partition(':')[0]}:FOLDER"
@@ -126,7 +131,3 @@ def _is_offline(error: Exception) -> bool:
     return bool(
         kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "ConnectionError", "Timeout"}
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.lookup import shorten
-from vitrail.tensor_files import load_tensors
+from vitrail.tensor_files import load_pickle, load_tensors
 from vitrail.weights.file_kinds import weights_file
-from vitrail.weights.formats.state_dict_files import read_pickle
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: it is broken, or holds anything but tensors.
     """
-    content = read_pickle(path)
+    content = load_pickle(path)
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vitrail.data.images.preprocess import crop_fraction_of
@@ -15,7 +14,7 @@ from vitrail.weights.finalise import RawModel, depth_of, finalise, mlp_ratio, pl
 from vitrail.weights.formats.jax_tables import BIG_VISION, VISION_TRANSFORMER
 from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.infer import to_preprocess
-from vitrail.weights.key_mapping import to_ours, to_theirs
+from vitrail.weights.key_mapping import to_ours
 from vitrail.weights.user_spec import UserSpec
 
 
@@ -74,23 +73,6 @@ def open_jax(name: str, tensors: Mapping[str, Tensor], said: UserSpec) -> Import
         raise ValueError(f"{name}: {len(labels)} labels were described, but its head has {config.num_classes} classes")
     found = RawModel(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
     return finalise(found, config, preprocess, labels)
-
-
-def to_google(weights: Mapping[str, Tensor], config: ViTConfig, *, big_vision: bool) -> dict[str, Tensor]:
-    """Return a model's weights by Google's names and in its layout, blocks one by one.
-
-    Raises:
-        ValueError: the layout has no place for some weights.
-    """
-    weights = dict(weights)
-    if big_vision and config.class_token and "pos_embed" in weights:
-        # There the class token has no position; its row is added to the token, which is the same.
-        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
-        weights["pos_embed"] = weights["pos_embed"][:, 1:]
-    found, unknown = to_theirs(weights, BIG_VISION if big_vision else VISION_TRANSFORMER, config)
-    if unknown:
-        raise ValueError(f"Google's layout has no place for {', '.join(unknown)}")
-    return found
 
 
 def read_tree(name: str, tensors: Mapping[str, Tensor]) -> Tree:
@@ -216,15 +198,3 @@ def _published(is_old: bool, tree: Tree, config: ViTConfig) -> tuple[dict[str, A
     return shared | chosen, [
         f"preprocessing is that of {source}'s own evaluation: {how}, bilinear, -1 to 1; resized with Pillow's antialiasing"
     ]
-
-
-def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return blocks stacked along a first dimension, as big_vision's scan over layers keeps them."""
-    blocks: dict[str, dict[int, Tensor]] = {}
-    out: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if found := re.search(r"encoderblock_(\d+)/", key):
-            blocks.setdefault(key.replace(found[0], "encoderblock/"), {})[int(found[1])] = tensor
-        else:
-            out[key] = tensor
-    return out | {key: torch.stack([parts[i] for i in sorted(parts)]) for key, parts in blocks.items()}

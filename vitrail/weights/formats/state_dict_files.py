@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
-import re
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail.lookup import shorten
-from vitrail.tensor_files import load_tensors
+from vitrail.lookup import first_line, shorten
+from vitrail.tensor_files import load_pickle, load_tensors
 from vitrail.weights.file_kinds import SUFFIXES
 
 # Where a training keeps the weights of its model, best first: averaged weights are the ones that were published.
@@ -53,7 +49,7 @@ def read_state_dict(path: Path) -> StateDict:
         return _stripped(load_tensors(path)[0], (), ())
     if path.suffix == ".npz":
         return StateDict(_read_numpy(path))
-    return _unwrapped(read_pickle(path), path)
+    return _unwrapped(load_pickle(path), path)
 
 
 def _read_numpy(path: Path) -> dict[str, Tensor]:
@@ -61,7 +57,7 @@ def _read_numpy(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             return {name: _tensor(file[name]) for name in file.files}
     except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"{path}: not a whole .npz file of plain arrays ({_first_line(error)})") from None
+        raise ValueError(f"{path}: not a whole .npz file of plain arrays ({first_line(error)})") from None
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -69,31 +65,6 @@ def _tensor(array: np.ndarray) -> Tensor:
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
     return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
-
-
-def read_pickle(path: Path) -> Any:
-    """Read what `torch.save` wrote: tensors, plain values and containers of them; code in it is never run.
-
-    Raises:
-        ValueError: it is broken, or holds other objects.
-    """
-    with path.open("rb") as handle:
-        start = handle.read(2)
-    if not start.startswith((b"PK", b"\x80")):  # a zip, or a pickle before PyTorch 1.6
-        raise ValueError(f"{path}: not a whole file of PyTorch weights (it begins with {start!r})")
-    try:
-        # The settings of a training, which DeiT's, MAE's and DINO's files keep beside the weights; plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of protocols; what cannot be read is an error below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any class, depending on where the file is cut or changed
-        refused = _refused(error)
-        if isinstance(error, pickle.UnpicklingError) and re.search("GLOBAL|Unsupported|unrecognized|Can only", refused):
-            raise ValueError(
-                f"{path}: holds Python objects or code besides tensors, which is never run ({refused}); save its state dict "
-                "alone, best as .safetensors"
-            ) from None
-        raise ValueError(f"{path}: not a whole file of PyTorch weights ({refused})") from None
 
 
 def _unwrapped(content: Any, path: Path) -> StateDict:
@@ -137,14 +108,3 @@ def _stripped(tensors: dict[str, Tensor], containers: tuple[str, ...], notes: tu
         plain = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         tensors = plain if len(plain) == len(tensors) else tensors
     return StateDict(tensors, containers, notes)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _refused(error: BaseException) -> str:
-    """Return the line of PyTorch's long advice that says what it refused, or the first of a short error."""
-    lines = [line.strip() for line in str(error).rpartition("WeightsUnpickler error:")[2].splitlines() if line.strip()]
-    told = next((line for line in lines if "GLOBAL" in line), lines[0] if lines else type(error).__name__)
-    return told.split(" was not")[0][:200]

@@ -20,6 +20,7 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from vitrail.data.images.preprocess import INTERPOLATIONS, Preprocess
+from vitrail.lookup import first_line
 from vitrail.models.config import ViTConfig
 from vitrail.weights import naming as layouts
 from vitrail.weights.file_kinds import is_timm_folder
@@ -101,9 +102,8 @@ def _from_hub(name: str) -> ImportedModel:
         _ask_hub(model.pretrained_cfg.get("hf_hub_id") or "")
         trained: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # network, cache and hub errors come in many classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{word}: its weights could not be had ({reason}); they need the network once, then come from the cache; or "
+            f"{word}: its weights could not be had ({first_line(error)}); they need the network once, then come from the cache; or "
             f"give a file of them: timm:{name}=FILE"
         ) from None
     return _imported(word, trained, trained.state_dict())
@@ -126,8 +126,7 @@ def _built(name: str, word: str, **arguments: Any) -> Any:
         with torch.device("meta"):
             return timm.create_model(name, **arguments)
     except Exception as error:  # wrong arguments in a folder's config.json raise what they meet
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{word}: timm cannot build it ({reason})") from None
+        raise ValueError(f"{word}: timm cannot build it ({first_line(error)})") from None
 
 
 def _imported(

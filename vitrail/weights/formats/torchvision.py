@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 from vitrail.data.images.preprocess import Preprocess, crop_fraction_of
+from vitrail.lookup import first_line
 from vitrail.models.config import ViTConfig
 from vitrail.weights.finalise import RawModel, finalise, mlp_ratio, plain_labels
 from vitrail.weights.formats.state_dict import others_names
@@ -154,8 +155,7 @@ def _download(weights: WeightsEnum, word: str) -> dict[str, Tensor]:
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except Exception as error:  # URL, HTTP, hash, zip and pickle errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{word}: its weights could not be had ({reason}); they need the network once, then come from "
+            f"{word}: its weights could not be had ({first_line(error)}); they need the network once, then come from "
             f"{torch.hub.get_dir()}; or give a file of them: {word}=FILE"
         ) from None

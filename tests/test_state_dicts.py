@@ -22,8 +22,8 @@ from vit_pytorch.simple_vit import SimpleViT
 
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
+from vitrail.tensor_files import load_pickle
 from vitrail.weights import naming as layouts
-from vitrail.weights.formats.state_dict_files import read_pickle
 from vitrail.weights.key_mapping import to_ours, to_theirs
 from vitrail.weights.resolve import open_weights
 
@@ -386,7 +386,7 @@ def test_a_changed_or_cut_pickle_is_always_a_short_error(tmp_path, zipped):
             changed[place] = random.integers(256)
         (tmp_path / "b.bin").write_bytes(bytes(changed) if number % 2 else whole[: random.integers(len(whole))])
         try:
-            read_pickle(tmp_path / "b.bin")  # changed values of tensors are no error
+            load_pickle(tmp_path / "b.bin")  # changed values of tensors are no error
         except ValueError as error:
             told.append(str(error).replace(str(tmp_path), ""))
     assert len(told) > 50
