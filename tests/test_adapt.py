@@ -1,4 +1,4 @@
-"""Weights of one model as the start of another: what must stay the same does, the rest is said."""
+"""Weights of one model as the start of another: what must stay the same does, and every difference is reported."""
 
 import dataclasses
 

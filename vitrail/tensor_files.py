@@ -19,7 +19,7 @@ from vitrail.files import replacing
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and text atomically as safetensors.
+    """Write named tensors and text as one safetensors file, atomically.
 
     Raises:
         OSError: the file could not be written; an earlier file stays as it was.
@@ -34,7 +34,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read all tensors and the text of a safetensors file.
+    """Return all tensors and the text of a safetensors file.
 
     Raises:
         ValueError: the file is missing, cut off, or no safetensors file.
@@ -61,10 +61,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_pickle(path: Path) -> Any:
-    """Read what `torch.save` wrote: tensors, plain values and containers of them; code in it is never run.
+    """Return what `torch.save` wrote: tensors, plain values and containers of them; code in the file is never run.
 
     Raises:
-        ValueError: it is broken, or holds other objects.
+        ValueError: the file is broken, or holds other objects.
     """
     with path.open("rb") as handle:
         start = handle.read(2)
