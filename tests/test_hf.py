@@ -61,8 +61,8 @@ def broken(vit_folder: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def change(file: str = "config.json", **settings: object) -> Path:
         folder = Path(shutil.copytree(vit_folder, tmp_path / "broken"))
-        kept = {**json.loads((folder / file).read_text()), **settings}
-        (folder / file).write_text(json.dumps({key: value for key, value in kept.items() if value is not None}))
+        merged = {**json.loads((folder / file).read_text()), **settings}
+        (folder / file).write_text(json.dumps({key: value for key, value in merged.items() if value is not None}))
         return folder
 
     return change

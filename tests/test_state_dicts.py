@@ -392,7 +392,7 @@ def test_an_array_larger_than_any_memory_is_one_error(tmp_path):
 def test_a_changed_or_cut_pickle_is_always_a_short_error(tmp_path, zipped):
     tensors = {"vit.layernorm.weight": torch.ones(24), "vit.layernorm.bias": torch.ones(24)}
     torch.save(tensors, tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
-    whole, random, told = (tmp_path / "a.bin").read_bytes(), np.random.default_rng(0), []
+    whole, random, messages = (tmp_path / "a.bin").read_bytes(), np.random.default_rng(0), []
     for number in range(100):
         changed = bytearray(whole)
         for position in random.integers(0, len(whole), 5):
@@ -401,6 +401,6 @@ def test_a_changed_or_cut_pickle_is_always_a_short_error(tmp_path, zipped):
         try:
             load_pickle(tmp_path / "b.bin")  # changed values of tensors are no error
         except ValueError as error:
-            told.append(str(error).replace(str(tmp_path), ""))
-    assert len(told) > 50
-    assert max(map(len, told)) < 400
+            messages.append(str(error).replace(str(tmp_path), ""))
+    assert len(messages) > 50
+    assert max(map(len, messages)) < 400

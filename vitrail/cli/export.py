@@ -1,4 +1,4 @@
-"""`vitrail export`: a model in the format of another library."""
+"""`vitrail export`: write a model in the format of another library."""
 
 from __future__ import annotations
 

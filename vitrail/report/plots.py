@@ -92,14 +92,14 @@ def reliability(bins: Sequence[dict[str, float]], description: str) -> str:
     sure, right = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
     upper.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)), label="ideal")
     upper.plot(sure, right, color=COLOURS["blue"], linewidth=1.6, marker="o", label="this model")
-    upper.set(ylim=(-0.03, 1.03), xlim=(0, 1.02), ylabel="were right")
+    upper.set(ylim=(-0.03, 1.03), xlim=(0, 1.02), ylabel="accuracy")
     upper.legend(loc="upper left")
     upper.grid(True)
     upper.yaxis.set_major_formatter(PERCENT)
     starts, widths = [b["low"] for b in bins], [b["high"] - b["low"] for b in bins]
     look = {"color": COLOURS["blue"], "alpha": 0.55, "edgecolor": COLOURS["blue"], "linewidth": 0.8}
     lower.bar(starts, [b["count"] for b in bins], widths, align="edge", **look)
-    lower.set(xlabel="the model's own probability", ylabel="images")
+    lower.set(xlabel="confidence: the model's own probability", ylabel="images")
     lower.xaxis.set_major_formatter(PERCENT)
     lower.yaxis.set_major_formatter(COUNT)
     lower.yaxis.set_major_locator(MaxNLocator(2, integer=True))

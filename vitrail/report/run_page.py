@@ -275,7 +275,7 @@ def _curves(run: RunFiles) -> list[tuple[str, str, str]]:
     best = number(_dict(run.facts.get("best")).get("step"))
     wanted = [
         ("Loss", "lower is better", "train/loss", "eval/loss", False),
-        ("Accuracy", "the share of images whose first answer is right", "train/top1", "eval/top1", True),
+        ("Accuracy", "the share of images that are right", "train/top1", "eval/top1", True),
         ("Learning rate", "the size of the training steps", "train/lr", "", False),
     ]
     drawn = []

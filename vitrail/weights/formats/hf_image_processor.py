@@ -188,10 +188,10 @@ def _levels(own: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], t
     for key, neutral in (("image_mean", 0.0), ("image_std", 1.0)):
         values = own[key] if own["do_normalize"] else neutral
         values = [values] * channels if isinstance(values, (int, float)) else values
-        if not isinstance(values, (list, tuple)) or not all(isinstance(each, (int, float)) for each in values):
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
             raise ValueError(f"{key} is {values!r}; expected {channels} numbers")
         values = list(values) * channels if len(values) == 1 else values
-        if len(values) != channels or not all(math.isfinite(each) for each in values):
+        if len(values) != channels or not all(math.isfinite(value) for value in values):
             raise ValueError(f"{key} is {values!r}; expected {channels} numbers, one per channel of the model")
-        found.append(tuple(float(each) * scale for each in values))
+        found.append(tuple(float(value) * scale for value in values))
     return found[0], found[1]
