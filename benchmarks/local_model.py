@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.local_attention import memory_status
-from vitrail.kernels.autotune import choose_kernels
+from vitrail.kernels.autotune import fastest_kernels
 from vitrail.kernels.registry import Kernels
 from vitrail.machine import processor_name
 from vitrail.models.kernel_choice import attention_cases
@@ -72,7 +72,7 @@ def build(way: str, dtype: str, args: argparse.Namespace) -> Callable[[], None]:
         model.kernels = Kernels(global_attention="matmul")
     else:
         cases = attention_cases(config, (config.image_size, config.patch_size), "cpu", dtype, training=True)
-        model.kernels = choose_kernels(cases, cache=None)
+        model.kernels = fastest_kernels(cases, cache=None)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images, targets = torch.rand(1, 3, config.image_size, config.image_size), torch.tensor([3])
 

@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     ),
     "vit-base": ("ViTModel", PLAIN, "ViTImageProcessor", VIT_IMAGES),
     "vit-mim": ("ViTForMaskedImageModeling", {**PLAIN, "encoder_stride": 8}, "ViTImageProcessor", VIT_IMAGES),
-    "vit-larger-pictures": (
+    "vit-larger-images": (
         "ViTForImageClassification",
         {**PLAIN, **LABELS},
         "ViTImageProcessor",

@@ -21,7 +21,7 @@ from vitrail.cli import COMMANDS, run, train
 from vitrail.cli.options import given_settings
 
 
-def said(capsys) -> str:
+def printed(capsys) -> str:
     out, error = capsys.readouterr()
     return " ".join((out + error).split())
 
@@ -53,14 +53,14 @@ def test_command_files_have_one_shape():
 
 
 def test_settings_that_are_given_have_their_dotted_names():
-    words = ["photos", "--out", "run", "--model", "s16", "--seed", "0", "--optim.lr", "0.1", "--model.depth", "2"]
-    options = tyro.cli(train.Options, args=words)
+    arguments = ["photos", "--out", "run", "--model", "s16", "--seed", "0", "--optim.lr", "0.1", "--model.depth", "2"]
+    options = tyro.cli(train.Options, args=arguments)
     given = given_settings(options, own=train.OwnOptions)
     assert given == {"seed": 0, "optim.lr": 0.1, "model.depth": 2}
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "code", "message"),
     [
         ([], 2, ""),
         (["tran", "digits"], 2, "did you mean 'train'"),
@@ -87,10 +87,10 @@ def test_settings_that_are_given_have_their_dotted_names():
         (["report", "/tmp"], 1, "is not a run folder"),
     ],
 )
-def test_wrong_words_get_one_clear_message(words, code, message, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_get_one_clear_message(arguments, code, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(words) == code
-    text = said(capsys)
+    assert run(arguments) == code
+    text = printed(capsys)
     assert message in text
     assert "Traceback" not in text
     assert not (tmp_path / "runs").exists(), "a refused command left a run behind"
@@ -131,7 +131,7 @@ def test_bad_data_gets_one_clear_message(counts, spoil, message, tmp_path, capsy
     elif spoil:
         (data / "cat" / "0.jpg").write_bytes(b"I am a text" if spoil == "text" else b"")
     assert run(["train", str(data), "--out", str(tmp_path / "run")]) == 1
-    text = said(capsys)
+    text = printed(capsys)
     assert message in text
     assert "Traceback" not in text
     assert "--data.damaged drop" in text or not spoil
@@ -143,14 +143,14 @@ def test_broken_images_can_be_left_out_or_kept(make_folder, tmp_path, capsys):
     path = data / "flat" / "004.png"
     path.write_bytes(path.read_bytes()[:-30])
     (data / "steep" / "notes.txt").write_text("not an image")
-    words = ["train", str(data), "--model", "nano8", "--model.depth", "1", "--epochs", "1"]
-    assert run([*words, "--out", str(tmp_path / "drop"), "--data.damaged", "drop"]) == 0
-    text = said(capsys)
+    arguments = ["train", str(data), "--model", "nano8", "--model.depth", "1", "--epochs", "1"]
+    assert run([*arguments, "--out", str(tmp_path / "drop"), "--data.damaged", "drop"]) == 0
+    text = printed(capsys)
     assert "flat/004.png" in text
     assert "notes.txt" in text or "1 files that are not images" in text
     split = json.loads((tmp_path / "drop" / "split.json").read_text())
     assert "flat/004.png" not in split["splits"]["train"] + split["splits"]["val"]
-    assert run([*words, "--out", str(tmp_path / "keep"), "--data.damaged", "keep"]) == 0
+    assert run([*arguments, "--out", str(tmp_path / "keep"), "--data.damaged", "keep"]) == 0
     split = json.loads((tmp_path / "keep" / "split.json").read_text())
     assert "flat/004.png" in split["splits"]["train"] + split["splits"]["val"]
 
@@ -159,7 +159,7 @@ def test_a_run_is_never_overwritten(tiny_run, capsys):
     done, data = tiny_run
     before = (done / "model.safetensors").read_bytes()
     assert run(["train", str(data), "--out", str(done)]) == 1
-    assert "holds a run already" in said(capsys)
+    assert "holds a run already" in printed(capsys)
     assert (done / "model.safetensors").read_bytes() == before
 
 
@@ -178,7 +178,7 @@ def test_eval_repeats_the_runs_own_evaluation(tiny_run, tmp_path, capsys):
     assert run(["eval", str(alone), str(data), "--out", str(tmp_path / "f.json")]) == 0
     assert json.loads((tmp_path / "f.json").read_text())["fingerprint"] == own["fingerprint"]
     assert run(["eval", str(done), str(data), "--split", "tset"]) == 1
-    assert "did you mean 'test'" in said(capsys)
+    assert "did you mean 'test'" in printed(capsys)
 
 
 def test_eval_never_takes_training_images_for_unseen_ones(tiny_run, tmp_path, capsys):
@@ -187,11 +187,11 @@ def test_eval_never_takes_training_images_for_unseen_ones(tiny_run, tmp_path, ca
     gone = json.loads((done / "split.json").read_text())["splits"]["train"][0]
     (copy / gone).unlink()
     assert run(["eval", str(done), str(copy)]) == 1
-    assert "--split all" in said(capsys)
+    assert "--split all" in printed(capsys)
     alone = tmp_path / "model.safetensors"
     shutil.copy(done / "model.safetensors", alone)
     assert run(["eval", str(alone), str(copy)]) == 1
-    assert "--split all" in said(capsys)
+    assert "--split all" in printed(capsys)
     assert run(["eval", str(alone), str(copy), "--split", "all", "--out", str(tmp_path / "e.json")]) == 0
     assert json.loads((tmp_path / "e.json").read_text())["num_images"] == 59
 
@@ -201,10 +201,10 @@ def test_eval_counts_the_broken_files_it_leaves_out(tiny_run, make_folder, tmp_p
     other = make_folder(tmp_path / "other", count=4)
     (other / "flat" / "001.png").write_bytes(b"no image")
     assert run(["eval", str(done), str(other)]) == 1
-    assert "flat/001.png" in said(capsys)
-    words = ["--data.damaged", "drop", "--out", str(tmp_path / "e.json")]
-    assert run(["eval", str(done), str(other), *words]) == 0
-    assert "flat/001.png" in said(capsys)
+    assert "flat/001.png" in printed(capsys)
+    arguments = ["--data.damaged", "drop", "--out", str(tmp_path / "e.json")]
+    assert run(["eval", str(done), str(other), *arguments]) == 0
+    assert "flat/001.png" in printed(capsys)
     result = json.loads((tmp_path / "e.json").read_text())
     assert (result["num_images"], result["num_left_out"]) == (11, 1)
 
@@ -217,10 +217,10 @@ def test_eval_maps_labels_by_name_and_refuses_unknown_ones(tiny_run, make_folder
     assert result["labels"] == ["flat", "slant", "steep"]
     assert [sum(row) for row in result["confusion"]] == [5, 0, 5]
     assert result["split"] == "all"
-    assert "no image here: slant" in said(capsys)
+    assert "no image here: slant" in printed(capsys)
     (other / "steep").rename(other / "steeep")
     assert run(["eval", str(done), str(other)]) == 1
-    assert "did you mean 'steep'" in said(capsys)
+    assert "did you mean 'steep'" in printed(capsys)
 
 
 def test_predict_writes_a_row_for_every_path_in_order(tiny_run, tmp_path, capsys):
@@ -244,7 +244,7 @@ def test_predict_writes_a_row_for_every_path_in_order(tiny_run, tmp_path, capsys
         assert len(top) == 2
         assert top[0] == rows[0]["label"]
         assert 0 < float(rows[0]["probability"]) <= 1
-    assert "2 with an error" in said(capsys)
+    assert "2 with an error" in printed(capsys)
     assert run(["predict", str(done), str(data), "--out", str(tmp_path / "all.csv")]) == 0
     assert run(["predict", str(done), str(data / "*" / "00*.png")]) == 0
     assert run(["predict", str(done), str(bad)]) == 1
@@ -256,7 +256,7 @@ def test_predict_writes_a_row_for_every_path_in_order(tiny_run, tmp_path, capsys
 def test_models_and_report(tiny_run, capsys):
     done, _ = tiny_run
     assert run(["models"]) == 0
-    assert "86.57 M" in said(capsys)
+    assert "86.57 M" in printed(capsys)
     (done / "report.html").unlink()
     assert run(["report", str(done)]) == 0
     assert (done / "report.html").stat().st_size > 10_000
@@ -273,15 +273,15 @@ def test_the_terminal_ranks_as_many_labels_as_asked_for(tiny_run, capsys):
 
 def test_a_figure_that_flatters_says_so(tiny_run, make_folder, tmp_path, capsys):
     done, data = tiny_run
-    for part in ("train", "all"):
-        assert run(["eval", str(done), str(data), "--split", part]) == 0
-        assert "was trained on" in said(capsys)
+    for split in ("train", "all"):
+        assert run(["eval", str(done), str(data), "--split", split]) == 0
+        assert "was trained on" in printed(capsys)
     assert run(["eval", str(done), str(data)]) == 0
-    assert "was trained on" not in said(capsys)
+    assert "was trained on" not in printed(capsys)
     more = shutil.copytree(data, tmp_path / data.name)
     draw_image(1, 999).save(more / "steep" / "999.png")
     assert run(["eval", str(done), str(more)]) == 0
-    assert "came after the split that the model was trained with: 1" in said(capsys)
+    assert "came after the split that the model was trained with: 1" in printed(capsys)
 
 
 def test_what_a_run_leaves_can_be_read_by_others(tiny_run):

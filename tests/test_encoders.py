@@ -1,4 +1,4 @@
-"""CNN encoders and patch sizes through a whole training: frozen parts, statistics, weights, resume, evaluation."""
+"""CNN encoders and patch sizes through a whole training: frozen modules, statistics, weights, resume, evaluation."""
 
 import dataclasses
 import json
@@ -67,10 +67,10 @@ def test_a_frozen_encoder_keeps_weights_and_statistics_to_the_bit(make_folder, t
     freezing = {"optim.freeze": ("patch_embed.backbone",), "encoder_weights": str(cnn_file), "optim.ema_decay": 0.5}
     run = train(data, out=tmp_path / "run", console=QUIET, **settings, **freezing).folder
     source = load_file(cnn_file)
-    for part, path in (("", run / "model.safetensors"), ("model.", run / "last" / "state.safetensors")):
-        kept = backbone_of(path, part)
-        assert len(kept) > 10
-        assert all(torch.equal(each, source[name]) for name, each in kept.items())
+    for prefix, path in (("", run / "model.safetensors"), ("model.", run / "last" / "state.safetensors")):
+        weights = backbone_of(path, prefix)
+        assert len(weights) > 10
+        assert all(torch.equal(tensor, source[name]) for name, tensor in weights.items())
     before, after = ViT(load(run).model.config), load(run).model
     assert not torch.equal(before.patch_embed.proj.weight, after.patch_embed.proj.weight), "the projection learns"
     assert load(run).preprocess.mean == (0.485, 0.456, 0.406), "pretrained nets expect ImageNet's normalisation"
@@ -80,30 +80,30 @@ def test_a_frozen_encoder_keeps_weights_and_statistics_to_the_bit(make_folder, t
 def test_a_trained_encoder_moves_weights_and_statistics(make_folder, tmp_path, settings, cnn_file):
     data = make_folder(tmp_path / "data")
     run = train(data, out=tmp_path / "run", console=QUIET, encoder_weights=str(cnn_file), **settings).folder
-    source, kept = load_file(cnn_file), backbone_of(run / "model.safetensors")
-    assert not torch.equal(kept["conv1.weight"], source["conv1.weight"])
-    assert not torch.equal(kept["bn1.running_mean"], source["bn1.running_mean"])
-    judged = evaluate(str(run), str(data), split="val", device=torch.device("cpu"), console=QUIET)
-    told = json.loads((run / "evaluation.json").read_text())["val"]
-    assert judged["top1"] == told["top1"]
-    assert judged["loss"] == told["loss"], "the averaged statistics are in the model file"
+    source, trained = load_file(cnn_file), backbone_of(run / "model.safetensors")
+    assert not torch.equal(trained["conv1.weight"], source["conv1.weight"])
+    assert not torch.equal(trained["bn1.running_mean"], source["bn1.running_mean"])
+    metrics = evaluate(str(run), str(data), split="val", device=torch.device("cpu"), console=QUIET)
+    recorded = json.loads((run / "evaluation.json").read_text())["val"]
+    assert metrics["top1"] == recorded["top1"]
+    assert metrics["loss"] == recorded["loss"], "the averaged statistics are in the model file"
 
 
 @pytest.mark.slow
 def test_resume_with_batch_norm_average_and_accumulation_is_bit_identical(make_folder, tmp_path):
     data = make_folder(tmp_path / "data", count=24)
-    words = [sys.executable, "-m", "vitrail", "train", str(data), "--out"]
+    arguments = [sys.executable, "-m", "vitrail", "train", str(data), "--out"]
     more = ["--model", "nano8-resnet18", "--model.depth", "1", "--batch-size", "16", "--optim.accumulate", "2"]
     more += ["--optim.ema-decay", "0.9", "--log.save-minutes", "0.0001", "--epochs", "4"]
-    subprocess.run([*words, str(tmp_path / "whole"), *more], check=True, capture_output=True)
+    subprocess.run([*arguments, str(tmp_path / "whole"), *more], check=True, capture_output=True)
     cut = tmp_path / "cut"
-    process = subprocess.Popen([*words, str(cut), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*arguments, str(cut), *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (cut / "last" / "state.safetensors").exists():
         time.sleep(0.01)
     process.kill()
     process.wait()
     assert json.loads((cut / "run.json").read_text())["status"] != "finished"
-    subprocess.run([*words, str(cut), "--resume"], check=True, capture_output=True)
+    subprocess.run([*arguments, str(cut), "--resume"], check=True, capture_output=True)
     for name in ("model.safetensors", "last/state.safetensors"):
         ours, theirs = load_file(tmp_path / "whole" / name), load_file(cut / name)
         assert ours.keys() == theirs.keys()
@@ -151,13 +151,13 @@ print("alike")
 
 def test_statistics_move_per_step_as_without_accumulation():
     torch.manual_seed(0)
-    whole, parts = (nn.Sequential(nn.BatchNorm2d(3)).train() for _ in range(2))
-    scale_bn_momentum(parts, 4)
-    image = torch.randn(1, 3, 4, 4).expand(8, -1, -1, -1)  # alike everywhere, so that parts have the batch's statistics
+    whole, in_steps = (nn.Sequential(nn.BatchNorm2d(3)).train() for _ in range(2))
+    scale_bn_momentum(in_steps, 4)
+    image = torch.randn(1, 3, 4, 4).expand(8, -1, -1, -1)  # all alike, so that each step has the batch's statistics
     whole(image)
     for _ in range(4):
-        parts(image)
-    torch.testing.assert_close(running_statistics(parts)[0], running_statistics(whole)[0])
+        in_steps(image)
+    torch.testing.assert_close(running_statistics(in_steps)[0], running_statistics(whole)[0])
 
 
 def test_freezing_by_name():
@@ -173,7 +173,7 @@ def test_freezing_by_name():
         freeze(model, tuple({name.split(".")[0] for name, _ in model.named_parameters()}))
 
 
-def test_a_misspelt_part_leaves_no_run_behind(make_folder, tmp_path, settings):
+def test_a_misspelt_module_leaves_no_run_behind(make_folder, tmp_path, settings):
     with pytest.raises(ValueError, match="patch_embed"):
         train(
             make_folder(tmp_path / "data"),
@@ -202,9 +202,9 @@ def test_weights_that_cannot_be_had_are_refused(make_folder, tmp_path, settings,
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
     cases = {
         str(tmp_path / "none.pth"): "no such file",
-        str(cut): "could not be read",
+        str(cut): "not a whole safetensors file",
         str(other): "are not the weights of timm's resnet18",
-        str(tmp_path / "evil.pth"): "could not be read",
+        str(tmp_path / "evil.pth"): "holds Python objects or code besides tensors, which is never run",
         "timm": "needs the network once",
     }
     for weights, message in cases.items():
@@ -297,9 +297,9 @@ def test_many_patch_sizes_one_set_of_weights(make_folder, tmp_path, tiny, capsys
         out = tmp_path / f"{patch}.json"
         flags = ["--split", "all", "--patch-size", str(patch), "--out", str(out)]
         assert vitrail(["eval", str(run), str(data), *flags]) == 0
-        judged = json.loads(out.read_text())
-        assert judged["patch_size"] == patch
-        assert judged["top1"] >= 0.7, f"patches of {patch}"  # a third by chance
+        metrics = json.loads(out.read_text())
+        assert metrics["patch_size"] == patch
+        assert metrics["top1"] >= 0.7, f"patches of {patch}"  # a third by chance
         if patch > 4:
             assert vitrail(["eval", str(fixed), str(data), *flags]) == 0
             assert json.loads(out.read_text())["top1"] < 0.55, "one trained size does not carry to others"
@@ -357,12 +357,12 @@ def test_whole_images_in_their_own_aspect_ratio(tmp_path, make_folder, tiny, cap
     together = wide.predict(paths)
     for path, row in zip(paths, together, strict=True):
         assert row.probability == pytest.approx(wide.predict([path])[0].probability, abs=1e-5)
-    judged = evaluate(
+    metrics = evaluate(
         str(run), str(folder), split="all", device=torch.device("cpu"), console=QUIET, resize="aspect", image_size=32
     )
     right = sum(row.label == path.parent.name for row, path in zip(together, paths, strict=True))
-    assert judged["top1"] == pytest.approx(right / 5)
-    assert judged["resize"] == "aspect"
+    assert metrics["top1"] == pytest.approx(right / 5)
+    assert metrics["resize"] == "aspect"
     assert vitrail(["predict", str(run), str(folder), "--resize", "aspect", "--image-size", "32"]) == 0
     assert vitrail(["predict", str(run), str(folder), "--resize", "aspekt"]) == 1
     assert "did you mean 'aspect'" in capsys.readouterr().err
@@ -469,7 +469,7 @@ def test_weights_bring_their_normalisation_into_every_recipe(tmp_path, tiny_run)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--model.encoder", "resnet5"], "did you mean 'resnet50'"),
         (["--model.encoder", "resnet18", "--model.patch_size", "7"], "not 7; try --model.patch_size 8"),
@@ -480,9 +480,9 @@ def test_weights_bring_their_normalisation_into_every_recipe(tmp_path, tiny_run)
         (["--model", "nano16-resnet18", "--batch-size", "4", "--optim.accumulate", "4"], "needs more than one value"),
     ],
 )
-def test_bad_words_for_encoders_and_patches(words, message, make_folder, tmp_path, capsys):
+def test_bad_arguments_for_encoders_and_patches(arguments, message, make_folder, tmp_path, capsys):
     data = make_folder(tmp_path / "data", count=6)
-    assert vitrail(["train", str(data), "--out", str(tmp_path / "run"), *words]) == 1
+    assert vitrail(["train", str(data), "--out", str(tmp_path / "run"), *arguments]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 

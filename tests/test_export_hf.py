@@ -71,8 +71,8 @@ def saved(folder: Path, preprocess: dict[str, Any] | None = None, temperature: f
 
 def opened(folder: Path, base: type = AutoModelForImageClassification) -> Any:
     """Open a folder with transformers, and check that it missed nothing and found nothing too much."""
-    model, told = base.from_pretrained(folder, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    model, loading_info = base.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading_info
     return model.eval()
 
 
@@ -185,10 +185,10 @@ def test_labels_that_stand_twice_are_told(tmp_path):
 def test_without_a_classifier_the_base_model_is_written(fields, model_type, tmp_path, images):
     ours = saved(tmp_path, num_classes=0, **fields)
     made = export(ours, "hf", out=tmp_path / "folder")
-    model, told = AutoModel.from_pretrained(made.path, output_loading_info=True)
+    model, loading_info = AutoModel.from_pretrained(made.path, output_loading_info=True)
     assert model.config.model_type == model_type
-    assert all("pooler" in name for name in told["missing_keys"])
-    assert not told["unexpected_keys"]
+    assert all("pooler" in name for name in loading_info["missing_keys"])
+    assert not loading_info["unexpected_keys"]
     classifier = vitrail.load(ours)
     pixels = classifier.preprocess.apply(read_image(images[0]))
     theirs = their_answer(model.eval(), classifier.preprocess.normalise(torch.from_numpy(pixels[None])))
@@ -306,15 +306,15 @@ def test_what_is_there_is_not_overwritten_but_an_empty_folder_is_taken(tmp_path,
 def test_a_bare_folder_becomes_a_model_file_by_description(tmp_path, capsys):
     save_family("vit", tmp_path / "bare")
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
-    words = ["export", str(tmp_path / "bare"), "--to", "vitrail", "--out", str(tmp_path / "own.safetensors")]
-    assert run(words) == 1
+    arguments = ["export", str(tmp_path / "bare"), "--to", "vitrail", "--out", str(tmp_path / "own.safetensors")]
+    assert run(arguments) == 1
     assert "--describe mean=0.5 std=0.5" in capsys.readouterr().err
-    described = ["--describe", "mean=0.5", "std=0.25", "resize=squash", "interpolation=bilinear", "labels=a,b,c"]
-    assert run([*words, *described]) == 0
+    description = ["--describe", "mean=0.5", "std=0.25", "resize=squash", "interpolation=bilinear", "labels=a,b,c"]
+    assert run([*arguments, *description]) == 0
     classifier = vitrail.load(tmp_path / "own.safetensors")
     assert classifier.labels == ("a", "b", "c")
     assert classifier.preprocess.std == (0.25, 0.25, 0.25)
-    assert run([*words, "--describe", "maen=0.5"]) == 1
+    assert run([*arguments, "--describe", "maen=0.5"]) == 1
     assert "did you mean 'mean'" in capsys.readouterr().err
 
 

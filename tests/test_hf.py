@@ -29,7 +29,7 @@ from vitrail.data.images.decode import read_image
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.weights.formats.hf_image_processor import from_processor, to_processor
 from vitrail.weights.resolve import open_weights
-from vitrail.weights.user_spec import parse_described
+from vitrail.weights.user_spec import parse_description
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,8 +61,8 @@ def broken(vit_folder: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def change(file: str = "config.json", **settings: object) -> Path:
         folder = Path(shutil.copytree(vit_folder, tmp_path / "broken"))
-        kept = {**json.loads((folder / file).read_text()), **settings}
-        (folder / file).write_text(json.dumps({key: value for key, value in kept.items() if value is not None}))
+        merged = {**json.loads((folder / file).read_text()), **settings}
+        (folder / file).write_text(json.dumps({key: value for key, value in merged.items() if value is not None}))
         return folder
 
     return change
@@ -231,8 +231,8 @@ def test_a_folder_without_preprocessor_wants_a_description(broken):
     with pytest.raises(ValueError, match=r"preprocessor_config.json: no such file.*--describe mean=0.5"):
         open_weights(folder)
     with pytest.raises(ValueError, match="describe resize, interpolation too"):
-        open_weights(folder, parse_described(["mean=0.5", "std=0.5"]))
-    words = [
+        open_weights(folder, parse_description(["mean=0.5", "std=0.5"]))
+    arguments = [
         "mean=0.1,0.2,0.3",
         "std=0.5",
         "resize=crop",
@@ -240,7 +240,7 @@ def test_a_folder_without_preprocessor_wants_a_description(broken):
         "interpolation=bilinear",
         "labels=a,b,c",
     ]
-    header = open_weights(folder, parse_described(words)).header
+    header = open_weights(folder, parse_description(arguments)).header
     assert header.labels == ("a", "b", "c")
     assert header.preprocess == Preprocess(32, 3, "crop", 0.8, "bilinear", (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="embed_dim cannot be described"):
@@ -320,17 +320,17 @@ def test_a_broken_folder_is_one_clear_error(broken, capsys, images, how, message
 
 
 class _Bomb:
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self):
-        return Path.touch, (self.place,)
+        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickle_is_not_executed(broken, tmp_path, zipped):
-    folder, place = broken(), tmp_path / "executed"
-    weights = {**load_file(folder / "model.safetensors"), "bomb": _Bomb(place)}
+    folder, executed = broken(), tmp_path / "executed"
+    weights = {**load_file(folder / "model.safetensors"), "bomb": _Bomb(executed)}
     (folder / "model.safetensors").unlink()
     if zipped:
         torch.save(weights, folder / "pytorch_model.bin")
@@ -340,7 +340,7 @@ def test_code_in_a_pickle_is_not_executed(broken, tmp_path, zipped):
         ValueError, match=r"pytorch_model.bin: holds Python objects or code besides tensors, which is never run"
     ):
         open_weights(folder)
-    assert not place.exists()
+    assert not executed.exists()
 
 
 def test_a_model_without_classifier_says_so(tmp_path, images, make_folder, capsys):
@@ -399,10 +399,10 @@ def test_older_forms_of_preprocessing_are_known(settings, kind, wanted):
 
 ASK = """
 import sys
-from vitrail.weights.words import open_weights
-for word in sys.argv[1:]:
+from vitrail.weights.resolve import open_weights
+for model_spec in sys.argv[1:]:
     try:
-        report = open_weights(word).report
+        report = open_weights(model_spec).report
         print(report.origin, *report.notes, sep="|")
     except ValueError as error:
         print("ERROR", error)
@@ -410,12 +410,12 @@ for word in sys.argv[1:]:
 COMMIT = "0123456789" * 4
 
 
-def ask(words: list[str], **environment: str) -> list[str]:
-    """Open models in a process of its own, since huggingface_hub reads its settings once; returns a line for each."""
-    place = str(Path(vitrail.__file__).parents[1])
+def ask(model_specs: list[str], **environment: str) -> list[str]:
+    """Open models in a process of its own, since huggingface_hub reads its settings once; return a line for each."""
+    package_folder = str(Path(vitrail.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", ASK, *words],
-        env={"PATH": "", "PYTHONPATH": place, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
+        [sys.executable, "-c", ASK, *model_specs],
+        env={"PATH": "", "PYTHONPATH": package_folder, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -430,8 +430,8 @@ def test_without_a_network_the_cache_is_used_or_one_message_says_what_to_do(vit_
     shutil.copytree(vit_folder, model / "snapshots" / COMMIT)
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(COMMIT)
-    words = ["hf:owner/tiny", f"hf:owner/tiny@{COMMIT}", "hf:owner/other"]
-    newest, pinned, missing = ask(words, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    model_specs = ["hf:owner/tiny", f"hf:owner/tiny@{COMMIT}", "hf:owner/other"]
+    newest, pinned, missing = ask(model_specs, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert newest == f"hf:owner/tiny@{COMMIT}|no network: the cached copy of commit {COMMIT} is used"
     assert pinned == f"hf:owner/tiny@{COMMIT}"
     assert missing.startswith("ERROR hf:owner/other: HF_HUB_OFFLINE is set, and the cache at")
@@ -455,8 +455,8 @@ class _Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
-        for word, (status, code) in self.refusals.items():
-            if word in self.path.split("/"):
+        for name, (status, code) in self.refusals.items():
+            if name in self.path.split("/"):
                 return self.answer(b"", status, {"X-Error-Code": code})
         names = [path.name for path in self.folder.iterdir()]
         if "/resolve/" in self.path:
@@ -486,8 +486,8 @@ def test_a_hub_is_asked_once_for_what_is_needed_and_its_refusals_are_one_message
     (_Hub.folder / "pytorch_model.bin").write_text("nor this, beside safetensors")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    place = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    words = [
+    environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    model_specs = [
         "hf:owner/tiny",
         f"hf:owner/tiny@{COMMIT}",
         "hf:owner/gated",
@@ -496,7 +496,7 @@ def test_a_hub_is_asked_once_for_what_is_needed_and_its_refusals_are_one_message
         "hf:owner/down",
     ]
     try:
-        answers = ask(words, **place)
+        answers = ask(model_specs, **environment)
     finally:
         server.shutdown()
         server.server_close()
@@ -515,13 +515,13 @@ def test_a_hub_is_asked_once_for_what_is_needed_and_its_refusals_are_one_message
         strict=True,
     ):
         assert answer.startswith(f"ERROR {message}")
-    (unreached,) = ask(["hf:owner/other"], **place)
+    (unreached,) = ask(["hf:owner/other"], **environment)
     assert unreached.startswith("ERROR hf:owner/other: the hub is not reached")
     assert unreached.endswith("it has owner/tiny. Load it once with a network, or name a folder: hf:FOLDER")
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("model_spec", "message"),
     [
         ("hf:./nowhere", "nowhere: no such folder"),
         ("hf:/no/where", "/no/where: no such folder"),
@@ -533,9 +533,9 @@ def test_a_hub_is_asked_once_for_what_is_needed_and_its_refusals_are_one_message
         ("timm:hf-hub:a b", "timm:hf-hub:a b: expected OWNER/NAME"),
     ],
 )
-def test_words_that_mean_nothing_are_told(word, message):
+def test_model_specs_that_name_nothing_are_refused(model_spec, message):
     with pytest.raises(ValueError, match=message):
-        open_weights(word)
+        open_weights(model_spec)
 
 
 def test_a_folder_may_be_at_home(vit_folder, monkeypatch):
@@ -552,14 +552,14 @@ def test_a_file_that_is_no_model_is_told(tmp_path):
 
 def test_descriptions_have_the_types_of_their_fields(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
-    words = ["embed_dim=24", "qkv_bias=false", "mlp=relu", "std=0.5,0.25,1", f"labels={tmp_path / 'names.txt'}"]
-    assert parse_described(words) == {
+    arguments = ["embed_dim=24", "qkv_bias=false", "mlp=relu", "std=0.5,0.25,1", f"labels={tmp_path / 'names.txt'}"]
+    assert parse_description(arguments) == {
         "embed_dim": 24, "qkv_bias": False, "mlp": "relu", "std": (0.5, 0.25, 1.0), "labels": ("cat", "dog")
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("argument", "message"),
     [
         ("mean", "expected KEY=VALUE"),
         ("maen=0.5", "did you mean 'mean'"),
@@ -569,8 +569,8 @@ def test_descriptions_have_the_types_of_their_fields(tmp_path):
         ("labels=a,,b", "a label is empty"),
     ],
 )
-def test_descriptions_that_cannot_be_are_refused(word, message):
+def test_impossible_descriptions_are_refused(argument, message):
     with pytest.raises(ValueError, match=message):
-        parse_described([word])
+        parse_description([argument])
     with pytest.raises(ValueError, match="given twice"):
-        parse_described(["mean=0.5", "mean=0.5"])
+        parse_description(["mean=0.5", "mean=0.5"])

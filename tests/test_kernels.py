@@ -27,7 +27,7 @@ CPU_KERNELS = {name: LOCAL_KERNELS[name] for name in ("tiles", "plain", "fused",
 
 
 def oracle(q, k, v, grid, window, num_prefix):
-    """Attention under a mask that is made place by place, as the definition reads."""
+    """Attention under a mask that is built position by position, as the definition reads."""
     tokens, (h, w) = q.shape[2], grid
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
     for i in range(tokens):
@@ -43,7 +43,7 @@ def oracle(q, k, v, grid, window, num_prefix):
 def random_qkv(batch, heads, grid, num_prefix, width, dtype=torch.float32):
     """Queries, keys and values as the qkv projection leaves them, side by side in memory."""
     packed = torch.randn(batch, num_prefix + grid[0] * grid[1], 3, heads, width, dtype=torch.float64).to(dtype)
-    return [part.transpose(1, 2).detach().requires_grad_() for part in packed.unbind(2)]
+    return [x.transpose(1, 2).detach().requires_grad_() for x in packed.unbind(2)]
 
 
 def assert_like_the_oracle(kernel, qkv, grid, window, num_prefix, **tolerance):
@@ -106,8 +106,8 @@ def test_the_same_bits_in_every_run():
 def test_bf16_is_as_near_to_the_truth_as_dense_bf16(name):
     grid, window, num_prefix = (20, 18), 7, 1
     exact = random_qkv(2, 3, grid, num_prefix, 32, torch.float64)
-    rounded = [part.detach().bfloat16().requires_grad_() for part in exact]
-    exact = [part.detach().double().requires_grad_() for part in rounded]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
     expected = oracle(*exact, grid, window, num_prefix)
     arriving = torch.randn_like(expected).bfloat16()
     truth = (expected, *torch.autograd.grad(expected, exact, arriving.double()))
@@ -126,7 +126,7 @@ def test_bf16_is_as_near_to_the_truth_as_dense_bf16(name):
 @pytest.mark.parametrize(("size", "most"), [(1, 0.005), (6, 0.010), (36, 0.020)])
 def test_bf16_errors_stay_small_at_large_scores(name, size, most):
     """All but the fused kernel round scores before the softmax (docs/local_attention.md)."""
-    q, k, v = (part.detach().bfloat16() for part in random_qkv(1, 2, (14, 20), 0, 64, torch.float64))
+    q, k, v = (x.detach().bfloat16() for x in random_qkv(1, 2, (14, 20), 0, 64, torch.float64))
     q = (q.double() * size).bfloat16()
     truth = CPU_KERNELS["matmul"](q.double(), k.double(), v.double(), (14, 20), 7, 0)
     error = (CPU_KERNELS[name](q, k, v, (14, 20), 7, 0).double() - truth).norm() / truth.norm()
@@ -181,7 +181,7 @@ def test_what_dropout_drops_does_not_depend_on_the_chunks(heads, grid, monkeypat
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # what PyTorch's own jvp does
 @pytest.mark.parametrize("name", ["tiles", "triton"])
 def test_forward_mode_derivatives_are_refused(name):
-    q, k, v = (part.detach() for part in random_qkv(1, 1, (12, 12), 1, 16))
+    q, k, v = (x.detach() for x in random_qkv(1, 1, (12, 12), 1, 16))
     for number in range(3):
 
         def attend(x, number=number):
@@ -245,7 +245,7 @@ def test_one_window_over_the_grid_is_global_attention():
 def test_a_layer_alone_says_what_it_needs():
     with pytest.raises(ValueError, match="window is 4; expected an odd number"):
         LocalAttention(32, 4, window=4)
-    with pytest.raises(ValueError, match="17 tokens are no square; give a Layout"):
+    with pytest.raises(ValueError, match="17 tokens are no square; give a TokenLayout"):
         LocalAttention(32, 4, window=3)(torch.randn(1, 17, 32))
     assert LocalAttention(32, 4, window=3)(
         torch.randn(1, 17, 32), TokenLayout(grids=((4, 4),), num_prefix=1)
@@ -345,7 +345,7 @@ def test_fused_dense_attention_is_what_the_masked_form_calls():
 @pytest.mark.parametrize(("grid", "window", "num_prefix"), [((31, 40), 7, 1), ((20, 5), 7, 0), ((9, 33), 31, 2)])
 def test_tiles_of_one_kind_share_one_bias(grid, window, num_prefix):
     tiling = tiling_of(grid, window, num_prefix)
-    rows, columns = (tiles._kinds_along(*each) for each in zip(tiling.grid, tiling.tile, tiling.reach, strict=True))
+    rows, columns = (tiles._kinds_along(*each) for each in zip(tiling.grid, tiling.tile, tiling.radius, strict=True))
     bias = tiles._bias(tiling, rows, columns, torch.float32)
     whole = tile_bias(tiling, torch.arange(tiling.tiles[0]), torch.arange(tiling.tiles[1]), torch.float32)
     assert torch.equal(bias[rows.kinds][:, columns.kinds], whole)
@@ -355,7 +355,7 @@ def test_tiles_of_one_kind_share_one_bias(grid, window, num_prefix):
 def test_the_bias_of_a_large_grid_is_made_of_its_kinds_alone(monkeypatch):
     made = []
     monkeypatch.setattr(tiles, "tile_bias", lambda *given: made.append(tile_bias(*given)) or made[0])
-    tiles._Work(torch.empty(1, 1, 224**2, 4), tiling_of((224, 224), 31, 0), 0.0, torch.tensor(0))
+    tiles._Workspace(torch.empty(1, 1, 224**2, 4), tiling_of((224, 224), 31, 0), 0.0, torch.tensor(0))
     assert made[0].nbytes < 40e6, "of all tiles it is 0.4 GB"
 
 
@@ -369,15 +369,15 @@ def test_more_grids_than_a_batch_has_keep_their_biases(monkeypatch):
     assert len(calls) == 24
 
 
-def test_what_is_kept_is_bounded_and_the_last_in_use():
-    kept, made = TensorCache(limit_bytes=100), []
+def test_the_tensor_cache_is_bounded_and_holds_the_last_used():
+    cache, made = TensorCache(limit_bytes=100), []
 
     def take(name, size):
-        return kept.get(name, lambda: made.append(name) or torch.zeros(size, dtype=torch.uint8))
+        return cache.get(name, lambda: made.append(name) or torch.zeros(size, dtype=torch.uint8))
 
     for name, size in [("a", 40), ("b", 40), ("a", 40), ("c", 40), ("a", 40), ("b", 40), ("huge", 101), ("huge", 101)]:
         assert len(take(name, size)) == size
-        assert kept.held_bytes == sum(each.nbytes for each in kept.tensors.values()) <= 100
+        assert cache.held_bytes == sum(tensor.nbytes for tensor in cache.tensors.values()) <= 100
     assert made == ["a", "b", "c", "b", "huge", "huge"]
     with torch.inference_mode():
         assert not take("new", 8).is_inference(), "training may need it later"
@@ -386,15 +386,15 @@ def test_what_is_kept_is_bounded_and_the_last_in_use():
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("name", ["tiles", "fused", "flex"])
 def test_a_pass_without_storage_leaves_nothing_behind(name, monkeypatch):
-    """As PyTorch's tools take that count operations or memory; and what is kept is of no use to them."""
+    """Such a pass is run by PyTorch's tools that count operations or memory; it can use no cached tensors."""
     monkeypatch.setattr(tiles, "_BIASES", TensorCache(limit_bytes=2**20))
     monkeypatch.setattr(windows, "_BIASES", TensorCache(limit_bytes=2**20))
     monkeypatch.setattr(flex, "_MASKS", {})
-    q, k, v = (part.detach() for part in random_qkv(1, 1, (7, 8), 1, 16))
+    q, k, v = (x.detach() for x in random_qkv(1, 1, (7, 8), 1, 16))
     attend = LOCAL_KERNELS[name]
     for _ in range(2):
         with FakeTensorMode():
-            if name != "flex":  # which looks at the numbers of blocks
+            if name != "flex":  # which reads the numbers of blocks
                 fake = [torch.empty(1, 1, 57, 16) for _ in range(3)]
                 assert attend(*fake, (7, 8), 3, 1).shape == (1, 1, 57, 16)
             else:
@@ -419,11 +419,11 @@ SIZES = """
 import sys, torch
 from torch.testing import assert_close
 from vitrail import ViT
-from vitrail.kernels.table import Case, Kernels, rule
+from vitrail.kernels.registry import Case, Kernels, default_kernel
 from vitrail.models.variants import variant_config
 torch.manual_seed(0)
 local = variant_config("b16-local7", num_classes=5, depth=1, embed_dim=24, num_heads=2, positions="rope2d")
-assert rule(Case("cpu", "float32", True, False, 197, 12, (14, 14), 7)) == "fused"
+assert default_kernel(Case("cpu", "float32", True, False, 197, 12, (14, 14), 7)) == "fused"
 for name in sys.argv[1:]:
     torch._dynamo.reset()
     model = ViT(local).train()

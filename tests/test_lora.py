@@ -70,9 +70,9 @@ def test_nothing_changes_before_the_first_step():
 
 
 def test_each_target_is_the_layer_that_it_names():
-    for target, place in {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}.items():
+    for target, layer in {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}.items():
         names = [name for name in adapted(targets=(target,)).state_dict() if is_adapter(name)]
-        assert names == [f"blocks.{i}.{place}.lora_{side}" for i in range(2) for side in "ab"]
+        assert names == [f"blocks.{i}.{layer}.lora_{side}" for i in range(2) for side in "ab"]
 
 
 def test_adapters_learn_in_bfloat16_and_compiled():
@@ -95,8 +95,8 @@ add_adapters(model, 3, 6.0, ("qkv", "fc2"))
 images = torch.rand(4, 3, 32, 32)
 compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
-for part in (model.blocks, model.patch_embed):  # as the head's warm-up does
-    part.requires_grad_(not next(part.parameters()).requires_grad)
+for module in (model.blocks, model.patch_embed):  # as the head's warm-up does
+    module.requires_grad_(not next(module.parameters()).requires_grad)
     compiled(images).sum().backward()
 print("agreed")
 """
@@ -137,9 +137,9 @@ def test_the_model_file_is_plain_and_is_what_was_evaluated(lora_run, tiny_run, t
     assert not torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], base["blocks.0.attn.qkv.weight"])
     assert torch.equal(model.state_dict()["blocks.0.mlp.fc1.weight"], base["blocks.0.mlp.fc1.weight"])
     assert vitrail(["eval", str(lora_run), str(tiny_run[1]), "--out", str(tmp_path / "e.json")]) == 0
-    judged = json.loads((tmp_path / "e.json").read_text())
+    metrics = json.loads((tmp_path / "e.json").read_text())
     lines = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
-    assert judged["loss"] in [line.get("eval/loss") for line in lines]
+    assert metrics["loss"] in [line.get("eval/loss") for line in lines]
     assert header.labels == ("flat", "slant", "steep")
 
 

@@ -113,7 +113,7 @@ def test_without_positions_permuted_patches_give_equal_logits():
     assert not torch.equal(images, permuted)
     assert_close(model(images), model(permuted), atol=1e-5, rtol=1e-5)
     placed = small(decoder="mean").eval()
-    for parameter in placed.parameters():  # fresh weights attend so evenly that places hardly matter
+    for parameter in placed.parameters():  # fresh weights attend so evenly that positions hardly matter
         torch.nn.init.normal_(parameter, std=0.3)
     assert (placed(images) - placed(permuted)).abs().max() > 1e-3, "with positions they differ"
 

@@ -299,7 +299,7 @@ def test_timm_hybrid_of_a_cnns_feature_map(encoder, patch, index, blocks):
     peer = drawn(
         VisionTransformer(img_size=64, patch_size=1, embed_layer=partial(HybridEmbed, backbone=backbone), **shape)
     )
-    # timm keeps the EfficientNet blocks behind the last map, and computes them; we do not.
+    # timm keeps the EfficientNet blocks after the last map, and computes them; we do not.
     rules = [(rf"backbone\.blocks\.[{blocks}-9]\.", None)]
     model = twin(peer, ViTConfig(image_size=64, patch_size=patch, encoder=encoder, **shape), rules)
     agree(model, peer, torch.randn(2, 3, 64, 64))
@@ -461,10 +461,12 @@ def test_patch_kernel_resize_is_timms(old, new):
 
 
 @pytest.mark.parametrize("patch", [4, 6, 8, 12, 16, 24])
-@pytest.mark.parametrize("kept", [True, False])
-def test_another_patch_size_is_a_timm_model_of_that_patch(patch, kept):
+@pytest.mark.parametrize("registered", [True, False])
+def test_another_patch_size_is_a_timm_model_of_that_patch(patch, registered):
     shape = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
-    sizes = (4, 6, 8, 12, 16, 24) if kept else ()  # matrices kept in the model, or made on the way
+    sizes = (
+        (4, 6, 8, 12, 16, 24) if registered else ()
+    )  # resize matrices registered in the model, or computed when needed
     config = ViTConfig(image_size=48, patch_size=8, patch_sizes=sizes, num_registers=2, **shape)
     # Two fp32 pseudo-inverses differ by a millionth; attention that is sharper than this makes ten of it in the gradient.
     model = drawn(ViT(config), std=0.1)

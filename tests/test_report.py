@@ -37,9 +37,9 @@ def evaluation(labels: Sequence[str], num_images: int, seed: int = 0, skill: flo
     rng, classes = np.random.default_rng(seed), len(labels)
     true = np.arange(num_images) % classes
     slip = np.minimum(rng.geometric(0.5, num_images), classes - 1)
-    said = np.where(rng.random(num_images) < skill, true, (true + slip) % classes)
+    predicted = np.where(rng.random(num_images) < skill, true, (true + slip) % classes)
     confusion = np.zeros((classes, classes), dtype=int)
-    np.add.at(confusion, (true, said), 1)
+    np.add.at(confusion, (true, predicted), 1)
     right, seen, named = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     per_class = {
         label: {"precision": float(right[i] / named[i]) if named[i] else None,
@@ -47,10 +47,10 @@ def evaluation(labels: Sequence[str], num_images: int, seed: int = 0, skill: flo
                 "f1": float(2 * right[i] / max(seen[i] + named[i], 1)), "count": int(seen[i])}
         for i, label in enumerate(labels)
     }  # fmt: skip
-    wrong = np.flatnonzero(true != said)[:24].tolist()
-    true, said = true.tolist(), said.tolist()
+    wrong = np.flatnonzero(true != predicted)[:24].tolist()
+    true, predicted = true.tolist(), predicted.tolist()
     mistakes = [
-        {"path": f"{labels[true[i]]}/{i:04}.png", "label": labels[true[i]], "predicted": labels[said[i]],
+        {"path": f"{labels[true[i]]}/{i:04}.png", "label": labels[true[i]], "predicted": labels[predicted[i]],
          "probability": 0.99 - 0.03 * n, "true_probability": 0.005 + 0.01 * n,
          "thumbnail": None if n == 3 else thumbnail(i, side)}
         for n, i in enumerate(wrong)
@@ -169,7 +169,7 @@ def test_the_headline_says_what_the_files_say(digits: Path):
     assert f"between {percent_text(low)} and {percent_text(high)}" in page.text
 
 
-def test_a_test_split_is_the_headline_and_validation_is_said_to_have_chosen(tmp_path: Path):
+def test_a_test_split_is_the_headline_and_validation_is_reported_to_have_chosen(tmp_path: Path):
     splits = {"val": evaluation(DIGITS, 360), "test": evaluation(DIGITS, 500, seed=2)}
     text = Page(build_report(make_run(tmp_path, DIGITS, splits))).text
     assert f"{percent_text(splits['test']['top1'])} of 500 test images right" in text
@@ -183,8 +183,8 @@ def test_every_count_of_the_confusion_matrix_is_on_the_page(digits: Path):
     confusion = json.loads((digits / "evaluation.json").read_text())["val"]["confusion"]
     assert rows == confusion
     wrong = np.array(confusion) - np.diag(np.diag(confusion))
-    true, said = np.unravel_index(wrong.argmax(), wrong.shape)
-    assert f"{true} seen as {said}: {wrong.max()} time" in Page(digits / "report.html").text
+    true, predicted = np.unravel_index(wrong.argmax(), wrong.shape)
+    assert f"{true} taken for {predicted}: {wrong.max()} time" in Page(digits / "report.html").text
 
 
 @pytest.mark.parametrize("name", ["digits", "hostile"])

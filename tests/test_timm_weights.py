@@ -20,8 +20,8 @@ from vitrail.cli import run
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights import naming as layouts
-from vitrail.weights.formats.timm_modules import describe
+from vitrail.weights import naming
+from vitrail.weights.formats.timm_modules import read_architecture
 from vitrail.weights.formats.timm_writer import write_timm
 from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.key_mapping import to_ours, to_theirs
@@ -98,8 +98,8 @@ def test_every_family_answers_as_in_timm(tmp_path, photographs, family):
 def test_tables_in_both_directions_are_bit_equal(family):
     architecture, args, _ = FAMILIES[family]
     model = redrawn(timm.create_model(architecture, **TINY, **args))
-    found = describe(model, "test")
-    theirs = layouts.joined_heads({name: tensor.detach() for name, tensor in model.state_dict().items()})
+    found = read_architecture(model, "test")
+    theirs = naming.join_heads({name: tensor.detach() for name, tensor in model.state_dict().items()})
     ours, unknown = to_ours(theirs, found.rules, found.config)
     back, lost = to_theirs(ours, found.rules, found.config)
     assert not unknown + lost
@@ -182,7 +182,7 @@ def test_the_command_writes_a_folder_of_timms(tmp_path, photographs):
 
 def test_two_heads_from_one_answer_as_before():
     heads = {f"{head}.{part}": torch.randn(*shape) for head in ("head", "head_dist") for part, shape in PARTS.items()}
-    split = layouts.split_heads(layouts.joined_heads(heads))
+    split = naming.split_heads(naming.join_heads(heads))
     assert split.keys() == heads.keys()
     assert torch.equal(split["head_dist.weight"], heads["head_dist.weight"])
     both = heads["head.bias"] + heads["head_dist.bias"]
@@ -224,17 +224,17 @@ def test_a_fine_tuned_file_has_classes_of_its_own(tmp_path, photographs):
 
 def test_a_repository_that_timm_wrote_comes_from_the_hubs_cache(tmp_path, photographs, monkeypatch):
     commit = "0" * 40
-    place = tmp_path / "models--someone--tiny"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text(commit)
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
     labels = ["ant", "bee", "cat", "dog", "elk"]
-    model = save(place / "snapshots" / commit, "vit_tiny_patch16_224", SIZE_32, {}, label_names=labels)
+    model = save(repository / "snapshots" / commit, "vit_tiny_patch16_224", SIZE_32, {}, label_names=labels)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     imported = open_weights(f"timm:hf-hub:someone/tiny@{commit}")
     assert imported.header.labels == tuple(labels)
     assert imported.report.origin == f"timm:hf-hub:someone/tiny@{commit}"
-    assert_same_logits(imported, model, transform_of(place / "snapshots" / commit), photographs)
+    assert_same_logits(imported, model, transform_of(repository / "snapshots" / commit), photographs)
     with pytest.raises(ValueError, match=f"is a model of timm.*load it as timm:hf-hub:someone/tiny@{commit}"):
         open_weights(f"hf:someone/tiny@{commit}")
 
@@ -255,12 +255,12 @@ def test_another_grid_and_patch_in_the_file_are_resized_as_timm_does(tmp_path, p
 
 def test_published_weights_come_from_the_hubs_cache(tmp_path, photographs, monkeypatch):
     commit = "0" * 40
-    place = tmp_path / "models--timm--test_vit.r160_in1k"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text(commit)
+    repository = tmp_path / "models--timm--test_vit.r160_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
     model = redrawn(timm.create_model("test_vit"))
-    (place / "snapshots" / commit).mkdir(parents=True)
-    save_file(model.state_dict(), place / "snapshots" / commit / "model.safetensors")
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    save_file(model.state_dict(), repository / "snapshots" / commit / "model.safetensors")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     imported = open_weights("timm:test_vit.r160_in1k")
@@ -291,7 +291,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "expected"),
+    ("model_spec", "expected"),
     [
         ("timm:vit_bse_patch16_224", r"is no model of timm's; did you mean 'vit_base_patch16_224'"),
         ("timm:patch14_dinov2", r"did you mean 'vit_base_patch14_dinov2'"),
@@ -306,9 +306,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
         ("timm:vit_small_resnet26d_224", r"timm publishes no weights of this name"),
     ],
 )
-def test_what_cannot_be_had_is_one_clear_error(word, expected):
+def test_what_cannot_be_had_is_one_clear_error(model_spec, expected):
     with pytest.raises(ValueError, match=expected):
-        open_weights(word)
+        open_weights(model_spec)
 
 
 def test_files_that_do_not_fit_list_all_that_differs(tmp_path):
@@ -352,7 +352,7 @@ def test_a_gate_in_the_second_half_is_turned():
     model = redrawn(
         timm.create_model("vit_tiny_patch16_224", **TINY, **SIZE_32, mlp_layer=GluMlp, act_layer=nn.SiLU, mlp_ratio=3.0)
     )
-    found = describe(model, "test")
+    found = read_architecture(model, "test")
     ours = ViT(found.config).eval()
     ours.load_state_dict(to_ours(model.state_dict(), found.rules, ViTConfig())[0])
     images = torch.randn(2, 3, 32, 32)

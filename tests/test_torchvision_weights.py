@@ -53,8 +53,8 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_published_weights_by_name(tiny, photographs):
-    for word in ("torchvision:vit_tiny", "torchvision:vit_tiny.V1"):
-        imported = open_weights(word)
+    for model_spec in ("torchvision:vit_tiny", "torchvision:vit_tiny.V1"):
+        imported = open_weights(model_spec)
         assert imported.header.labels == tuple(LABELS)
         assert imported.header.architecture.layer_norm_eps == 1e-6
         assert_same_logits(imported, tiny, TRANSFORM(), photographs)
@@ -86,8 +86,8 @@ def test_a_file_alone(tmp_path, photographs):
     torch.save(model.state_dict(), tmp_path / "a.pth")
     with pytest.raises(ValueError, match="weights alone do not tell num_heads; .*--to vitrail --describe num_heads=N"):
         open_weights(tmp_path / "a.pth")
-    said = {"num_heads": 3, "interpolation": "bicubic", "crop_fraction": 1.0}
-    imported = open_weights(tmp_path / "a.pth", said)
+    description = {"num_heads": 3, "interpolation": "bicubic", "crop_fraction": 1.0}
+    imported = open_weights(tmp_path / "a.pth", description)
     assert imported.header.labels == ("0", "1", "2")
     assert any("preprocessing assumed: mean 0.485,0.456,0.406" in note for note in imported.report.notes)
     transform = ImageClassification(crop_size=48, resize_size=48, interpolation=InterpolationMode.BICUBIC)
@@ -95,7 +95,7 @@ def test_a_file_alone(tmp_path, photographs):
 
 
 @pytest.mark.parametrize(
-    ("word", "expected"),
+    ("model_spec", "expected"),
     [
         ("torchvision:vit_b_61", r"no model 'vit_b_61'; did you mean 'vit_b_16'\? Its ViTs: vit_b_16, vit_b_32"),
         ("torchvision:vit_b_16.V9", r"vit_b_16 has no weights 'V9'; it has IMAGENET1K_V1, IMAGENET1K_SWAG_E2E_V1"),
@@ -104,9 +104,9 @@ def test_a_file_alone(tmp_path, photographs):
         ("torchvision:vit_tiny.V2", r"could not be had \(.*they need the network once.*=FILE"),
     ],
 )
-def test_what_cannot_be_had_is_one_clear_error(tiny, word, expected):
+def test_what_cannot_be_had_is_one_clear_error(tiny, model_spec, expected):
     with pytest.raises(ValueError, match=expected):
-        open_weights(word)
+        open_weights(model_spec)
 
 
 def test_a_file_of_another_model(tiny, tmp_path):
@@ -119,13 +119,13 @@ def test_a_file_of_another_model(tiny, tmp_path):
         open_weights(f"torchvision:vit_tiny={tmp_path / 'b.pth'}")
 
 
-@pytest.mark.parametrize("word", ["torchvision:vit_tiny", "timm:test_vit"])
-def test_a_file_of_another_library_says_whose_names_it_has(tiny, tmp_path, word):
+@pytest.mark.parametrize("model_spec", ["torchvision:vit_tiny", "timm:test_vit"])
+def test_a_file_of_another_library_says_whose_names_it_has(tiny, tmp_path, model_spec):
     timms = timm.create_model("test_vit").state_dict()
-    tensors = timms if word.startswith("torchvision") else tiny.state_dict()
+    tensors = timms if model_spec.startswith("torchvision") else tiny.state_dict()
     torch.save({"model": tensors}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"their names are those of (timm|torchvision)'s VisionTransf") as caught:
-        open_weights(f"{word}={tmp_path / 'a.pth'}")
+        open_weights(f"{model_spec}={tmp_path / 'a.pth'}")
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
     assert "(0,)" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""What people see while a command works: lines, warnings and progress bars. Imports rich, nothing heavier."""
+"""Print lines, warnings and progress while a command works. Imports rich, nothing heavier."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import rich.console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# Without a terminal there are no bars; a line this often shows that work goes on.
-_QUIET_SECONDS = 10.0
+# Without a terminal there are no bars, but a line of progress every so many seconds.
+_LINE_SECONDS = 10.0
 
 
 class Console:
-    """What a command prints: lines, warnings, results and progress bars; nothing at all where it is `quiet`."""
+    """Prints lines, warnings, results and progress bars of a command; prints nothing where it is `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.terminal = rich.console.Console(quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
@@ -26,47 +26,47 @@ class Console:
         self.terminal.print(printable(line))
 
     def warn(self, line: str) -> None:
-        """Print a line that should be noticed."""
+        """Print a line as a warning."""
         self.terminal.print(f"[yellow]warning:[/] {printable(line)}")
 
     def success(self, line: str) -> None:
-        """Print a result."""
+        """Print a line as a result."""
         self.terminal.print(f"[bold green]{printable(line)}[/]")
 
     @contextlib.contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Show progress of a job whose length becomes known with the first call `advance(done, total)`."""
+    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show the progress of a job, and yield the function `advance(done, total)` that updates it."""
         if not self.live:
-            yield self._lines(what)
+            yield self._lines(title)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.terminal, transient=True) as progress:
-            task = progress.add_task(what, total=None)
+            task = progress.add_task(title, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
-    def _lines(self, what: str) -> Callable[[int, int], None]:
-        spoken_at = time.monotonic()
+    def _lines(self, title: str) -> Callable[[int, int], None]:
+        printed_at = time.monotonic()
 
         def advance(done: int, total: int) -> None:
-            nonlocal spoken_at
-            if time.monotonic() - spoken_at >= _QUIET_SECONDS:
-                spoken_at = time.monotonic()
-                self.info(f"{what}: {done:,} of {total:,}")
+            nonlocal printed_at
+            if time.monotonic() - printed_at >= _LINE_SECONDS:
+                printed_at = time.monotonic()
+                self.info(f"{title}: {done:,} of {total:,}")
 
         return advance
 
 
 def printable(line: str) -> str:
-    """Return a line without markup, and as valid Unicode: file names may hold bytes that are not UTF-8."""
+    """Return a line with its markup escaped and as valid Unicode: file names may hold bytes that are not UTF-8."""
     return escape(line.encode("utf-8", "backslashreplace").decode())
 
 
 class TrainingDisplay:
-    """The progress of a training: a live bar in a terminal, a line now and then elsewhere."""
+    """Shows the progress of a training: a live bar in a terminal, elsewhere a line every few seconds."""
 
     def __init__(self, console: Console, *, total_steps: int, steps_per_epoch: float, start: int) -> None:
         self.console, self.total_steps, self.steps_per_epoch = console, total_steps, steps_per_epoch
-        self.spoken_at = 0.0
+        self.printed_at = 0.0
         self.progress: Progress | None = None
         if console.live:
             columns = (
@@ -95,8 +95,8 @@ class TrainingDisplay:
         figures = f"loss {means['train/loss']:.3f}{accuracy}  {images_per_s:,.0f} images/s"
         if self.progress is not None:
             self.progress.update(self.task, completed=step, description=position, figures=figures)
-        elif time.monotonic() - self.spoken_at >= _QUIET_SECONDS:
-            self.spoken_at = time.monotonic()
+        elif time.monotonic() - self.printed_at >= _LINE_SECONDS:
+            self.printed_at = time.monotonic()
             steps = f"step {step:,} of {self.total_steps:,}"
             self.console.info(f"{position}  {steps}  {figures}  {duration(remaining_s)} left")
 
@@ -111,7 +111,7 @@ class TrainingDisplay:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them: `45 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Return seconds as text, such as `45 s`, `3 min 20 s` or `2 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -121,7 +121,7 @@ def duration(seconds: float) -> str:
 
 
 def byte_size(num_bytes: int) -> str:
-    """Return a number of bytes for people, such as 3.2 GB."""
+    """Return a number of bytes as text, such as `3.2 GB`."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"

@@ -1,4 +1,4 @@
-"""`vitrail doctor`: what this machine can do, what was measured of it, and what would make it better."""
+"""Examine this machine for `vitrail doctor`: its hardware and software, kernel timings, and advice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from vitrail.device import supports_bf16
-from vitrail.kernels.autotune import cache_file, fastest, machine_key, timings, writable
-from vitrail.kernels.registry import Case, candidates
+from vitrail.kernels.autotune import cache_file, fastest_of, machine_key, timings, writable
+from vitrail.kernels.registry import Case, candidate_kernels
 from vitrail.machine import memory_bytes, processor_name
 from vitrail.models.kernel_choice import attention_cases
 from vitrail.models.variants import variant_config
@@ -24,10 +24,13 @@ from vitrail.models.variants import variant_config
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the page.
+    """One fact about this machine.
 
     Attributes:
-        advice: what would make it better; empty: nothing.
+        topic: the group it is printed in.
+        name: what it is about, unique in its topic.
+        value: the fact.
+        advice: what would improve it; empty: nothing.
     """
 
     topic: str
@@ -37,11 +40,11 @@ class Finding:
 
 
 def examine(models: Iterable[str], *, fresh: bool = False) -> list[Finding]:
-    """Return what this machine is and can do; takes a few seconds.
+    """Return all findings on this machine; takes a few seconds.
 
     Args:
         models: variants whose attention is measured, at their own image size.
-        fresh: measure attention again, also where it is known.
+        fresh: measure attention again, also where times are cached.
 
     Raises:
         ValueError: a model's name is unknown.
@@ -50,8 +53,8 @@ def examine(models: Iterable[str], *, fresh: bool = False) -> list[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [
         *_machine(),
-        *_graphics(),
-        *_formats(device),
+        *_gpus(),
+        *_number_formats(device),
         *_compiler(),
         *_decoders(),
         *_packages(),
@@ -76,35 +79,35 @@ def _machine() -> list[Finding]:
     ]
 
 
-def _graphics() -> list[Finding]:
+def _gpus() -> list[Finding]:
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "PyTorch sees none"
         return [Finding("GPU", "CUDA", f"no ({why})", "" if torch.version.cuda else "install a CUDA build of torch")]
-    found = []
+    findings = []
     for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
-        value = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, compute capability {about.major}.{about.minor}"
-        found.append(Finding("GPU", f"cuda:{number}", value))
-    return found
+        gpu = torch.cuda.get_device_properties(number)
+        value = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        findings.append(Finding("GPU", f"cuda:{number}", value))
+    return findings
 
 
-def _formats(device: torch.device) -> list[Finding]:
+def _number_formats(device: torch.device) -> list[Finding]:
     speeds = {"fp32": _gflops(device, torch.float32)}
     native = supports_bf16(device)
     if native:
         speeds["bf16"] = _gflops(device, torch.bfloat16)
-    found = [
+    findings = [
         Finding("numbers", name, f"{speed:,.0f} GFLOP/s on {device.type} (matrix product of 1024, measured now)")
         for name, speed in speeds.items()
     ]
     if not native:
         advice = "bf16 would be emulated at a hundredth of the speed: keep --precision fp32, which auto chooses here"
-        return [*found, Finding("numbers", "bf16", f"no instructions for it on this {device.type}", advice)]
-    return found
+        return [*findings, Finding("numbers", "bf16", f"no instructions for it on this {device.type}", advice)]
+    return findings
 
 
 def _gflops(device: torch.device, dtype: torch.dtype, side: int = 1024) -> float:
-    """Return the best of some matrix products, in 10⁹ operations a second."""
+    """Return the speed of the fastest of some matrix products, in 10⁹ operations a second."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(8):
@@ -118,7 +121,7 @@ def _gflops(device: torch.device, dtype: torch.dtype, side: int = 1024) -> float
 
 def _compiler() -> list[Finding]:
     compiler = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
-    found = [
+    findings = [
         Finding(
             "compile",
             "C++ compiler",
@@ -128,8 +131,8 @@ def _compiler() -> list[Finding]:
     ]
     if torch.cuda.is_available():
         missing = "" if _version("triton") else "--compile on GPUs needs it: pip install triton"
-        found.append(Finding("compile", "triton", _version("triton") or "not installed", missing))
-    return found
+        findings.append(Finding("compile", "triton", _version("triton") or "not installed", missing))
+    return findings
 
 
 def _decoders() -> list[Finding]:
@@ -142,17 +145,17 @@ def _decoders() -> list[Finding]:
     names = {"jpg": "JPEG", "zlib": "PNG", "webp": "WebP", "avif": "AVIF", "jpg_2000": "JPEG 2000", "libtiff": "TIFF"}
     return [
         Finding("images", "Pillow", f"{PIL.__version__}; libjpeg-turbo {turbo or 'missing'}", advice),
-        Finding("images", "formats", ", ".join(names[each] for each in formats)),
+        Finding("images", "formats", ", ".join(names[name] for name in formats)),
     ]
 
 
 def _packages() -> list[Finding]:
-    found = [Finding("packages", "python", platform.python_version())]
+    findings = [Finding("packages", "python", platform.python_version())]
     for name in ("torch", "torchvision", "timm", "transformers", "vitrail"):
         version = _version(name)
         if version:
-            found.append(Finding("packages", name, version))
-    return found
+            findings.append(Finding("packages", name, version))
+    return findings
 
 
 def _version(package: str) -> str:
@@ -164,15 +167,15 @@ def _version(package: str) -> str:
 
 def _attention(configs: dict[str, Any], device: torch.device, fresh: bool) -> list[Finding]:
     precisions = ["float32", "bfloat16"] if supports_bf16(device) else ["float32"]
-    found = []
+    findings = []
     for name, config in configs.items():
         # Local attention is for grids that are much larger than its window.
         sides = (config.image_size, 2 * config.image_size) if config.window else (config.image_size,)
         for side, dtype, training in itertools.product(sides, precisions, (True, False)):
             for case in attention_cases(config, (side, config.patch_size), device.type, dtype, training=training):
-                found.append(Finding("attention", f"{name}: {case.key}", _choice(case, fresh)))
+                findings.append(Finding("attention", f"{name}: {case.key}", _fastest_kernel(case, fresh)))
     if device.type == "cpu":
-        found.append(
+        findings.append(
             Finding(
                 "attention",
                 "ms",
@@ -181,13 +184,14 @@ def _attention(configs: dict[str, Any], device: torch.device, fresh: bool) -> li
         )
     cache = cache_file()
     if writable(cache):
-        return [*found, Finding("attention", "kept in", f"{cache} for {machine_key()}")]
-    advice = f"{cache} cannot be written, so every run measures anew; set VITRAIL_CACHE to a folder that can"
-    return [*found, Finding("attention", "kept in", "nothing", advice)]
+        return [*findings, Finding("attention", "cached in", f"{cache} for {machine_key()}")]
+    advice = f"{cache} cannot be written, so every run measures again; set VITRAIL_CACHE to a folder that can"
+    return [*findings, Finding("attention", "cached in", "nothing", advice)]
 
 
-def _choice(case: Case, fresh: bool) -> str:
-    if len(candidates(case)) == 1:
-        return f"{candidates(case)[0]} (nothing else fits)"
-    taken = timings(case, cache_file(), fresh=fresh)
-    return f"{fastest(taken)} ({', '.join(f'{name} {ms:.2f} ms' for name, ms in taken.items())})"
+def _fastest_kernel(case: Case, fresh: bool) -> str:
+    """Return the fastest kernel of a case, with the times of all candidates."""
+    if len(candidate_kernels(case)) == 1:
+        return f"{candidate_kernels(case)[0]} (no other kernel is a candidate)"
+    milliseconds = timings(case, cache_file(), fresh=fresh)
+    return f"{fastest_of(milliseconds)} ({', '.join(f'{name} {ms:.2f} ms' for name, ms in milliseconds.items())})"

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is either the old one or the new one, also after a crash or on a full disk; and the cache folder."""
+"""Write files and folders atomically: after a crash or on a full disk there is the old one or the new one. And the cache folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def _umask() -> int:
-    """Return the process's mask of permissions; it can only be read by setting it."""
+    """Return the process's permission mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -21,13 +21,13 @@ _UMASK = _umask()  # once, at import, before there are threads
 
 
 def _draft_of(path: Path) -> Path:
-    """Return a name beside `path` that no other write takes, of this process's threads or of another process."""
+    """Return a temporary path beside `path` that no other thread or process uses."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.
+    """Yield a temporary path beside `path`; on success the file is flushed to disk and replaces `path`.
 
     On any error the temporary file is removed and `path` stays as it was.
     """
@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; on success it becomes `path`, which must not exist or be empty.
+    """Yield a temporary folder beside `path`; on success it becomes `path`, which must not exist or be empty.
 
     On any error the temporary folder is removed, and nothing is left.
     """
@@ -63,9 +63,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def filled_folder(path: Path, fill: Callable[[Path], None]) -> Path:
-    """Return a folder, made by `fill` in a temporary one unless it exists; several processes wait for the one that does.
+    """Return a folder, filled by `fill` unless it exists; other processes wait for the one that fills it.
 
-    A folder that was not filled to the end is not there, whatever ended the process.
+    It is filled under a temporary name, so that it never exists half filled, whatever ends the process.
     """
     from filelock import FileLock
 
@@ -96,6 +96,6 @@ def write_text(path: Path, content: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be computed again: `VITRAIL_CACHE`, else `vitrail` in the user's cache folder."""
-    own = os.environ.get("VITRAIL_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrail"
+    """Return the folder for what can be computed again: `VITRAIL_CACHE`, else `vitrail` in the user's cache folder."""
+    folder = os.environ.get("VITRAIL_CACHE")
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrail"

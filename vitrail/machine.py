@@ -1,4 +1,4 @@
-"""What this machine is. Imports no torch."""
+"""Name this machine's processor and measure its memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """Return the processor's marketing name where the system tells it."""
+    """Return the processor's product name, or its architecture where the system does not tell the name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

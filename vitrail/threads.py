@@ -1,4 +1,4 @@
-"""Work spread over threads."""
+"""Map a function over items in several threads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ R = TypeVar("R")
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Map over threads and yield results in order, with a bounded number in flight.
+    """Yield the results of a function for every item, in order, computed by threads a bounded number ahead.
 
-    Items are handed over in runs: a task an image would cost more than a small JPEG's decode.
+    Each task takes several items: a task for each image would cost more than decoding a small JPEG.
     """
     number = workers or os.cpu_count() or 1
     iterator = iter(items)
     with ThreadPoolExecutor(number) as pool:
 
         def submit():
-            run = list(islice(iterator, 32))
-            return pool.submit(lambda: [function(each) for each in run]) if run else None
+            chunk = list(islice(iterator, 32))
+            return pool.submit(lambda: [function(item) for item in chunk]) if chunk else None
 
         waiting = [submit() for _ in range(2 * number)]
         while waiting:

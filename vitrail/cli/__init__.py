@@ -40,29 +40,29 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
     sys.exit(code)
 
 
-def run(words: list[str]) -> int:
-    """Run a command line, given as its words after `vitrail`, and return the exit code."""
-    if not words or words[0] in ("-h", "--help", "help"):
+def run(arguments: list[str]) -> int:
+    """Run a command line, given as the arguments after `vitrail`, and return the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         Console().terminal.print(overview())
-        return OK if words else USAGE_ERROR
-    if words[0] in ("-V", "--version", "version"):
+        return OK if arguments else USAGE_ERROR
+    if arguments[0] in ("-V", "--version", "version"):
         Console().info(f"vitrail {vitrail.__version__}")
         return OK
-    if words[0] not in COMMANDS:
-        return fail(f"{unknown('command', words[0], COMMANDS)}. See vitrail --help", USAGE_ERROR)
-    command = COMMANDS[words[0]]
+    if arguments[0] not in COMMANDS:
+        return fail(f"{unknown('command', arguments[0], COMMANDS)}. See vitrail --help", USAGE_ERROR)
+    command = COMMANDS[arguments[0]]
     try:
         options = tyro.cli(
             command.Options,
-            prog=f"vitrail {words[0]}",
+            prog=f"vitrail {arguments[0]}",
             description=command.HELP,
-            args=words[1:],
+            args=arguments[1:],
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except SystemExit as stop:
@@ -71,7 +71,7 @@ def run(words: list[str]) -> int:
 
 
 def run_guarded(command: Callable[[Any], int], options: Any) -> int:
-    """Run a command; what the user can fix becomes one message instead of a traceback.
+    """Run a command; an error that the user can fix becomes one message instead of a traceback.
 
     With `VITRAIL_TRACEBACK` in the environment the traceback is shown all the same.
     """
@@ -88,7 +88,7 @@ def run_guarded(command: Callable[[Any], int], options: Any) -> int:
 
 
 def message_of(error: ValueError | OSError) -> str:
-    """Return what an error says, and for a file its name before the system's reason."""
+    """Return the message of an error; for a system error the file's name and the reason."""
     if not isinstance(error, OSError):
         return str(error)
     location = f"{error.filename}: " if error.filename else ""
@@ -96,7 +96,7 @@ def message_of(error: ValueError | OSError) -> str:
 
 
 def overview() -> str:
-    """Return what `vitrail --help` shows."""
+    """Return the text of `vitrail --help`."""
     lines = [f"  [bold]{name:<9}[/]{command.HELP}" for name, command in COMMANDS.items()]
     return "\n".join(
         [

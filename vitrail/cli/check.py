@@ -1,4 +1,4 @@
-"""`vitrail check`: what would spoil a training, found before it starts."""
+"""`vitrail check`: find problems of a dataset before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitrail.console import Console
 if TYPE_CHECKING:
     from vitrail.data.check.check import CheckResult
 
-HELP = "Look for all that spoils a training: broken files, leaks, wrong labels, odd images."
+HELP = "Find what would spoil a training: broken files, leaks, wrong labels, unusual images."
 
 _RECIPE = "its settings: auto (the default), article, or an earlier run's config.json"
 # DATA answers the first; the others change nothing that is checked.
@@ -99,7 +99,7 @@ def write_findings(options: Any, result: CheckResult, console: Console) -> None:
 
 
 def write_contact_sheet(options: Any, config: DataConfig, console: Console) -> None:
-    """Write the sheet of images as training would see them."""
+    """Write the contact sheet of images as training would see them."""
     from vitrail.report.contact_sheet import write_sheet
 
     path = options.out_sheet or "augmentation.png"

@@ -1,4 +1,4 @@
-"""`vitrail doctor`: what this machine can do."""
+"""`vitrail doctor`: report what this machine can do."""
 
 from __future__ import annotations
 

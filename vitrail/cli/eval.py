@@ -1,4 +1,4 @@
-"""`vitrail eval`: how good a model is on labelled images."""
+"""`vitrail eval`: evaluate a model on labelled images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vitrail export`: a model in the format of another library."""
+"""`vitrail export`: write a model in the format of another library."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Options:
 def run(options: Options) -> int:
     """Write a model in another format, and print what changed on the way."""
     from vitrail.export.formats import export
-    from vitrail.weights.user_spec import parse_described
+    from vitrail.weights.user_spec import parse_description
 
     console = Console()
-    exported = export(options.model, options.to, out=options.out, described=parse_described(options.describe))
+    exported = export(options.model, options.to, out=options.out, description=parse_description(options.describe))
     for note in exported.notes:
         console.info(note)
     console.success(f"written: {exported.path}")

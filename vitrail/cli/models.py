@@ -1,4 +1,4 @@
-"""`vitrail models`: the architectures, their size and cost, and what each looks like."""
+"""`vitrail models`: list the architectures with their size and cost, or draw one."""
 
 from __future__ import annotations
 

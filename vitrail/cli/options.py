@@ -19,7 +19,7 @@ DATA = (
     "a folder of class folders; a table .csv, .jsonl or .parquet with columns path,label[,split][,group][,weight]; tar "
     "shards: a folder of them, 'train-{000..123}.tar', s3://…, https://…; torchvision:NAME; hf:NAME-or-folder; or digits"
 )
-_IMAGE_SIZE = "side of the square that images are brought to (the model's own)"
+_IMAGE_SIZE = "side of the square that images are resized to (the model's own)"
 _PATCH_SIZE = "side of a patch, for models trained with several by --model.patch-sizes (the model's own)"
 _RESIZE = "crop, squash, or aspect: whole images in their own aspect ratio (the model's own)"
 
@@ -34,13 +34,13 @@ FiguresFile = Annotated[str | None, arg(help="write all figures as JSON", metava
 
 
 def settings_of(kind: type, *, skip: tuple[str, ...] = (), otherwise: str = ", or the recipe's") -> list[Any]:
-    """Return the settings of a configuration class as fields for `make_dataclass`, nested classes included.
+    """Return the settings of a configuration class as fields for `make_dataclass`, with those of nested classes.
 
-    Every setting is None unless it is given, so that a recipe can tell what the user has fixed.
+    Every setting is None unless given, so that a recipe knows what the user gave.
 
     Args:
         skip: dotted names of settings that get no flag.
-        otherwise: what `--help` says after the default.
+        otherwise: text that follows the default in `--help`.
     """
     fields: list[Any] = []
     kinds = field_types(kind)
@@ -66,7 +66,7 @@ def section_of(
 
 
 def _flag_of(field: dataclasses.Field[Any], kind: Any, otherwise: str) -> Any:
-    """Return a setting's type for tyro, which may be None, with its help text, its default and the name of its kind."""
+    """Return a setting's type for tyro, which may be None, with its help text, its default and the name of its type."""
     default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     is_tuple = typing.get_origin(kind) is tuple
     metavar = (typing.get_args(kind)[0] if is_tuple else kind).__name__.upper() + "…" * is_tuple
@@ -75,11 +75,11 @@ def _flag_of(field: dataclasses.Field[Any], kind: Any, otherwise: str) -> Any:
 
 
 def given_settings(options: Any, where: str = "", *, own: type | None = None) -> dict[str, Any]:
-    """Return the settings that stand on the command line, by dotted name.
+    """Return the settings that were given on the command line, by dotted name.
 
     Args:
         where: dotted name of the section that `options` is.
-        own: class of the command's own options, which are no settings and left out.
+        own: class of the command's own options, which are not settings and are left out.
     """
     left_out = {field.name for field in dataclasses.fields(own)} if own is not None else set()
     given: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def given_settings(options: Any, where: str = "", *, own: type | None = None) ->
 
 
 def require_folder(flag: str, path: str | None) -> None:
-    """Refuse a file to write whose folder does not exist, before any work is done.
+    """Raise an error, before any work is done, if the folder of an output file does not exist.
 
     Raises:
         ValueError: the folder of `path` is missing; the message names the flag.

@@ -1,4 +1,4 @@
-"""What commands share in what they leave behind: exit codes, the error message, a JSON file, a note beside an accuracy."""
+"""Output that commands share: exit codes, the error message, a JSON file, a note beside an accuracy."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def write_json(path: str, value: Any) -> None:
 
 
 def recall_note(metrics: Mapping[str, Any]) -> str:
-    """Return the classes' mean recall as an addition to the accuracy, or nothing where the classes are of even size.
+    """Return the mean recall of the classes as text to follow the accuracy, or nothing where class sizes are even.
 
-    Where they are uneven, the accuracy says little of the small ones.
+    Where they are uneven, the accuracy says little about the small classes.
     """
     counts = [row["count"] for row in metrics["per_class"].values() if row["count"]]
     if "balanced_accuracy" not in metrics or max(counts) < UNEVEN * min(counts):

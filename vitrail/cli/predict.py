@@ -1,4 +1,4 @@
-"""`vitrail predict`: a label and its probability for every image."""
+"""`vitrail predict`: predict a label and its probability for every image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitrail.console import Console
 if TYPE_CHECKING:
     from vitrail.evaluation.classifier import Classifier, Prediction
 
-HELP = "Name what is on images; a broken file gets an error in its row."
+HELP = "Predict the labels of images; a broken file gets an error in its row."
 
 _TOP = "labels to rank per image (5 in a table, 1 on the terminal)"
 
@@ -56,7 +56,7 @@ def run(options: Options) -> int:
 
 
 def load_classifier(options: Options, console: Console) -> Classifier:
-    """Load the model at the size that is asked for, and warn of what makes its answers doubtful."""
+    """Return the model at the requested size, after warnings on what makes its predictions doubtful."""
     from vitrail.device import pick_device
     from vitrail.evaluation.classifier import load
     from vitrail.evaluation.evaluate import report_weights, warn_of_patches
@@ -70,7 +70,7 @@ def load_classifier(options: Options, console: Console) -> Classifier:
 
 
 def row_text(row: Prediction, *, top: int) -> str:
-    """Return the `top` likeliest labels of an image with their probabilities, or why it could not be read."""
+    """Return the `top` most probable labels of an image with their probabilities, or why it could not be read."""
     if row.error is not None:
         return f"ERROR {row.error}"
     ranked = list(zip(row.top_labels, row.top_probabilities, strict=True))[:top]

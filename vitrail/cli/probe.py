@@ -1,4 +1,4 @@
-"""`vitrail probe`: what a model's features are worth on a dataset, without training it."""
+"""`vitrail probe`: evaluate a model's features on a dataset by k-NN and linear classifiers, without training the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitrail.cli.output import OK, write_json
 from vitrail.config import DataConfig
 from vitrail.console import Console
 
-HELP = "Say in seconds what a model's features are worth on your images: k-NN, ridge, logistic regression."
+HELP = "Evaluate a model's features on your images in seconds: k-NN, ridge and logistic regression."
 
 _SAVE = "write a model file, .safetensors, whose head is the logistic regression"
 
@@ -35,7 +35,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Probe a model, print each accuracy with its seconds, and write all figures when they are asked for."""
+    """Probe a model, print each accuracy with its time, and write all figures if requested."""
     from vitrail.device import pick_device
     from vitrail.evaluation.probe import probe
 
@@ -60,7 +60,7 @@ def run(options: Options) -> int:
 
 
 def print_result(result: Mapping[str, Any], console: Console) -> None:
-    """Print the accuracy of each of the three classifiers, and where the time went."""
+    """Print the accuracy of each of the three classifiers, and the time of each step."""
     seconds = result["seconds_each"]
     images = f"{result['num_train']:,} images (train), evaluated on {result['num_images']:,} ({result['split']})"
     console.info(f"fitted to {images}")
@@ -79,7 +79,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
 
 
 def print_next(options: Options, console: Console) -> None:
-    """Print the command that follows: saving the probe as a model, or evaluating the one that was saved."""
+    """Print the next command: save the probe as a model, or evaluate the one that was saved."""
     model, data = shlex.quote(options.model), shlex.quote(options.data)
     if options.save is None:
         size = "" if options.image_size is None else f" --image-size {options.image_size}"

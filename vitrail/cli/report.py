@@ -1,4 +1,4 @@
-"""`vitrail report`: the HTML page of a run, built again."""
+"""`vitrail report`: rebuild the HTML page of a run."""
 
 from __future__ import annotations
 

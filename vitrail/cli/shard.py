@@ -1,4 +1,4 @@
-"""`vitrail shard`: images into tar shards."""
+"""`vitrail shard`: write images into tar shards."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Write shards, and print what is in them."""
+    """Write shards, and print a summary of them."""
     from vitrail.data.datasets.write_shards import write_shards
 
     console = Console()
@@ -49,7 +49,7 @@ def run(options: Options) -> int:
 
 
 def print_result(written: WrittenShards, folder: str, console: Console) -> None:
-    """Print the number of images and shards, and every split's shards as one pattern."""
+    """Print the number of images and shards, and one pattern for the shards of each split."""
     for problem in written.problems:
         console.warn(problem.message)
     counts = ", ".join(f"{count:,} {split}" for split, count in written.counts.items())

@@ -1,4 +1,4 @@
-"""`vitrail train`: from a folder of images to a run folder."""
+"""`vitrail train`: train a model on images, and leave a run folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HELP = "Check the data, train, evaluate, and leave a run folder with weights and
 
 _MODEL = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {MODEL}"
 _RECIPE = "auto (the default), article, or an earlier run's config.json"
-# The command's own options answer these, or the data does.
+# Settings that the command's own options give, or the data.
 _NO_FLAG = ("recipe", "variant", "pretrained", "data.source", "model.num_classes")
 
 
@@ -34,7 +34,7 @@ class OwnOptions:
     out: Annotated[str | None, arg(help="folder of the run (default: runs/NAME)", metavar="RUN")] = None
     model_name: Annotated[str | None, arg(name="model", help=_MODEL, metavar="MODEL")] = None
     recipe: Annotated[str | None, arg(help=_RECIPE, metavar="NAME")] = None
-    resume: Annotated[bool, arg(help="go on with the run in --out, exactly")] = False
+    resume: Annotated[bool, arg(help="continue the run in --out, exactly")] = False
 
 
 # With every setting of `RunConfig` as `--section.field`.
@@ -68,7 +68,7 @@ def run(options: Any) -> int:
 
 
 def print_result(result: Result, console: Console) -> None:
-    """Print the accuracy on every split, where the files lie, and the next command."""
+    """Print the accuracy on every split, the paths of the files, and the next command."""
     for split, metrics in result.evaluation.items():
         name = {"val": "validation", "test": "test"}[split]
         correct = round(metrics["top1"] * metrics["num_images"])

@@ -42,8 +42,3 @@ def stop_on_errors(problems: Iterable[Problem]) -> None:
     errors = [problem.message for problem in problems if problem.severity == "error"]
     if errors:
         raise ValueError("\n".join(errors))
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's error, or its class where it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

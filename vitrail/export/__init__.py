@@ -1,1 +1,1 @@
-"""Models for other software: every format writes what the model file holds, or says why it cannot."""
+"""Write models for other software: each format writes all that the model file holds, or says why it cannot."""

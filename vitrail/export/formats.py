@@ -1,4 +1,4 @@
-"""`vitrail export`: the formats there are, and what each writes."""
+"""Write a model in the format of another library, or as a model file (`vitrail export`)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from vitrail.weights.resolve import open_weights
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """A format.
+    """A format that a model can be written in.
 
     Attributes:
-        suffix: what the model's name gets behind it, unless the user names a place.
-        write: writes into a folder, or a file, and returns what should be told.
-        is_folder: whether it is a folder; it appears when all of it is written.
+        suffix: end of the output's name, unless the user gives a path.
+        write: writes the model into a folder, or a file, and returns notes for the user.
+        is_folder: whether the output is a folder; it appears only when all of it is written.
     """
 
     suffix: str
@@ -35,7 +35,7 @@ class ExportFormat:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left: the path, and what should be told of the reading and of the writing."""
+    """The path of an exported model, and notes on how it was read and written."""
 
     path: Path
     notes: tuple[str, ...]
@@ -47,57 +47,57 @@ def write_vitrail(header: ModelHeader, weights: Mapping[str, Tensor], file: Path
     return []
 
 
-def write_timm(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -> list[str]:
+def _write_timm(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -> list[str]:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads; timm itself is slow to import."""
-    from vitrail.weights.formats.timm_writer import write_timm as write
+    from vitrail.weights.formats.timm_writer import write_timm
 
-    return write(header, weights, folder)
+    return write_timm(header, weights, folder)
 
 
 FORMATS = {
     "hf": ExportFormat("-hf", write_hf),
-    "timm": ExportFormat("-timm", write_timm),
+    "timm": ExportFormat("-timm", _write_timm),
     "vitrail": ExportFormat(".safetensors", write_vitrail, is_folder=False),
 }
 
 
 def export(
-    word: str | os.PathLike[str],
+    model_spec: str | os.PathLike[str],
     to: str,
     *,
     out: str | os.PathLike[str] | None = None,
-    described: Mapping[str, Any] | None = None,
+    description: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a model in another format.
 
     Args:
-        word: any model spec; see `open_weights`.
-        to: a name of `TARGETS`.
-        out: where to; unless given, beside a run or model file, else in this folder.
-        described: what a bare weights file does not say of itself.
+        model_spec: the model; see `open_weights`.
+        to: a name of `FORMATS`.
+        out: path of the output; unless given, beside a run or model file, else in the current folder.
+        description: what a weights file does not say of its model.
 
     Raises:
         ValueError: the model cannot be read, the format cannot express it, or there is something at `out` already.
     """
-    target = pick(FORMATS, to, "--to")
-    name = os.fspath(word)
-    path = Path(out) if out is not None else default_place(name, target.suffix)
+    export_format = pick(FORMATS, to, "--to")
+    name = os.fspath(model_spec)
+    path = Path(out) if out is not None else default_path(name, export_format.suffix)
     if (path.is_dir() and any(path.iterdir())) or path.is_file():
-        raise ValueError(f"{path}: is there already; name another place by --out, or remove it")
-    if path.is_dir() and not target.is_folder:
+        raise ValueError(f"{path}: is there already; name another path by --out, or remove it")
+    if path.is_dir() and not export_format.is_folder:
         raise ValueError(f"{path}: is a folder; name a file by --out, such as {path / 'model.safetensors'}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
-    model = open_weights(name, described)
+    model = open_weights(name, description)
     build_model(model.header.architecture, model.weights, name)  # names and shapes fit, or one error says what does not
-    place = new_folder(path) if target.is_folder else contextlib.nullcontext(path)
-    with place as draft:
-        notes = target.write(model.header, model.weights, draft)
+    output = new_folder(path) if export_format.is_folder else contextlib.nullcontext(path)
+    with output as draft:
+        notes = export_format.write(model.header, model.weights, draft)
     return Exported(path, (*model.report.lines(), *notes))
 
 
-def default_place(name: str, suffix: str) -> Path:
-    """Return where an export goes unless the user says so."""
+def default_path(name: str, suffix: str) -> Path:
+    """Return the path of an export where the user gives none."""
     path = Path(name)
     if path.is_dir():
         return path.with_name(path.name + suffix) if path.name else Path(path.absolute().name + suffix)

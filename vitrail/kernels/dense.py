@@ -1,4 +1,4 @@
-"""Dense attention: every query is multiplied with every key, in one of two ways."""
+"""Dense attention, where every query is multiplied with every key: fused, or as two matrix products."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def attend_matmul(
     bias: Float[Tensor, "*#batch N M"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "*batch N d"]:
-    """Return the same as matmul, softmax, matmul; holds the N×M weights.
+    """Return softmax(q kᵀ / √d + bias) v by two matrix products, which hold the N×M weights.
 
     In bfloat16 on CPUs the fused kernel takes 1.3 to 5.4 times as long in training (benchmarks/attention_kernel.py,
     figures in benchmarks/RESULTS.md).
@@ -40,6 +40,6 @@ def attend_matmul(
 
 
 def empty_heads(like: Float[Tensor, "B K N d"], *copies: int) -> Tensor:
-    """Return memory for [*copies, B, K, N, d] in which all heads of a token stand together, as linear layers want them."""
+    """Return an empty tensor [*copies, B, K, N, d] whose memory has all heads of a token together, as linear layers need them."""
     batch, heads, tokens, width = like.shape
     return like.new_empty(*copies, batch, tokens, heads, width).transpose(-3, -2)

@@ -1,4 +1,4 @@
-"""Local attention by PyTorch's FlexAttention: blocks of tokens that no window joins are skipped on GPUs."""
+"""Local attention by PyTorch's FlexAttention, which skips blocks of tokens outside all windows on GPUs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _BLOCK = 128  # tokens in a block, FlexAttention's own default, which all its ke
 
 _fused = torch.compile(flex_attention)
 
-# A dict and not `functools.cache`, which torch.compile looks through: it would build the mask again in every call. The
-# last of so many grids: a mask is 0.1 MB at 112 × 112.
+# A dict and not `functools.cache`, which torch.compile traces through: it would build the mask again in every call. Masks
+# of the last so many grids; one is 0.1 MB at 112 × 112.
 _NUM_MASKS = 64
 _MASKS: dict[tuple[tuple[int, int], int, int, torch.device], BlockMask] = {}
 
@@ -53,26 +53,26 @@ def attend_flex(
 
 
 def local_block_mask(grid: tuple[int, int], window: int, num_prefix: int, device: torch.device) -> BlockMask:
-    """Return the windows of a grid as FlexAttention's mask, kept for the next call."""
+    """Return FlexAttention's mask for the windows of a grid, cached for the next call."""
     if has_no_storage():
         return _build_mask(grid, window, num_prefix, device)
     key = (grid, window, num_prefix, device)
     if key not in _MASKS:
         # A mask first made while evaluating must serve training too: inference tensors cannot be saved for backward.
         with torch.inference_mode(False):
-            made = _build_mask(grid, window, num_prefix, device)
+            mask = _build_mask(grid, window, num_prefix, device)
         if len(_MASKS) >= _NUM_MASKS:
             del _MASKS[next(iter(_MASKS))]
-        _MASKS[key] = made
+        _MASKS[key] = mask
     return _MASKS[key]
 
 
 def _build_mask(grid: tuple[int, int], window: int, num_prefix: int, device: torch.device) -> BlockMask:
-    """Make the mask from the blocks each block reaches; `create_block_mask` would hold N×N integers, 1 GB at 112 × 112."""
+    """Build the mask from the key blocks of each query block; `create_block_mask` would hold N×N integers, 1 GB at 112 × 112."""
     width, radius, tokens = grid[1], window // 2, num_prefix + grid[0] * grid[1]
 
     @no_type_check  # traced by FlexAttention, which the wrapper that checks annotations in tests does not survive
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         i, j = query - num_prefix, key - num_prefix
         near = ((i // width - j // width).abs() <= radius) & ((i % width - j % width).abs() <= radius)
         return near | (i < 0) | (j < 0)
@@ -83,15 +83,15 @@ def _build_mask(grid: tuple[int, int], window: int, num_prefix: int, device: tor
         needed.sum(-1, dtype=torch.int32)[None, None],
         order.to(torch.int32)[None, None],
         BLOCK_SIZE=_BLOCK,
-        mask_mod=sees,
+        mask_mod=attends,
         seq_lengths=(tokens, tokens),
     )
 
 
 def needed_blocks(grid: tuple[int, int], window: int, num_prefix: int) -> Tensor:
-    """Return, for each block of queries (rows) and of keys (columns), whether any of its queries sees any of its keys.
+    """Return, for each block of queries (rows) and of keys (columns), whether any of its queries attends to any of its keys.
 
-    A block's patches, drawn on the grid and grown by half a window on every side, are the keys that it sees.
+    The keys of a block of queries are its patches on the grid, grown by half a window on every side.
     """
     tokens = num_prefix + grid[0] * grid[1]
     member = F.one_hot(torch.arange(tokens, device="cpu") // _BLOCK, -(-tokens // _BLOCK)).T.float()

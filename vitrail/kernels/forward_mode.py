@@ -1,4 +1,4 @@
-"""Forward-mode derivatives, which operations of `torch.library` cannot have: asked for, they would silently be zero."""
+"""Refuse forward-mode derivatives, which operations of `torch.library` lack and would silently give as zero."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from torch import Tensor
 
 
 def refuse_forward_mode(kernel: str, *inputs: Tensor) -> None:
-    """Raise if an input carries a tangent.
+    """Raise an error if an input carries a tangent.
+
+    Args:
+        kernel: its name, for the message.
 
     Raises:
-        NotImplementedError: forward-mode derivatives are asked for, as by `torch.func.jvp`.
+        NotImplementedError: forward-mode derivatives are requested, as by `torch.func.jvp`.
     """
     if forward_ad._current_level < 0:  # outside of every `dual_level`; unpacking costs more than small kernels
         return

@@ -1,4 +1,4 @@
-"""Attention over several images packed into one row: each token sees its own image only."""
+"""Attention over several images packed into one sequence: each token attends within its own image."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def attend_packed(
 ) -> Float[Tensor, "1 K N d"]:
     """Return attention under the block-diagonal mask of the images (Dehghani et al. 2023, NaViT, section 2.1).
 
-    The mask is never made: neighbours of equal grids are one batch of ordinary attention, so time and memory are those of
+    The mask is never built: consecutive images of equal grids are computed as one batch, so time and memory are those of
     each image alone, and not of N×N.
 
     Args:
-        grids: patch rows and columns of each image; its prefix tokens stand before its patches.
-        attend: computes attention of a batch of images of one grid.
+        grids: patch rows and columns of each image; its prefix tokens come before its patches.
+        attend: computes the attention of a batch of images of one grid.
     """
     out, start = [], 0
     for grid, group in groupby(grids):
         length = num_prefix + grid[0] * grid[1]
         end = start + length * len(list(group))
-        alone = [rearrange(x[:, :, start:end], "1 K (n N) d -> n K N d", N=length) for x in (q, k, v)]
-        out.append(rearrange(attend(alone[0], alone[1], alone[2], grid), "n K N d -> 1 K (n N) d"))
+        batch = [rearrange(x[:, :, start:end], "1 K (n N) d -> n K N d", N=length) for x in (q, k, v)]
+        out.append(rearrange(attend(batch[0], batch[1], batch[2], grid), "n K N d -> 1 K (n N) d"))
         start = end
     assert start == q.shape[2], (grids, num_prefix, q.shape)
     return torch.cat(out, dim=2)

@@ -1,6 +1,6 @@
-"""The ways to compute attention by name, where each runs, and the choices that a model carries.
+"""The attention kernels by name, the cases that each can compute, and the choice among them that a model carries.
 
-Where nothing was chosen a fixed rule decides, so that two runs of one configuration compute the same bits;
+Where no kernel was chosen a fixed rule decides, so that two runs of one configuration compute the same bits;
 `vitrail.kernels.autotune` measures.
 """
 
@@ -59,20 +59,20 @@ LOCAL_KERNELS: dict[str, Callable[..., Tensor]] = {
 
 KERNELS = {"global": GLOBAL_KERNELS, "local": LOCAL_KERNELS}
 
-# Not where other ways get faster, but where N×N weights or masks get too large to hold: 2 MB a head and image.
+# Not where other kernels get faster, but where N×N weights or masks get too large: 2 MB for each head and image.
 _DENSE_TOKENS = 1024
 
 
 class Case(NamedTuple):
-    """What decides which kernel is fastest: the machine's part, the number format and the shape; not the batch.
+    """All that decides which kernel is fastest on a machine: device, number format and shape, but not the batch size.
 
     Attributes:
         device: `cpu` or `cuda`.
         dtype: of queries, keys and values, as `float32`.
-        training: whether gradients are wanted.
+        training: whether gradients are computed.
         dropout: whether attention weights are dropped.
-        tokens: N, the prefix included.
-        width: d, of a head.
+        tokens: N, the number of tokens with the prefix.
+        width: d, the width of a head.
         grid: patch rows and columns of local attention; None: global.
         window: of local attention; 0: global.
     """
@@ -88,22 +88,22 @@ class Case(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`global` or `local`."""
+        """The kind of attention, `global` or `local`."""
         return "local" if self.grid else "global"
 
     @property
     def num_prefix(self) -> int:
-        """Prefix tokens of local attention."""
+        """The number of prefix tokens of local attention; 0 for global."""
         return 0 if self.grid is None else self.tokens - self.grid[0] * self.grid[1]
 
     @property
     def key(self) -> str:
-        """The case as text, for files and people."""
-        work = ("training" if self.training else "inference") + (" with dropout" if self.dropout else "")
-        where = f"{self.device} {self.dtype} {work}, {self.tokens} tokens of {self.width}"
+        """The case as text, the key in files."""
+        mode = ("training" if self.training else "inference") + (" with dropout" if self.dropout else "")
+        text = f"{self.device} {self.dtype} {mode}, {self.tokens} tokens of {self.width}"
         if self.grid is None:
-            return where
-        return f"{where}, window {self.window} on {self.grid[0]}x{self.grid[1]}"
+            return text
+        return f"{text}, window {self.window} on {self.grid[0]}x{self.grid[1]}"
 
 
 def can_run(name: str, case: Case) -> bool:
@@ -115,10 +115,10 @@ def can_run(name: str, case: Case) -> bool:
     return True
 
 
-def candidates(case: Case) -> list[str]:
-    """Return the kernels worth measuring for a case, the rule's own first.
+def candidate_kernels(case: Case) -> list[str]:
+    """Return the kernels worth measuring for a case, the default kernel first.
 
-    `flex` and `triton` are taken by name only, until they have run on a GPU (benchmarks/local_attention_gpu.py).
+    `flex` and `triton` are used only when given by name, until they have run on a GPU (benchmarks/local_attention_gpu.py).
     """
     dense = [
         name for name in ("fused", "matmul") if case.tokens <= _DENSE_TOKENS or (name == "fused" and not case.grid)
@@ -131,7 +131,7 @@ def candidates(case: Case) -> list[str]:
 
 
 def default_kernel(case: Case) -> str:
-    """Return the kernel that is taken without measuring."""
+    """Return the kernel for a case without measurements, by a fixed rule."""
     dense = "fused"
     if case.device == "cpu" and case.dtype == "bfloat16" and case.tokens <= _DENSE_TOKENS:
         dense = "matmul"
@@ -145,11 +145,11 @@ def default_kernel(case: Case) -> str:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which kernel computes what.
+    """The choice of kernels that a model carries.
 
     Attributes:
         chosen: a case's key → the kernel's name.
-        global_attention: the kernel for all global attention, whatever `chosen` says; empty: no such wish.
+        global_attention: the kernel for all global attention, instead of those in `chosen`; empty: not given.
         local_attention: the same for local attention.
     """
 
@@ -184,15 +184,15 @@ class Kernels:
         *,
         dropout: float = 0.0,
     ) -> Float[Tensor, "B K N d"]:
-        """Return the same with patches that attend to their window and the prefix (`vitrail.kernels.window`)."""
+        """Return local attention, where patches attend to their window and the prefix (`vitrail.kernels.window`)."""
         if covers(grid, window):
             return self.attend(q, k, v, dropout=dropout)
-        # To torch.compile sizes are numbers here and no symbols: each grid is compiled alone, as it has its own tiling.
+        # Plain integers, not symbols of torch.compile: each grid is compiled for itself, as it has its own tiling.
         grid, window = (operator.index(grid[0]), operator.index(grid[1])), operator.index(window)
         case = _case(q, dropout, grid, window)
         name = self.local_attention
         if torch.compiler.is_exporting():
-            name = "plain"  # of operations that every runtime knows
+            name = "plain"  # made of operations that every runtime has
         if not name:
             name = self.chosen.get(case.key) or default_kernel(case)
         return LOCAL_KERNELS[name](q, k, v, grid, window, case.num_prefix, dropout=dropout)

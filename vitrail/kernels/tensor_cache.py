@@ -1,4 +1,4 @@
-"""Masks and biases that were made, kept for the next call while they are small."""
+"""A cache for masks and biases that are needed in every call."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def has_no_storage() -> bool:
-    """Whether tensors that are made now are fake (FakeTensorMode), and of no use to later calls."""
+    """Whether tensors that are made now have no storage (FakeTensorMode), so that later calls cannot use them."""
     return type(torch.empty(0, device="cpu")) is not Tensor
 
 
 class TensorCache:
-    """Tensors by key, those used last, up to so many bytes in all; what is larger is made in every call."""
+    """The most recently used tensors by key, up to `limit_bytes` in all; a larger tensor is made in every call."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes, self.held_bytes = limit_bytes, 0
@@ -24,9 +24,9 @@ class TensorCache:
         self.lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """Return the tensor of a key, made now where it is not kept.
+        """Return the tensor of a key, made now unless it is cached.
 
-        Where tensors have no storage it is neither kept nor taken.
+        Where tensors have no storage, the cache is not used.
         """
         if has_no_storage():
             return make()
@@ -36,11 +36,11 @@ class TensorCache:
                 return self.tensors[key]
         # What is first made while evaluating must serve training too: inference tensors cannot be saved for backward.
         with torch.inference_mode(False):
-            made = make()
+            tensor = make()
         with self.lock:
-            if key not in self.tensors and made.nbytes <= self.limit_bytes:
-                self.tensors[key] = made
-                self.held_bytes += made.nbytes
+            if key not in self.tensors and tensor.nbytes <= self.limit_bytes:
+                self.tensors[key] = tensor
+                self.held_bytes += tensor.nbytes
             while self.held_bytes > self.limit_bytes:
                 self.held_bytes -= self.tensors.popitem(last=False)[1].nbytes
-        return made
+        return tensor

@@ -1,4 +1,4 @@
-"""Local attention by Triton kernels: operators that PyTorch can compile around, differentiate and call."""
+"""Local attention by Triton kernels, as operators that PyTorch can call, differentiate and compile around."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def attend_triton(
 ) -> Float[Tensor, "B K N d"]:
     """Return local attention: a patch attends to the patches at most `window // 2` rows and columns away and the prefix.
 
-    No N×N tensor is made: memory is that of q, k, v and the result. Sums are taken in float32 and in one order, so that
-    two runs give the same bits, backward too. Products are those of the inputs' format, in float32 without TF32.
+    No N×N tensor is made: memory is that of q, k, v and the result. Sums are computed in float32 and in one order, so that
+    two runs give the same bits, backward too. Products are in the inputs' number format, for float32 without TF32.
 
     Args:
         q: Queries; prefix tokens first, which attend to everything, then the patches of the grid by rows. Any strides.
@@ -51,13 +51,13 @@ def attend_triton(
 
 
 def usable() -> bool:
-    """Return whether the kernels run on the current GPU: one of NVIDIA's from Ampere on, where Triton is installed."""
+    """Whether the kernels run on the current GPU: one of NVIDIA's from Ampere on, where Triton is installed."""
     return find_spec("triton") is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8,)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How the kernels are cut: keys at a time, warps of a program, and loads in flight."""
+    """Compile-time sizes of the kernels: keys in a block, warps of a program, and pipeline stages of loads."""
 
     block: int
     num_warps: int
@@ -65,9 +65,9 @@ class Sizes:
 
 
 def choose_sizes(dtype: torch.dtype, head_dim: int) -> Sizes:
-    """Return sizes that leave no registers spilled on compute capability 9.0, as far as ptxas tells.
+    """Return sizes with which ptxas reports no spilled registers on compute capability 9.0.
 
-    A fixed rule and no measurement while training, so that two runs of one configuration compute the same bits.
+    A fixed rule and not a measurement while training, so that two runs of one configuration compute the same bits.
     """
     if dtype == torch.float32:  # without tensor units, a thread holds its rows of both factors
         return Sizes(block=16, num_warps=8, num_stages=1)
@@ -82,11 +82,11 @@ def choose_sizes(dtype: torch.dtype, head_dim: int) -> Sizes:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, height: int, width: int, window: int, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the result, and the logarithm of each query's sum of exponentials [B, K, N]."""
+    """Return the result and the log-sum-exp of each query's scores [B, K, N]."""
     q, k, v = (_with_dense_rows(x) for x in (q, k, v))
     launch = _Launch(q, height, width, window, num_prefix)
     out, lse = empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    prefix_out, prefix_lse = launch.parts(q.shape[-1]), launch.parts()
+    prefix_out, prefix_lse = launch.partial_sums(q.shape[-1]), launch.partial_sums()
     launch("forward", (q, k, v, out, lse, prefix_out, prefix_lse), strides_of=(q, k, v))
     if num_prefix:
         lse[:, :, :num_prefix] = prefix_lse.logsumexp(2)
@@ -116,18 +116,18 @@ def _backward(
     window: int,
     num_prefix: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; weights are computed again from `lse`."""
+    """Return the gradients of q, k and v; weights are recomputed from `lse`."""
     grad, q, k, v = (_with_dense_rows(x) for x in (grad, q, k, v))
     launch = _Launch(q, height, width, window, num_prefix)
     dq, dk, dv, delta = empty_heads(q), empty_heads(k), empty_heads(v), torch.empty_like(lse)
-    prefix_dq, prefix_dk, prefix_dv = (launch.parts(q.shape[-1]) for _ in range(3))
+    prefix_dq, prefix_dk, prefix_dv = (launch.partial_sums(q.shape[-1]) for _ in range(3))
     pointers = (q, k, v, out, lse, grad, delta, dq, prefix_dk, prefix_dv)
     launch("backward_queries", pointers, strides_of=(q, k, v, grad))
     pointers = (q, k, v, lse, grad, delta, dk, dv, prefix_dq)
     launch("backward_keys", pointers, strides_of=(q, k, v, grad))
     if num_prefix:
-        for whole, parts in ((dq, prefix_dq), (dk, prefix_dk), (dv, prefix_dv)):
-            whole[:, :, :num_prefix] = parts.sum(2)
+        for gradient, partial in ((dq, prefix_dq), (dk, prefix_dk), (dv, prefix_dv)):
+            gradient[:, :, :num_prefix] = partial.sum(2)
     return dq, dk, dv
 
 
@@ -149,14 +149,14 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 class _Launch:
-    """The programs, arguments and compile-time sizes that the three kernels have in common."""
+    """The grid of programs, the arguments and the compile-time sizes that the three kernels share."""
 
     def __init__(self, q: Tensor, height: int, width: int, window: int, num_prefix: int) -> None:
         batch, heads, _, head_dim = q.shape
-        # The last run of tiles is the prefix, as many tokens to a tile as a tile of the grid has.
+        # The last tiles are the prefix, with as many tokens as a tile of the grid has.
         tiles = -(-height // _TILE) * -(-width // _TILE) + -(-num_prefix // _TILE**2)
         self.q, self.programs = q, batch * heads * tiles
-        self.part_shape = (batch, heads, tiles, num_prefix)
+        self.partial_shape = (batch, heads, tiles, num_prefix)
         self.arguments = (heads, height, width, num_prefix, window // 2, math.log2(math.e) / math.sqrt(head_dim))
         sizes = choose_sizes(q.dtype, head_dim)
         self.compiled = {
@@ -169,9 +169,9 @@ class _Launch:
             "num_stages": sizes.num_stages,
         }
 
-    def parts(self, *head_dim: int) -> Tensor:
-        """Return room for what each tile adds to the prefix."""
-        return self.q.new_empty(*self.part_shape, *head_dim, dtype=torch.float32)
+    def partial_sums(self, *head_dim: int) -> Tensor:
+        """Return an empty tensor for the contribution of each tile to the prefix."""
+        return self.q.new_empty(*self.partial_shape, *head_dim, dtype=torch.float32)
 
     def __call__(self, kernel: str, pointers: tuple[Tensor, ...], *, strides_of: tuple[Tensor, ...]) -> None:
         from vitrail.kernels import triton_local_kernels  # Triton is not on every platform

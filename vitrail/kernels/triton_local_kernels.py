@@ -1,15 +1,15 @@
 """The Triton kernels of local attention; `triton_local.py` launches them. Importing this file imports Triton.
 
 The grid of patches is cut into tiles of TILE_H × TILE_W, and the prefix into runs of as many tokens, so that each token
-is in exactly one tile; a program works for one tile of one head of one image. What a patch tile may see is its halo,
+is in exactly one tile; a program works for one tile of one head of one image. The keys of a patch tile are its halo,
 the rectangle of patches at most `radius` away from it, cut off at the border. The patches of the halo are numbered by
-rows and taken BLOCK at a time, so no lane is spent on patches outside the grid, and any window and any grid will do.
+rows and loaded BLOCK at a time, so no lane is spent on patches outside the grid, and any window and any grid will do.
 
-A prefix token sees and is seen by everything, which no single program could sum up quickly. Each program therefore also
-works out what its own tile adds to the prefix, and writes it to a place of its own; the launcher sums the places up in
-a fixed order. No kernel uses atomics: two runs give the same bits.
+A prefix token attends to all tokens and all attend to it, which no single program could sum up quickly. Each program
+therefore also computes what its own tile contributes to the prefix, and writes it to memory of its own; the launcher sums
+these contributions in a fixed order. No kernel uses atomics: two runs give the same bits.
 
-Scores are taken as powers of two, whose exponential is one instruction: `scale` is log2(e) / √d.
+Exponentials are powers of two, which are one instruction: `scale` is log2(e) / √d.
 """
 
 # Compile-time sizes are in capitals, as in all of Triton; pyright misreads its tensors and its range.
@@ -25,7 +25,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-PREFIX = tl.constexpr(16)  # prefix tokens taken at a time; tl.dot takes no fewer
+PREFIX = tl.constexpr(16)  # prefix tokens in a block; tl.dot takes no fewer
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(-(2**30))
@@ -33,13 +33,13 @@ LOWEST = tl.constexpr(-1.0e30)  # below any score, yet finite: LOWEST - LOWEST i
 
 
 def _jit(kernel: Callable[..., Any]) -> Any:
-    """Compile a function as it is written; tests wrap all functions of the package to check their annotations."""
+    """Compile the unwrapped function: tests wrap all functions of the package to check their annotations."""
     return triton.jit(unwrap(kernel))
 
 
 @_jit
 def _program(heads, height, width, num_prefix, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Return this program's tile, its number among all tiles, the count of tiles, its image and its head.
+    """Return the index of this program's tile, the number of tiles, its image and its head.
 
     Tiles vary fastest, so that programs running at once share their halos in the cache.
     """
@@ -130,7 +130,7 @@ def _gradient(rows, columns, row_grads, column_grads, seen, log_sum, dots, scale
 
 @_jit
 def _softmax_step(queries, keys, values, seen, highest, total, acc, scale):
-    """Take a further block of keys into a running softmax (Milakov and Gimelshein 2018)."""
+    """Add a block of keys to a running softmax (Milakov and Gimelshein 2018)."""
     scores = _scores(queries, keys, seen)
     new = tl.maximum(highest, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - new[:, None])
@@ -146,7 +146,7 @@ def forward(
     heads, height, width, num_prefix, radius, scale,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write `out` and `lse` of the tile's patches, and of the prefix's attention to the tile alone."""
+    """Write `out` and `lse` of the tile's patches, and the same of the prefix's attention to this tile alone."""
     tile, tiles, b, head = _program(heads, height, width, num_prefix, TILE_H, TILE_W)
     i, j, token, inside, is_patch = _own(tile, height, width, num_prefix, TILE_H, TILE_W)
     tokens = num_prefix + height * width
@@ -176,7 +176,7 @@ def forward(
     lse += (b * heads + head) * tokens
     tl.store(lse + token, (highest + tl.log2(total)) * LN2, mask=inside & is_patch)
 
-    place = ((b * heads + head) * tiles + tile) * num_prefix
+    partial = ((b * heads + head) * tiles + tile) * num_prefix
     for start in tl.range(0, num_prefix, PREFIX, num_stages=1):
         prefix = start + tl.arange(0, PREFIX)
         queries_p = _load(q, prefix, prefix < num_prefix, q_n, HEAD, D)
@@ -187,8 +187,8 @@ def forward(
         weights = tl.exp2(scores * scale - highest_p[:, None])
         total_p = tl.sum(weights, 1)
         rows = tl.dot(weights.to(values.dtype), values, input_precision="ieee") / total_p[:, None]
-        _store(prefix_out + place * HEAD, prefix, prefix < num_prefix, HEAD, rows, HEAD, D)
-        tl.store(prefix_lse + place + prefix, (highest_p + tl.log2(total_p)) * LN2, mask=prefix < num_prefix)
+        _store(prefix_out + partial * HEAD, prefix, prefix < num_prefix, HEAD, rows, HEAD, D)
+        tl.store(prefix_lse + partial + prefix, (highest_p + tl.log2(total_p)) * LN2, mask=prefix < num_prefix)
 
 
 @_jit
@@ -198,7 +198,7 @@ def backward_queries(
     heads, height, width, num_prefix, radius, scale,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write `dq` of the tile's patches, `delta` = grad · out of all its tokens, and what they add to the prefix keys."""
+    """Write `dq` of the tile's patches, `delta` = grad · out of all its tokens, and their contribution to the gradients of prefix keys and values."""
     tile, tiles, b, head = _program(heads, height, width, num_prefix, TILE_H, TILE_W)
     i, j, token, inside, is_patch = _own(tile, height, width, num_prefix, TILE_H, TILE_W)
     tokens = num_prefix + height * width
@@ -215,7 +215,7 @@ def backward_queries(
     log_sum = tl.load(lse + row + token, mask=inside, other=0.0) * LOG2E
     acc = tl.zeros((TILE_H * TILE_W, D), tl.float32)
 
-    place = ((b * heads + head) * tiles + tile) * num_prefix * HEAD
+    partial = ((b * heads + head) * tiles + tile) * num_prefix * HEAD
     for start in tl.range(0, num_prefix, PREFIX, num_stages=1):
         prefix = start + tl.arange(0, PREFIX)
         keys = _load(k, prefix, prefix < num_prefix, k_n, HEAD, D)
@@ -225,8 +225,8 @@ def backward_queries(
         acc = tl.dot(d_scores, keys, acc, input_precision="ieee")
         dk = tl.dot(tl.trans(d_scores), queries, input_precision="ieee") * (scale * LN2)
         dv = tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision="ieee")
-        _store(prefix_dk + place, prefix, prefix < num_prefix, HEAD, dk, HEAD, D)
-        _store(prefix_dv + place, prefix, prefix < num_prefix, HEAD, dv, HEAD, D)
+        _store(prefix_dk + partial, prefix, prefix < num_prefix, HEAD, dk, HEAD, D)
+        _store(prefix_dv + partial, prefix, prefix < num_prefix, HEAD, dv, HEAD, D)
     first_i, first_j, cols, count = _halo(tile, height, width, num_prefix, radius, TILE_H, TILE_W)
     for start in range(0, count, BLOCK):
         key_i, key_j, key, valid = _halo_block(start, first_i, first_j, cols, count, width, num_prefix, BLOCK)
@@ -245,7 +245,7 @@ def backward_keys(
     heads, height, width, num_prefix, radius, scale,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK: tl.constexpr, HEAD: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Write `dk` and `dv` of the tile's patches, and what its tokens as keys add to the prefix queries."""
+    """Write `dk` and `dv` of the tile's patches, and their contribution to the gradients of prefix queries."""
     tile, tiles, b, head = _program(heads, height, width, num_prefix, TILE_H, TILE_W)
     i, j, token, inside, is_patch = _own(tile, height, width, num_prefix, TILE_H, TILE_W)
     tokens = num_prefix + height * width
@@ -258,7 +258,7 @@ def backward_keys(
     acc_k = tl.zeros((TILE_H * TILE_W, D), tl.float32)
     acc_v = tl.zeros((TILE_H * TILE_W, D), tl.float32)
 
-    place = ((b * heads + head) * tiles + tile) * num_prefix * HEAD
+    partial = ((b * heads + head) * tiles + tile) * num_prefix * HEAD
     for start in tl.range(0, num_prefix, PREFIX, num_stages=1):
         prefix = start + tl.arange(0, PREFIX)
         queries = _load(q, prefix, prefix < num_prefix, q_n, HEAD, D)
@@ -270,7 +270,7 @@ def backward_keys(
         acc_v = tl.dot(weights.to(grads.dtype), grads, acc_v, input_precision="ieee")
         acc_k = tl.dot(d_scores, queries, acc_k, input_precision="ieee")
         dq = tl.dot(tl.trans(d_scores), keys, input_precision="ieee") * (scale * LN2)
-        _store(prefix_dq + place, prefix, prefix < num_prefix, HEAD, dq, HEAD, D)
+        _store(prefix_dq + partial, prefix, prefix < num_prefix, HEAD, dq, HEAD, D)
     first_i, first_j, cols, count = _halo(tile, height, width, num_prefix, radius, TILE_H, TILE_W)
     for start in range(0, count, BLOCK):
         query_i, query_j, query, valid = _halo_block(start, first_i, first_j, cols, count, width, num_prefix, BLOCK)

@@ -1,1 +1,1 @@
-"""Encoder → Transformer → Decoder. Knows no files, devices or logs."""
+"""The Vision Transformer: encoder, Transformer, decoder, and their configuration. Knows no devices or logs."""

@@ -1,4 +1,4 @@
-"""Attention: who looks at whom."""
+"""Self-attention, global and local, and attention pooling."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from vitrail.models.positions import rotate
 
 
 class TokenLayout(NamedTuple):
-    """What attention must know of its tokens besides their vectors.
+    """How tokens are arranged in a batch, and the kernels that compute their attention.
 
     Attributes:
-        rope: sines and cosines of every token's place, [N, 2d], or [B, 1, N, 2d] where samples differ.
-        grids: patch rows and columns of the images. One: of every image of the batch. Several: the row holds these
-            images one after the other, and a token sees its own only.
-        num_prefix: tokens before an image's patches.
-        kernels: how attention is computed.
+        rope: sines and cosines of every token's position, [N, 2d], or [B, 1, N, 2d] where samples differ.
+        grids: patch rows and columns of the images. One: of every image of the batch. Several: a row of tokens holds
+            these images one after the other, and a token attends within its own image.
+        num_prefix: number of tokens before an image's patches.
+        kernels: which kernels compute the attention.
     """
 
     rope: Tensor | None = None
@@ -43,9 +43,9 @@ class TokenLayout(NamedTuple):
 
 
 class SelfAttention(nn.Module, ABC):
-    """Queries, keys and values of every token, and the projection of what attention makes of them.
+    """Multi-head self-attention: project to queries, keys and values, attend, project back.
 
-    Which tokens attend to which is the subclasses' to say. Their weights are the same.
+    Subclasses define which tokens attend to which, in `attend`. Their weights have the same names and shapes.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SelfAttention(nn.Module, ABC):
     def attend(
         self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: TokenLayout
     ) -> Float[Tensor, "B K N d"]:
-        """Return the weighted values of each head."""
+        """Return each head's values, averaged with the attention weights."""
 
 
 class GlobalAttention(SelfAttention):
@@ -101,11 +101,11 @@ class GlobalAttention(SelfAttention):
 class LocalAttention(SelfAttention):
     """Each patch attends to its window of k×k patches and to the prefix tokens, and these attend to all.
 
-    The article's small-block attention mask, computed without the mask (`vitrail.kernels`). A window over the whole grid
-    is global attention. Without a layout the tokens must be the patches of a square grid.
+    This is the article's small-block attention mask, computed without the mask (`vitrail.kernels`). A window over the
+    whole grid is global attention. Without a layout the tokens must be the patches of a square grid.
 
     Raises:
-        ValueError: the window is not odd, or it is unknown on which grid the tokens stand.
+        ValueError: the window is not odd, or the grid of the tokens is unknown.
     """
 
     def __init__(
@@ -157,14 +157,14 @@ class LocalAttention(SelfAttention):
         side = math.isqrt(tokens)
         if side**2 != tokens:
             raise ValueError(
-                f"local attention must know the grid of its patches, and {tokens} tokens are no square; give a Layout "
-                "with grids=((rows, columns),), prefix tokens first"
+                f"local attention must know the grid of its patches, and {tokens} tokens are no square; give a "
+                "TokenLayout with grids=((rows, columns),), prefix tokens first"
             )
         return side, side
 
 
 class AttentionPool(nn.Module):
-    """One learned query looks at all patches, then an MLP (Zhai et al. 2022, "Scaling Vision Transformers", MAP head).
+    """One learned query that attends to all patches, then an MLP (Zhai et al. 2022, "Scaling Vision Transformers", MAP head).
 
     Names and arithmetic are those of timm's `AttentionPoolLatent`.
     """
@@ -187,7 +187,7 @@ class AttentionPool(nn.Module):
 
 
 def build_attention(config: ViTConfig, name: str) -> SelfAttention:
-    """Return the attention called `name` as a configuration wants it."""
+    """Return the attention module of this name (`global` or `local`) for a configuration."""
     settings: dict[str, Any] = {
         "head_dim": config.head_dim,
         "qkv_bias": config.qkv_bias,

@@ -1,4 +1,4 @@
-"""The Transformer's pre-norm block and its parts."""
+"""The Transformer's pre-norm block and its modules: MLPs, LayerScale, stochastic depth, patch dropout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitrail.models.config import ViTConfig
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between, by default the exact GELU (erf), applied to every token alone."""
+    """Two linear layers with an activation between them, by default the exact GELU (erf), applied to each token alone."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-# All but gelu and swiglu are for weights that were trained with them.
+# All but gelu and swiglu exist to load weights that were trained with them.
 MLPS = {
     "gelu": MLP,
     "gelu_tanh": partial(MLP, activation=partial(F.gelu, approximate="tanh")),
@@ -83,9 +83,9 @@ class LayerScale(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth per sample: a residual branch that a random share of the samples skips (Huang et al. 2016).
 
-    The samples that skip are not computed at all, as in DINOv2 (Oquab et al. 2023, section 5). Each sample skips with
-    exactly the chance `rate`: `int(B · rate)` of B are left out, and the fraction that this falls short of is made up by
-    dropping each of the others with a small chance. So shapes do not depend on chance, and nothing waits for the device.
+    The branch is not computed for the samples that skip it, as in DINOv2 (Oquab et al. 2023, section 5). Each sample skips
+    with probability `rate`: `int(B · rate)` of B are left out, and each of the others is dropped with the small
+    probability that makes up the difference. So shapes do not depend on chance, and nothing waits for the device.
     """
 
     def __init__(self, rate: float) -> None:
@@ -123,20 +123,20 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "B N D"], layout: TokenLayout = TokenLayout()) -> Float[Tensor, "B N D"]:  # noqa: B008
-        x = self.drop_path(x, self.attend, layout)
-        return self.drop_path(x, self.think, layout)
+        x = self.drop_path(x, self.attention_branch, layout)
+        return self.drop_path(x, self.mlp_branch, layout)
 
-    def attend(self, x: Float[Tensor, "B N D"], layout: TokenLayout) -> Float[Tensor, "B N D"]:
-        """Return the attention branch."""
+    def attention_branch(self, x: Float[Tensor, "B N D"], layout: TokenLayout) -> Float[Tensor, "B N D"]:
+        """Return what the attention adds to the tokens."""
         return self.ls1(self.attn(self.norm1(x), layout))
 
-    def think(self, x: Float[Tensor, "B N D"], layout: TokenLayout) -> Float[Tensor, "B N D"]:
-        """Return the MLP branch."""
+    def mlp_branch(self, x: Float[Tensor, "B N D"], layout: TokenLayout) -> Float[Tensor, "B N D"]:
+        """Return what the MLP adds to the tokens."""
         return self.ls2(self.mlp(self.norm2(x)))
 
 
 class PatchDropout(nn.Module):
-    """While training, keep a random subset of the patches, as many in every sample (Liu et al. 2023, "PatchDropout")."""
+    """Leave out random patches while training, equally many of every sample (Liu et al. 2023, "PatchDropout")."""
 
     def __init__(self, rate: float, num_prefix: int) -> None:
         super().__init__()
@@ -156,5 +156,5 @@ class PatchDropout(nn.Module):
 
 
 def num_kept_patches(patches: int, rate: float) -> int:
-    """Return how many patches `PatchDropout` leaves."""
+    """Return how many patches `PatchDropout` keeps."""
     return max(1, round(patches * (1.0 - rate)))

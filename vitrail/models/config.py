@@ -1,4 +1,4 @@
-"""What a Vision Transformer is made of, as one frozen value. Imports no torch: the command line reads it."""
+"""The configuration of a Vision Transformer, as one frozen value. Imports no torch: the command line reads it."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class ViTConfig:
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """The attention of every block: the pattern, repeated."""
+        """The kind of attention of every block: the pattern, repeated."""
         pattern = self.attention.split(",")
         return tuple(pattern[i % len(pattern)] for i in range(self.depth))
 
@@ -222,7 +222,7 @@ class ViTConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of a block's MLP between its two layers."""
+        """Width of the hidden layer of a block's MLP."""
         return int(self.embed_dim * self.mlp_ratio)
 
     @property

@@ -1,4 +1,4 @@
-"""What an architecture costs: parameters and multiply-adds."""
+"""Count the parameters and multiply-adds of an architecture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def num_macs(config: ViTConfig) -> int:
     tokens = config.num_prefix + patches
     pool = {
         "concat": 2 * dim * dim,
-        # keys and values of every patch; one query, its look at all patches, its projection and MLP
+        # keys and values of every patch; one query, its attention to all patches, its projection and MLP
         "attention": patches * 2 * dim * dim + 2 * dim * dim + 2 * patches * dim + 2 * dim * config.hidden_dim,
     }
     width = 2 * dim if config.decoder in ("token_mean", "token_pair") else dim
@@ -29,7 +29,7 @@ def num_macs(config: ViTConfig) -> int:
 
 
 def block_macs(config: ViTConfig, tokens: int, attention: str) -> int:
-    """Return the multiply-adds of one Transformer block over a row of tokens, with `local` or `global` attention."""
+    """Return the multiply-adds of one Transformer block over a sequence of tokens, with `local` or `global` attention."""
     dim = config.embed_dim
     mlp = (3 if config.mlp == "swiglu" else 2) * dim * config.hidden_dim
     pairs = num_pairs(config.grid, config.window, config.num_prefix) if attention == "local" else tokens**2
@@ -38,7 +38,7 @@ def block_macs(config: ViTConfig, tokens: int, attention: str) -> int:
 
 
 def encoder_macs(config: ViTConfig) -> int:
-    """Return the multiply-adds of the encoder; those of a CNN are counted on a pass without storage."""
+    """Return the multiply-adds of the encoder; those of a CNN are counted in a forward pass without storage."""
     if config.encoder == "patch":
         return config.grid[0] * config.grid[1] * config.in_channels * config.patch_size**2 * config.embed_dim
     import torch
@@ -55,7 +55,7 @@ def encoder_macs(config: ViTConfig) -> int:
 
 
 def num_parameters(config: ViTConfig) -> int:
-    """Return the number of trained values, without building the model's storage."""
+    """Return the number of trained parameters, counted on a model without storage."""
     import torch
 
     from vitrail.models.vit import ViT

@@ -1,4 +1,4 @@
-"""Decoder: tokens → one vector per image."""
+"""Decoders: from the tokens to one vector per image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitrail.models.config import ViTConfig
 
 
 class TokenDecoder(nn.Module):
-    """The class token (Dosovitskiy et al. 2021, eq. 4)."""
+    """Takes the class token (Dosovitskiy et al. 2021, eq. 4)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class TokenDecoder(nn.Module):
 
 
 class MeanDecoder(nn.Module):
-    """The mean of the patch tokens, as timm's `global_pool="avg"`."""
+    """Takes the mean of the patch tokens, as timm's `global_pool="avg"`."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class MeanDecoder(nn.Module):
 
 
 class TokenMeanDecoder(nn.Module):
-    """The class token and the mean of the patch tokens, side by side (Oquab et al. 2023, DINOv2, section 7.1)."""
+    """Concatenates the class token and the mean of the patch tokens (Oquab et al. 2023, DINOv2, section 7.1)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class TokenMeanDecoder(nn.Module):
 
 
 class TokenPairDecoder(nn.Module):
-    """The class token and the first register side by side, as the two heads of a distilled DeiT read them (Touvron et al.
-    2021, section 4; one head [W/2, W'/2] over both is the mean of the two)."""
+    """Concatenates the class token and the first register, for the two heads of a distilled DeiT (Touvron et al. 2021,
+    section 4; one head [W/2, W'/2] over both is the mean of the two)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class TokenPairDecoder(nn.Module):
 
 
 class AttentionDecoder(nn.Module):
-    """Attention pooling over the patch tokens, as timm's `global_pool="map"`; its MLP has the blocks' activation, ungated."""
+    """Pools the patch tokens by attention, as timm's `global_pool="map"`; its MLP has the blocks' activation, ungated."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ class AttentionDecoder(nn.Module):
 
 
 class ConcatDecoder(nn.Module):
-    """The article's decoder: the encoder's and the Transformer's output of every patch, joined, pooled, then an MLP.
+    """The article's decoder: concatenates the encoder's and the Transformer's output of every patch, pools, and applies an MLP.
 
         encoder output     [B, D, h, w] ─ norm ─┐
                                                 ├─ join [B, h·w, 2D] ─ mean [B, 2D] ─ Linear, GELU [B, D] ─ head
         Transformer output [B, h·w, D] ─────────┘
 
-    Joining two vectors and taking the mean over patches can change places, so each side is pooled on its own and the
-    joined table of h·w rows is never made.
+    Concatenation and the mean over patches can be swapped, so each output is pooled on its own and the joined table of
+    h·w rows is never made.
     """
 
     def __init__(self, config: ViTConfig) -> None:

@@ -1,4 +1,4 @@
-"""An architecture as text: the data flow with shapes and costs."""
+"""Draw an architecture as text: its data flow with shapes and costs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def draw_architecture(config: ViTConfig) -> str:
         ValueError: the encoder is unknown or has no feature map of this stride.
     """
     with torch.device("meta"):
-        model = ViT(config).eval().to("meta")  # its tables stand on the CPU
-        shapes = {name: tuple(each.shape[1:]) for name, each in model.features(_image(config)).items()}
+        model = ViT(config).eval().to("meta")  # position tables are made on the CPU
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in model.features(_image(config)).items()}
     macs = encoder_macs(config)
     head_macs = (model.decoder.out_dim if config.num_classes else 0) * config.num_classes
     tokens = shapes["transformer"]
@@ -55,7 +55,7 @@ def draw_architecture(config: ViTConfig) -> str:
         else:
             lines.append(f"{name:<14}{text}".rstrip())
             if size or cost:
-                lines.append(f"{'│':<14}{', '.join(each for each in (size, cost) if each)}")
+                lines.append(f"{'│':<14}{', '.join(filter(None, (size, cost)))}")
     if config.decoder == "concat":
         lines += _concat(config)
     return "\n".join(lines)
@@ -72,14 +72,14 @@ _DECODERS = {
 
 
 def _concat(config: ViTConfig) -> list[str]:
-    """Draw how the article's decoder joins the encoder's and the Transformer's output."""
+    """Return a drawing of how the article's decoder joins the encoder's and the Transformer's output."""
     dim, patches = config.embed_dim, config.grid[0] * config.grid[1]
     above = f"  feature map  [B, {dim}, {config.grid[0]}, {config.grid[1]}] ─ norm ─"
     below = f"  patch tokens [B, {patches}, {dim}] ─"
     width = max(len(above), len(below))
     return [
         "",
-        "The decoder joins what the Encoder and what the Transformer made of each patch:",
+        "The decoder joins the outputs of the encoder and of the Transformer for each patch:",
         f"{above:─<{width}}┐",
         f"{'':<{width}}├─ join [B, {patches}, {2 * dim}] ─ mean [B, {2 * dim}] ─ Linear, GELU [B, {dim}] ─ head",
         f"{below:─<{width}}┘",
@@ -103,14 +103,14 @@ def _encoder(config: ViTConfig) -> str:
 
 
 def _tokens(config: ViTConfig) -> str:
-    parts = ["one token per patch"]
+    terms = ["one token per patch"]
     if config.class_token:
-        parts.append("class token")
+        terms.append("class token")
     if config.num_registers:
-        parts.append(f"{config.num_registers} registers")
+        terms.append(f"{config.num_registers} registers")
     if config.positions in ("learned", "sincos2d"):
-        parts.append(f"positions {config.positions}")
-    return " + ".join(parts)
+        terms.append(f"positions {config.positions}")
+    return " + ".join(terms)
 
 
 def _transformer(config: ViTConfig) -> str:
@@ -131,8 +131,8 @@ def _attention(config: ViTConfig) -> str:
     return f"{local} ({counts['local']} blocks) or global ({counts['global']}), in turn {config.attention}"
 
 
-def _size(model: ViT, *parts: str) -> str:
-    count = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in parts)
+def _size(model: ViT, *modules: str) -> str:
+    count = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in modules)
     return f"{count:,} parameters" if count else ""
 
 

@@ -1,4 +1,4 @@
-"""Encoder: image → feature map, one vector per patch."""
+"""Encoders: from the image to a feature map with one vector per patch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vitrail.models.config import ViTConfig
 
 
 class PatchEncoder(nn.Module):
-    """ViT's own encoder: one linear map of every patch's pixels (Dosovitskiy et al. 2021, eq. 1).
+    """ViT's own encoder: a linear projection of every patch's pixels (Dosovitskiy et al. 2021, eq. 1).
 
-    Written as a convolution whose stride is its kernel, which is the same map. Its kernel can be used at any other patch
-    size (Beyer et al. 2023, FlexiViT): see `resize_kernel`.
+    Written as a convolution whose stride is its kernel size, which is the same. The kernel can be resized to any other
+    patch size (Beyer et al. 2023, FlexiViT): see `resize_kernel`.
     """
 
     def __init__(self, in_channels: int, embed_dim: int, *, patch_size: int, patch_sizes: tuple[int, ...] = ()) -> None:
@@ -33,7 +33,7 @@ class PatchEncoder(nn.Module):
         return F.conv2d(images, self.kernel(patch_size), self.proj.bias, stride=patch_size)
 
     def kernel(self, patch_size: int) -> Float[Tensor, "D C P P"]:
-        """Return the kernel for another patch size, made from the one that is trained."""
+        """Return the kernel resized to another patch size, from the trained one."""
         weight = self.proj.weight
         matrix = getattr(self, f"resize_{patch_size}", None)
         if matrix is None:
@@ -61,7 +61,7 @@ class ConvEncoder(nn.Module):
     convolutions help transformers see better", section 4).
 
     Layer norm over channels instead of the paper's batch norm: an image's vector then depends on that image alone,
-    whatever the batch, its parts or the number of processes.
+    whatever the batch size, gradient accumulation or number of processes.
     """
 
     def __init__(self, in_channels: int, embed_dim: int, *, patch_size: int, layer_norm_eps: float = 1e-6) -> None:
@@ -101,10 +101,10 @@ class CnnEncoder(nn.Module):
 
 @cache
 def kernel_resize(source: int, target: int) -> Float[Tensor, "t s"]:
-    """Return the matrix that turns a patch kernel of one side into one of another (flattened, row by row).
+    """Return the matrix that resizes a flattened patch kernel from one side to another.
 
-    The pseudo-inverse of a bicubic, antialiased resize of patches: the new kernel gives a resized patch the vector that
-    the old kernel gives the patch (Beyer et al. 2023, FlexiViT, section 3.4; timm's `resample_patch_embed`).
+    It is the pseudo-inverse of a bicubic, antialiased resize of patches: the new kernel gives a resized patch the same
+    vector as the old kernel gives the patch (Beyer et al. 2023, FlexiViT, section 3.4; timm's `resample_patch_embed`).
     """
     pixels = torch.eye(source**2, device="cpu").view(source**2, 1, source, source)
     resized = F.interpolate(pixels, size=(target, target), mode="bicubic", antialias=True)
@@ -112,9 +112,9 @@ def kernel_resize(source: int, target: int) -> Float[Tensor, "t s"]:
 
 
 def resize_kernel(weight: Float[Tensor, "D C P Q"], matrix: Float[Tensor, "t s"]) -> Float[Tensor, "D C S T"]:
-    """Return a patch kernel at another patch size, by a matrix of `kernel_resize`; gradients flow through."""
+    """Return a patch kernel resized by a matrix of `kernel_resize`; differentiable."""
     side = round(matrix.shape[0] ** 0.5)
-    # In fp32 also under autocast: a kernel rounded twice would be another one than the one that is trained.
+    # In fp32 also under autocast: a kernel rounded twice would differ from the trained one.
     with torch.autocast(weight.device.type, enabled=False):
         return (weight.float().flatten(2) @ matrix.float().T).unflatten(2, (side, side)).to(weight.dtype)
 
@@ -133,8 +133,8 @@ def _conv(config: ViTConfig) -> ConvEncoder:
 
 
 def _r50(config: ViTConfig) -> CnnEncoder:
-    """ViT's own ResNet-50: group norm, weight standardisation, and at stride 16 the last stage's blocks moved forward
-    (Dosovitskiy et al. 2021, section 4.1)."""
+    """Return ViT's own ResNet-50: group norm, weight standardisation, and at stride 16 the last stage's blocks in the
+    stage before (Dosovitskiy et al. 2021, section 4.1)."""
     from functools import partial
 
     from timm.layers.std_conv import StdConv2dSame

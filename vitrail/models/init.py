@@ -1,4 +1,4 @@
-"""How weights start, in one place."""
+"""Initialise the weights of a ViT."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vitrail.models.blocks import LayerScale
 
 @torch.no_grad()
 def init_weights(model: nn.Module, how: str) -> None:
-    """Give every parameter of a ViT its starting value; a CNN encoder's backbone keeps timm's.
+    """Initialise every parameter of a ViT; the backbone of a CNN encoder keeps timm's initialisation.
 
-    Parameters are filled with NaN first: one that is forgotten here shows at once.
+    Parameters are filled with NaN first, so that a forgotten one shows at once.
 
     Args:
         how: a name of `INITS`.
@@ -36,7 +36,7 @@ _BACKBONE = "patch_embed.backbone."
 
 
 def _normal(modules: dict[str, nn.Module]) -> None:
-    """Matrices and tables normal with deviation 0.02 (timm's `init_weights_vit_timm`), cut at two deviations, biases zero,
+    """Initialise matrices and tables normal with deviation 0.02 (timm's `init_weights_vit_timm`), cut at two deviations, biases zero,
     norms one; convolutions LeCun normal (big_vision, models/vit.py); the class token close to zero."""
     for name, module in modules.items():
         if isinstance(module, nn.Linear) and name != "patch_embed.proj":
@@ -55,8 +55,8 @@ def _normal(modules: dict[str, nn.Module]) -> None:
 
 
 def _mimetic(modules: dict[str, nn.Module]) -> None:
-    """Attention starts as pretrained nets' looks: every head's queries and keys multiply to about the identity, values
-    and output projection to about minus the identity (Trockman & Kolter 2023, "Mimetic initialization", section 4)."""
+    """Initialise attention as it looks in pretrained models: queries times keys of every head about the identity, values
+    times output projection about minus the identity (Trockman & Kolter 2023, "Mimetic initialization", section 4)."""
     for module in modules.values():
         if not isinstance(module, SelfAttention) or module.qkv.weight.is_meta:
             continue

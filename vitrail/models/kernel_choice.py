@@ -1,11 +1,11 @@
-"""Which attention kernels a model uses: measured on this machine for the shapes that it computes."""
+"""Choose the attention kernels of a model, measured on this machine for the shapes that it computes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from vitrail.kernels.autotune import cache_file, choose_kernels
+from vitrail.kernels.autotune import cache_file, fastest_kernels
 from vitrail.kernels.registry import Case, Kernels
 from vitrail.kernels.window import covers
 from vitrail.models.blocks import num_kept_patches
@@ -24,19 +24,19 @@ def training_kernels(
     known: Any = None,
     measuring: bool = True,
 ) -> Kernels:
-    """Return the kernels with which a model is trained and evaluated.
+    """Return the fastest kernels for the training and evaluation of a model.
 
     Args:
         precision: fp32 or bf16, of the training steps.
-        device: the kind of device, cpu or cuda.
-        global_attention, local_attention: a kernel's name instead of a choice; `auto` measures.
-        known: choices to keep to, by case: those that a run began with.
-        measuring: whether a case that is not known may be measured.
+        device: the type of device, cpu or cuda.
+        global_attention, local_attention: name of the kernel to use; `auto` measures.
+        known: kernels to use again, by case: those that a run began with.
+        measuring: whether other cases may be measured.
 
     Raises:
-        ValueError: a kernel that is asked for by name cannot compute this model here.
+        ValueError: a kernel that was given by name cannot compute this model here.
     """
-    return choose_kernels(
+    return fastest_kernels(
         training_cases(model, precision, device),
         cache=cache_file(),
         known=known,
@@ -47,18 +47,18 @@ def training_kernels(
 
 
 def inference_kernels(model: ViTConfig, image_size: int, patch_size: int, device: str, *, measuring: bool) -> Kernels:
-    """Return the kernels that are fastest for a model at one image size, in fp32.
+    """Return the fastest kernels for inference with a model at one image size, in fp32.
 
     Args:
-        device: the kind of device, cpu or cuda.
-        measuring: measure what is not known of this machine yet; if not, only what is known counts.
+        device: the type of device, cpu or cuda.
+        measuring: whether cases may be measured that have no measurement on this machine yet.
     """
     cases = attention_cases(model, (image_size, patch_size), device, "float32", training=False)
-    return choose_kernels(cases, cache=cache_file(), measuring=measuring)
+    return fastest_kernels(cases, cache=cache_file(), measuring=measuring)
 
 
 def training_cases(model: ViTConfig, precision: str, device: str) -> list[Case]:
-    """Return the attention that a training computes: its steps in its precision, its evaluation in fp32."""
+    """Return the cases of attention in a training: its steps in their precision, its evaluation in fp32."""
     side = model.image_size
     training = [
         case
@@ -71,10 +71,10 @@ def training_cases(model: ViTConfig, precision: str, device: str) -> list[Case]:
 def attention_cases(
     model: ViTConfig, sides: tuple[int, int], device: str, dtype: str, *, training: bool
 ) -> Iterable[Case]:
-    """Return the attention that a model computes on square images.
+    """Return the cases of attention that a model computes on square images.
 
     Args:
-        sides: of the image and of a patch, pixels.
+        sides: sides of the image and of a patch, pixels.
     """
     side = -(-sides[0] // sides[1])
     grid, patches = (side, side), side * side
@@ -89,7 +89,7 @@ def attention_cases(
 
 
 def remark_on_window(model: ViTConfig) -> str:
-    """Return what a user should know of a window that is too large to be one; empty: nothing."""
+    """Return a remark where the window covers the whole grid, so that local attention is global; else an empty text."""
     if "local" not in model.attentions or not covers(model.grid, model.window):
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Low-rank adapters: a few weights beside those that stay (Hu et al. 2021, "LoRA")."""
+"""Low-rank adapters: a few trained weights beside frozen ones (Hu et al. 2021, "LoRA")."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from vitrail.models.vit import ViT
 
-# Layers of a block that can have an adapter → their place in the block.
+# Layers of a block that can have an adapter → their name in the block.
 TARGETS = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
 class LoraLinear(nn.Module):
-    """A linear layer beside a product of two thin ones: W x + b + (alpha / rank) · B A x (Hu et al. 2021, eq. 3).
+    """A linear layer plus a product of two thin matrices: W x + b + (alpha / rank) · B A x (Hu et al. 2021, eq. 3).
 
-    `weight` and `bias` are the given layer's own, under their own names. A starts Gaussian and B zero, so that nothing
-    changes before the first step. On the joined `qkv`, queries, keys and values share A.
+    `weight` and `bias` are those of the given layer, with their names. A starts Gaussian and B zero, so that nothing
+    changes before the first step. In the joined `qkv`, queries, keys and values share A.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
@@ -44,7 +44,7 @@ class LoraLinear(nn.Module):
 
 
 def add_adapters(model: ViT, rank: int, alpha: float, targets: Sequence[str]) -> None:
-    """Give every block's `targets` an adapter, in place."""
+    """Add an adapter to the `targets` of every block, in place."""
     for block in model.blocks:
         for target in targets:
             parent, name = TARGETS[target].split(".")
@@ -53,12 +53,12 @@ def add_adapters(model: ViT, rank: int, alpha: float, targets: Sequence[str]) ->
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is an adapter's own."""
+    """Whether a parameter's name is that of an adapter's weight."""
     return name.endswith((".lora_a", ".lora_b"))
 
 
 def merged(model: ViT) -> ViT:
-    """Return a model with its adapters added into its weights; one without adapters as it is."""
+    """Return a copy of a model with its adapters merged into its weights; a model without adapters itself."""
     if not any(isinstance(module, LoraLinear) for module in model.modules()):
         return model
     plain = copy.deepcopy(model)

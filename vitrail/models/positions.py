@@ -1,4 +1,4 @@
-"""Where a patch is: learned tables, fixed sine-cosine tables, rotations, and their form on any grid."""
+"""Position encodings: fixed sine-cosine tables, rotary positions, and learned tables resized to any grid."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def sincos2d(
 
     Args:
         grid: patch rows and columns (h, w).
-        source: the grid that training had; on another grid places are measured in its units, so that a patch in the
-            middle of the image is in the middle of the table, as when a learned table is resized.
+        source: the grid in training; on another grid positions are measured in its units, so that a patch in the middle
+            of the image is in the middle of the table, as when a learned table is resized.
     """
     h, w = grid
     # On the CPU even where a model is built without storage: tables are in no file.
@@ -35,33 +35,34 @@ def sincos2d(
 
 
 def rope2d(grid: tuple[int, int], head_dim: int, *, num_prefix: int = 0, base: float = 100.0) -> Float[Tensor, "N dd"]:
-    """Return sines and cosines that turn queries and keys by their patch's place, side by side.
+    """Return the sines and cosines, side by side, that rotate queries and keys by the position of their patch.
 
-    Axial rotary positions as in DINOv3 (Siméoni et al. 2025; `RopePositionEmbedding`): places are the patches' centres
+    Axial rotary positions as in DINOv3 (Siméoni et al. 2025; `RopePositionEmbedding`): positions are the patches' centres
     in -1 to 1 along each axis, whatever the grid, so another image size needs no change. The first quarter of a head
-    turns with the row, the second with the column, and the other half is their partner. Prefix tokens are not turned.
+    rotates with the row, the second with the column, each paired with a channel of the other half. Prefix tokens are not
+    rotated.
     """
     h, w = grid
     periods = base ** (torch.arange(head_dim // 4, dtype=torch.float32, device="cpu") * (4 / head_dim))
     rows, columns = ((torch.arange(side, device="cpu") + 0.5) / side * 2 - 1 for side in grid)
-    places = torch.stack([rows.repeat_interleave(w), columns.repeat(h)], dim=1)
-    angles = (2 * math.pi * places[:, :, None] / periods).flatten(1).tile(2)
+    positions = torch.stack([rows.repeat_interleave(w), columns.repeat(h)], dim=1)
+    angles = (2 * math.pi * positions[:, :, None] / periods).flatten(1).tile(2)
     angles = F.pad(angles, (0, 0, num_prefix, 0))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def rotate(x: Float[Tensor, "B K N d"], table: Float[Tensor, "*places N dd"]) -> Float[Tensor, "B K N d"]:
-    """Turn queries or keys by a table of `rope2d`, [N, 2d] or [B, 1, N, 2d]; channel i is the partner of i + d/2."""
+def rotate(x: Float[Tensor, "B K N d"], table: Float[Tensor, "*samples N dd"]) -> Float[Tensor, "B K N d"]:
+    """Rotate queries or keys by a table of `rope2d`, [N, 2d] or [B, 1, N, 2d]; channel i is paired with i + d/2."""
     sine, cosine = table.chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)
-    # The table is fp32 and lifts bf16 queries to it: a rotation by a rounded angle would shift places.
+    # The table is fp32 and lifts bf16 queries to it: a rotation by a rounded angle would shift positions.
     return (x * cosine + torch.cat([-second, first], dim=-1) * sine).to(x.dtype)
 
 
 def resize_table(
     table: Float[Tensor, "1 N D"], source: tuple[int, int], target: tuple[int, int], num_prefix: int = 0
 ) -> Float[Tensor, "1 M D"]:
-    """Resize a learned table from one patch grid to another; rows of prefix tokens stay as they are.
+    """Return a learned table resized from one patch grid to another; rows of prefix tokens stay as they are.
 
     Bicubic with antialiasing, as timm's `resample_abs_pos_embed` (timm 1.0, layers/pos_embed.py). Neither grid needs
     to be square.

@@ -21,8 +21,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "h": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
 
-# The article's other forms as suffixes of a variant's name; so does local and a window, such as local7. Any other suffix
-# names a CNN of timm as encoder.
+# Suffixes of a variant's name → the fields that they set. Besides these, local with a window (local7) is one, and any
+# other suffix names a CNN of timm as encoder.
 SUFFIXES: dict[str, dict[str, Any]] = {
     **{decoder: {"decoder": decoder} for decoder in DECODER_NAMES},
     **{encoder: {"encoder": encoder} for encoder in ENCODER_NAMES},
@@ -30,7 +30,7 @@ SUFFIXES: dict[str, dict[str, Any]] = {
     "swiglu": {"mlp": "swiglu", "mlp_ratio": 8 / 3},
 }
 
-# What `vitrail models` lists; any other size and patch can be written in the same way.
+# The variants that `vitrail models` lists; any other size and patch can be named in the same way.
 LISTED = ("nano2", "nano4", "micro2", "micro4", "ti4", "s4", "ti16", "s16", "b16", "b32", "l16", "h14")
 
 
@@ -53,35 +53,35 @@ def variant_config(name: str, **changes: Any) -> ViTConfig:
 
 
 def suffix_fields(name: str) -> dict[str, Any]:
-    """Return what the suffixes of a variant's name say of its architecture.
+    """Return the fields that the suffixes of a variant's name set.
 
     Raises:
         ValueError: a suffix is unknown.
     """
     fields: dict[str, Any] = {}
-    said_by: dict[str, str] = {}
+    set_by: dict[str, str] = {}
     for suffix in name.split("-")[1:]:
         if local := re.fullmatch(r"local(\d+)", suffix):
             added = {"attention": "local", "window": int(local[1])}
         else:
             added = SUFFIXES[suffix] if suffix in SUFFIXES else {"encoder": cnn_suffix(suffix, name)}
         if again := sorted(set(added) & set(fields)):
-            raise ValueError(f"model {name!r} names its {again[0]} twice: {said_by[again[0]]!r} and {suffix!r}")
+            raise ValueError(f"model {name!r} names its {again[0]} twice: {set_by[again[0]]!r} and {suffix!r}")
         fields |= added
-        said_by |= dict.fromkeys(added, suffix)
+        set_by |= dict.fromkeys(added, suffix)
     return fields
 
 
 def cnn_suffix(suffix: str, name: str) -> str:
-    """Return the CNN of timm that a suffix names.
+    """Return the name of timm's CNN for a suffix.
 
     Raises:
-        ValueError: it is neither one of `SUFFIXES` nor a model of timm.
+        ValueError: the suffix is neither one of `SUFFIXES` nor a model of timm.
     """
-    from vitrail.models.cnns import nearest, refuse_unknown
+    from vitrail.models.cnns import nearest, refuse_unknown_cnn
 
     try:
-        refuse_unknown(suffix)
+        refuse_unknown_cnn(suffix)
     except ValueError:
         near = nearest(suffix, SUFFIXES)
         hint = f"; did you mean {near!r}?" if near else "."
@@ -93,5 +93,5 @@ def cnn_suffix(suffix: str, name: str) -> str:
 
 
 def is_variant(name: str) -> bool:
-    """Whether `name` reads as a variant's name, known or misspelt, and not as a path or a `hf:` address."""
+    """Whether a model spec reads as a variant's name, known or misspelt, and not as a path or `hf:NAME`."""
     return not any(mark in name for mark in "/\\:.") and name != ""

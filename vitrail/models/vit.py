@@ -33,7 +33,7 @@ class ViT(nn.Module):
         blocks: the Transformer's pre-norm blocks.
         decoder: tokens [B, N, D] and the feature map → one vector [B, D].
         head: the last linear layer, or the identity when `num_classes` is 0.
-        kernels: how attention is computed; a fixed rule unless `vitrail.kernels.autotune` has measured. No weights.
+        kernels: which kernels compute attention; a fixed rule decides unless `vitrail.kernels.autotune` has measured.
     """
 
     pos_fixed: Tensor | None
@@ -84,10 +84,10 @@ class ViT(nn.Module):
         return self.head(self.head_drop(self.pool(encoded, self.norm(tokens))))
 
     def features(self, images: Float[Tensor, "B C H W"], patch_size: int | None = None) -> dict[str, Tensor]:
-        """Return every intermediate by name.
+        """Return every intermediate result by name.
 
         Keys: `encoder` [B, D, h, w]; `blocks.0` … [B, N, D], the output of each block; `transformer` [B, N, D], after
-        the final norm; `pooled` [B, E], what the head gets (E is 2D for decoder `token_mean`, else D); `logits`
+        the final norm; `pooled` [B, E], the input of the head (E is 2D for decoder `token_mean`, else D); `logits`
         [B, classes].
         """
         out = {"encoder": self.encode(images, patch_size)}
@@ -102,9 +102,9 @@ class ViT(nn.Module):
     def forward_packed(
         self, images: Sequence[Float[Tensor, "C _H _W"]], patch_size: int | None = None
     ) -> Float[Tensor, "B classes"]:
-        """Return the logits of images of different sizes, computed together as one row of tokens.
+        """Return the logits of images of different sizes, computed together as one sequence of tokens.
 
-        Equal to calling the model on each image alone: a token attends within its image (Dehghani et al. 2023,
+        Equal to calling the model on each image alone: each token attends within its own image (Dehghani et al. 2023,
         NaViT). The linear layers see all images at once, attention costs what each image costs alone.
 
         Raises:
@@ -135,15 +135,15 @@ class ViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, layout)
         lengths = [self.config.num_prefix + h * w for h, w in grids]
-        parts = self.norm(tokens)[0].split([length * count for length, count in zip(lengths, counts, strict=True)])
+        groups = self.norm(tokens)[0].split([length * count for length, count in zip(lengths, counts, strict=True)])
         pooled = [
-            self.pool(maps, part.unflatten(0, (len(maps), -1))) for maps, part in zip(encoded, parts, strict=True)
+            self.pool(maps, group.unflatten(0, (len(maps), -1))) for maps, group in zip(encoded, groups, strict=True)
         ]
         logits = self.head(torch.cat(pooled))
         return logits[torch.tensor(order, device=logits.device).argsort()]
 
     def encode(self, images: Float[Tensor, "B C H W"], patch_size: int | None = None) -> Float[Tensor, "B D h w"]:
-        """Encoder: pixels → one vector per patch.
+        """Return the encoder's output, one vector per patch.
 
         A side that is no multiple of the patch is padded with zeros (the mean colour, after normalisation) at the right
         and at the bottom, up to the next multiple, as timm's `dynamic_img_pad` does.
@@ -176,7 +176,7 @@ class ViT(nn.Module):
             )
 
     def embed(self, encoded: Float[Tensor, "B D h w"]) -> tuple[Float[Tensor, "B N D"], TokenLayout]:
-        """Put prefix tokens before the patch vectors and add positions; returns also what attention must know."""
+        """Return the tokens, prefix tokens first and positions added, and their layout for attention."""
         tokens = encoded.flatten(2).transpose(1, 2)
         grid = (encoded.shape[2], encoded.shape[3])
         prefix = [
@@ -189,7 +189,7 @@ class ViT(nn.Module):
         return self.patch_drop(tokens, TokenLayout(rope, (grid,), self.config.num_prefix, self.kernels))
 
     def pool(self, encoded: Float[Tensor, "B D h w"], tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B E"]:
-        """Decoder: the encoder's and the Transformer's outputs → one vector per image."""
+        """Return the decoder's output, one vector per image, from those of the encoder and the Transformer."""
         return self.fc_norm(self.decoder(encoded, tokens))
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 N D"] | None:
@@ -212,7 +212,7 @@ class ViT(nn.Module):
         h, w = -(-shape[-2] // self.config.patch_size), -(-shape[-1] // self.config.patch_size)
         table = self.positions((h, w))
         if table is None:
-            why = "they turn queries and keys" if self.rope is not None else "it has none"
+            why = "they rotate queries and keys" if self.rope is not None else "it has none"
             raise ValueError(
                 f"this model adds no positions to show: model.positions is {self.config.positions!r}, {why}"
             )

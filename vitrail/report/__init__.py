@@ -1,1 +1,1 @@
-"""One offline HTML page per run: how good the model is, where it errs, and how it came about."""
+"""HTML pages and images that need no network: the report of a run, the findings of a check, the contact sheet."""

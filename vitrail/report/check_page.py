@@ -1,4 +1,4 @@
-"""What `vitrail check` shows: a few lines for the terminal, and one offline page with the images in question."""
+"""Show the findings of `vitrail check`: lines for the terminal, and one offline page with the images in question."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from vitrail.report.run_page import clip
 
 CLASSES_SHOWN, PATHS_SHOWN = 12, 3  # on the terminal
 FINDINGS_LIMIT, THUMBNAILS_LIMIT, ROWS_LIMIT = 24, 6, 1000  # on the page: findings a kind, images a finding, classes
-_SIDE = 160  # of a preview, pixels
+_SIDE = 160  # of a thumbnail, pixels
 TITLES: dict[Kind, tuple[str, str]] = {
     "unreadable": ("unreadable files", "mend or remove them, or --data.damaged drop"),
     "damaged": ("damaged images", "mend or remove them, or --data.damaged drop (or keep: decode what is there)"),
     "refused": ("images that are too large", "shrink them, or raise --data.limit-pixels"),
-    "leak": ("images in two parts", "keep each in one part, or the evaluation is too good"),
+    "leak": ("images in two splits", "keep each in one split, or the evaluation is too good"),
     "label-conflict": ("images under two labels", "keep the right one"),
-    "missing-class": ("missing classes", "add images, or remove the class from every part"),
+    "missing-class": ("missing classes", "add images, or remove the class from every split"),
     "name": ("names and folders", "rename or move what is named"),
     "duplicate": ("equal images", "remove the copies; in a flat folder they stay on one side of the split anyway"),
-    "near-duplicate": ("nearly equal images", "look whether they are copies; in a flat folder they stay on one side"),
+    "near-duplicate": ("nearly equal images", "check whether they are copies; in a flat folder they stay on one side"),
     "small-class": ("small classes", "more images help most here"),
     "imbalance": ("uneven classes", "look at the recall of each class, not only at the accuracy"),
     "orientation": ("images turned by EXIF", "nothing to do: Vitrail turns them in training and in use"),
@@ -39,21 +39,26 @@ TITLES: dict[Kind, tuple[str, str]] = {
 
 
 def by_kind(problems: tuple[Problem, ...]) -> Iterator[tuple[Kind, list[Problem]]]:
-    """Yield the findings of each kind, the gravest kinds first."""
+    """Yield each kind that was found with its problems, the most serious kinds first."""
     for kind in TITLES:
-        if found := [problem for problem in problems if problem.kind == kind]:
-            yield kind, found
+        if of_kind := [problem for problem in problems if problem.kind == kind]:
+            yield kind, of_kind
 
 
 def summary(result: CheckResult) -> list[str]:
-    """Return the lines for the terminal."""
+    """Return the lines for the terminal: what the dataset is, then the findings of each kind."""
+    return [*dataset_summary(result), *findings_summary(result.problems)]
+
+
+def dataset_summary(result: CheckResult) -> list[str]:
+    """Return lines on the dataset: its splits, classes, sizes and formats; none where it could not be opened."""
     facts = result.facts
     lines = []
     if result.dataset is not None:
         lines.append(f"{result.dataset.name}: {facts['num_images']:,} images, {len(facts['classes'])} classes")
         if "splits" in facts:
-            parts = ", ".join(f"{number:,} {part}" for part, number in facts["splits"].items())
-            lines.append(f"  parts    {parts} ({facts['rule']})")
+            splits = ", ".join(f"{number:,} {split}" for split, number in facts["splits"].items())
+            lines.append(f"  splits   {splits} ({facts['rule']})")
         ranked = sorted(facts["classes"].items(), key=lambda item: -item[1])
         shown = ", ".join(f"{clip(label, 40)} {number:,}" for label, number in ranked[:CLASSES_SHOWN])
         rest = len(ranked) - CLASSES_SHOWN
@@ -65,8 +70,14 @@ def summary(result: CheckResult) -> list[str]:
         for which in ("modes", "formats"):
             if facts[which]:
                 lines.append(f"  {which:<8} {', '.join(f'{name} {number:,}' for name, number in facts[which].items())}")
-        lines.append(f"  looked   {scan_summary(facts)}")
-    for kind, found in by_kind(result.problems):
+        lines.append(f"  scanned  {scan_summary(facts)}")
+    return lines
+
+
+def findings_summary(problems: tuple[Problem, ...]) -> list[str]:
+    """Return lines on the findings: for each kind their number, the first of them, and the remedy."""
+    lines = []
+    for kind, found in by_kind(problems):
         severity = "error" if any(problem.severity == "error" for problem in found) else "warning"
         title, remedy = TITLES[kind]
         lines.append(f"{severity}: {title}: {len(found):,} {'finding' if len(found) == 1 else 'findings'}")
@@ -78,47 +89,54 @@ def summary(result: CheckResult) -> list[str]:
 
 
 def scan_summary(facts: dict[str, Any]) -> str:
-    """Say what was looked at, and what was not."""
+    """Return what was scanned, and what was not."""
     if facts["form"] == "quick":
-        return "at headers and bytes only (--quick): cut files and near duplicates are not found"
+        return "headers and bytes only (--quick): cut files and near duplicates are not found"
     if not facts["near_duplicates"]:
-        return "at every pixel; not for near duplicates (--data.near-duplicates)"
+        return "every pixel; not for near duplicates (--data.near-duplicates)"
     if not facts["crops_compared"]:
-        return "at every pixel; for near duplicates, but for so many images not for slight crops"
-    return f"at every pixel, {facts['num_images'] / max(facts.get('seconds', 0), 0.01):,.0f} images/s"
+        return "every pixel; for near duplicates, but for so many images not for slight crops"
+    return f"every pixel, {facts['num_images'] / max(facts.get('seconds', 0), 0.01):,.0f} images/s"
 
 
 def write_page(result: CheckResult, name: str, path: Path) -> None:
-    """Write the page, atomically."""
+    """Write the page of a check, atomically.
+
+    Args:
+        name: the dataset as the user typed it.
+    """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["clip"] = clip
     most = max([1, *result.facts["classes"].values()])
     classes = [(label, number, 100 * number / most) for label, number in result.facts["classes"].items()]
-    place = {} if result.dataset is None else {each: index for index, each in enumerate(result.dataset.paths)}
+    index_of = {} if result.dataset is None else {path: index for index, path in enumerate(result.dataset.paths)}
     page = environment.get_template("check.html.j2").render(
         data=name,
         ok=result.ok,
         facts=result.facts,
-        looked=scan_summary(result.facts) if result.dataset is not None else "",
+        scanned=scan_summary(result.facts) if result.dataset is not None else "",
         classes=classes[:ROWS_LIMIT],
-        kinds=[_kind(result, kind, found, place) for kind, found in by_kind(result.problems)],
+        kinds=[_section(result, kind, found, index_of) for kind, found in by_kind(result.problems)],
     )
     write_bytes(path, page.encode("utf-8", "backslashreplace"))  # file names may be no valid Unicode
 
 
-def _kind(result: CheckResult, kind: Kind, found: list[Problem], place: dict[str, int]) -> dict[str, Any]:
+def _section(result: CheckResult, kind: Kind, found: list[Problem], index_of: dict[str, int]) -> dict[str, Any]:
+    """Return one kind of finding as the template shows it."""
     title, remedy = TITLES[kind]
     rows = []
     for problem in found[:FINDINGS_LIMIT]:
-        images = [(path, inline_jpeg(result.dataset, place.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]]
+        images = [
+            (path, jpeg_thumbnail(result.dataset, index_of.get(path))) for path in problem.paths[:THUMBNAILS_LIMIT]
+        ]
         more = len(problem.paths) - len(images)
         rows.append({"severity": problem.severity, "message": problem.message, "images": images, "more": more})
     return {"kind": kind, "title": title, "remedy": remedy, "rows": rows, "count": len(found)}
 
 
-def inline_jpeg(dataset: Dataset | None, index: int | None) -> str | None:
-    """Return an image as a small inline JPEG; empty for one that cannot be decoded, None for what is no image."""
+def jpeg_thumbnail(dataset: Dataset | None, index: int | None) -> str | None:
+    """Return an image as a small JPEG data address; empty if it cannot be decoded, None where there is no such image."""
     if dataset is None or index is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What training will see, as an image to look at: rows of images, columns of epochs, under each what was drawn."""
+"""Draw a contact sheet of what training will see: a row for each image, a column for each epoch, and what was changed."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _INK, _MUTED, _PAPER = (24, 24, 27), (92, 92, 99), (255, 255, 255)
 
 @dataclass(frozen=True)
 class View:
-    """An image as the model sees it once.
+    """An image of the sheet, with lines of text.
 
     Attributes:
         pixels: uint8 [C, H, W].
-        lines: what it is, or what was drawn.
+        lines: the label and file name, or the random changes.
     """
 
     pixels: np.ndarray
@@ -51,14 +51,14 @@ class View:
 
 
 def write_sheet(data: DataConfig, path: Path, *, recipe: str = "auto", given: Mapping[str, Any]) -> None:
-    """Write a contact sheet (PNG) of what a training of these images from scratch would see.
+    """Write a contact sheet (PNG) of the images as a training from scratch would see them.
 
     Args:
         recipe: a recipe's name, or the path of an earlier run's config.json.
-        given: settings of the augmentation that the user has fixed, by dotted name.
+        given: settings of the augmentation that the user gave, by dotted name.
 
     Raises:
-        ValueError: the data cannot be trained on, or a setting is refused.
+        ValueError: the data is not fit for training, or a setting is refused.
     """
     from vitrail.recipes.facts import facts_of
 
@@ -77,78 +77,80 @@ def write_sheet(data: DataConfig, path: Path, *, recipe: str = "auto", given: Ma
 
 
 def sheet(checked: CheckedData, data: TrainData, config: RunConfig, recipe: str) -> PIL.Image.Image:
-    """Return the sheet as an image."""
-    places = chosen_positions(data)
-    originals = [original(data, int(data.splits.indices["train"][place])) for place in places]
-    columns = [originals, *(views(checked, data, config, places, epoch) for epoch in range(EPOCHS))]
+    """Return the contact sheet as an image."""
+    positions = chosen_positions(data)
+    originals = [original(data, int(data.splits.indices["train"][position])) for position in positions]
+    columns = [originals, *(views(checked, data, config, positions, epoch) for epoch in range(EPOCHS))]
     titles = ["unchanged", *(f"epoch {number + 1}" for number in range(EPOCHS))]
-    nothing = dict(leaves(AugmentConfig()))
+    defaults = dict(leaves(AugmentConfig()))
     settings = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in leaves(config.augment)
-        if value != nothing[name]
+        if value != defaults[name]
     ]
     about = f"recipe {recipe}, seed {config.seed}. --augment: {', '.join(settings) or 'nothing is changed'}"
     return compose(f"What training sees of {checked.dataset.name}", about, titles, columns)
 
 
 def chosen_positions(data: TrainData) -> list[int]:
-    """Return places in the training split: an image of each class, as many classes as rows, or several of few classes."""
+    """Return the positions in the training split that fill the rows: an image of each class, or several where classes are few."""
     targets = data.dataset.targets[data.splits.indices["train"]]
-    turns = np.zeros(len(targets), dtype=np.int64)
+    number_in_class = np.zeros(len(targets), dtype=np.int64)
     for label in np.unique(targets):
-        turns[targets == label] = np.arange((targets == label).sum())
-    first = np.flatnonzero(turns == 0)
+        number_in_class[targets == label] = np.arange((targets == label).sum())
+    first = np.flatnonzero(number_in_class == 0)
     if len(first) > ROWS:  # spread over all classes
         order = np.argsort(targets[first], kind="stable")
-        return [int(first[order[each]]) for each in np.linspace(0, len(first) - 1, ROWS).round().astype(int)]
-    picked = np.lexsort((targets, turns))[:ROWS]
-    return [int(each) for each in picked[np.lexsort((turns[picked], targets[picked]))]]
+        return [
+            int(first[order[class_number]]) for class_number in np.linspace(0, len(first) - 1, ROWS).round().astype(int)
+        ]
+    picked = np.lexsort((targets, number_in_class))[:ROWS]
+    return [int(position) for position in picked[np.lexsort((number_in_class[picked], targets[picked]))]]
 
 
 def original(data: TrainData, index: int) -> View:
-    """Return an image as it is evaluated."""
+    """Return an image as it is evaluated, without augmentation."""
     pixels = data.reader.read_whole(index)
     label, name = data.dataset.labels[data.dataset.targets[index]], Path(data.dataset.paths[index]).name
     pixels = pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
     return View(pixels, (clip(label, 20), clip(name, 20)))
 
 
-def views(checked: CheckedData, data: TrainData, config: RunConfig, places: list[int], epoch: int) -> list[View]:
-    """Return what training shows of some places of its part in one epoch.
+def views(checked: CheckedData, data: TrainData, config: RunConfig, positions: list[int], epoch: int) -> list[View]:
+    """Return what training sees in one epoch of the images at some positions of the training split.
 
-    A batch of two has the very pairs of every larger even batch: all of an image follows from its turn in the epochs.
+    A batch of two has the same pairs as every larger even batch: all changes of an image follow from its sample index.
     """
-    part = data.splits.indices["train"]
-    stream = TrainLoader(
+    indices = data.splits.indices["train"]
+    loader = TrainLoader(
         data.reader,
-        part,
+        indices,
         batch_size=2,
         seed=config.seed,
         augment=dataclasses.replace(config.augment, repeats=1),  # how often an image comes is not how it is changed
         device=torch.device("cpu"),
     )
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (config.preprocess.mean, config.preprocess.std))
-    found = []
-    for place in places:
-        turn = epoch * len(part) + int(np.flatnonzero(stream.sampler.epoch(epoch)[1] == place)[0])
-        [batch] = stream.batches(turn // 2, turn // 2 + 1)
+    shown = []
+    for position in positions:
+        sample = epoch * len(indices) + int(np.flatnonzero(loader.sampler.epoch(epoch)[1] == position)[0])
+        [batch] = loader.batches(sample // 2, sample // 2 + 1)
         if len(batch.indices) < 2:
             raise ValueError(f"a file can no longer be read: {next(iter(data.reader.dropped.items()))}")
-        image = (batch.images[turn % 2] * std + mean).clamp(0, 1)
-        draws = draw_changes(config.seed, np.asarray([epoch]), np.asarray([place]))
-        lines = describe_changes(config.augment, draws, checked.scan.sizes[part[place]], image.shape)
-        if batch.mix is not None and batch.mix.lam[turn % 2] < 1:
-            share, other = float(batch.mix.lam[turn % 2]), data.dataset.labels[int(batch.mix.labels_b[turn % 2])]
-            lines.insert(0, f"with {1 - share:.0%} of {clip(other, 12)}")
-        found.append(View((image * 255).round().to(torch.uint8).numpy(), tuple(lines)))
-    return found
+        image = (batch.images[sample % 2] * std + mean).clamp(0, 1)
+        draws = draw_changes(config.seed, np.asarray([epoch]), np.asarray([position]))
+        lines = describe_changes(config.augment, draws, checked.scan.sizes[indices[position]], image.shape)
+        if batch.mix is not None and batch.mix.lam[sample % 2] < 1:
+            lam, other = float(batch.mix.lam[sample % 2]), data.dataset.labels[int(batch.mix.labels_b[sample % 2])]
+            lines.insert(0, f"with {1 - lam:.0%} of {clip(other, 12)}")
+        shown.append(View((image * 255).round().to(torch.uint8).numpy(), tuple(lines)))
+    return shown
 
 
 def describe_changes(
     config: AugmentConfig, draws: dict[str, np.ndarray], size: np.ndarray, shape: torch.Size
 ) -> list[str]:
-    """Say in words what one image's random numbers do to it, mixing aside.
+    """Return in words what one image's random numbers do to it, apart from mixing, as lines.
 
     Args:
         size: height and width of the file.
@@ -206,16 +208,16 @@ def compose(title: str, about: str, titles: list[str], columns: list[list[View]]
 
 
 def fitted(pixels: np.ndarray) -> PIL.Image.Image:
-    """Return an image [C, H, W] as large as a cell holds: small ones in whole multiples, so that pixels stay pixels."""
+    """Return an image [C, H, W] in the size of a cell; small ones are enlarged by whole multiples, so that pixels stay visible."""
     image = PIL.Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).convert("RGB")
     scale = _CELL / max(image.size)
-    how = PIL.Image.Resampling.NEAREST if scale >= 1 else PIL.Image.Resampling.LANCZOS
+    resampling = PIL.Image.Resampling.NEAREST if scale >= 1 else PIL.Image.Resampling.LANCZOS
     scale = int(scale) if scale >= 1 else scale
-    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), how)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resampling)
 
 
 def font(size: int, *, bold: bool = False) -> PIL.ImageFont.FreeTypeFont:
-    """Return the font that comes with matplotlib: it is there wherever Vitrail is, and has most scripts."""
+    """Return the font that comes with matplotlib: it is always installed, and has most scripts."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

@@ -1,4 +1,4 @@
-"""The figures of a run's report: matplotlib draws them, the page's style sheet colours them."""
+"""Draw the figures of a run's report with matplotlib, in colours that the page's style sheet sets."""
 
 import base64
 import html
@@ -54,12 +54,12 @@ CELLS_LIMIT = 150  # a side of the heat map without numbers: smaller cells vanis
 
 @matplotlib.rc_context(STYLE)
 def curve(training: Points, validation: Points, best_step: float | None, *, percent: bool, description: str) -> str:
-    """Draws one quantity over training: training pale with its running mean, validation on top.
+    """Draw one quantity over the steps of training: training values pale with their running mean, validation on top.
 
     Args:
         training: measured on training batches; may be empty if `validation` is not.
         validation: measured on the validation split; may be empty.
-        best_step: where the kept weights come from.
+        best_step: the step of the saved weights.
         percent: the values are fractions of one.
         description: what a screen reader says instead of the image.
     """
@@ -81,7 +81,7 @@ def curve(training: Points, validation: Points, best_step: float | None, *, perc
 
 @matplotlib.rc_context(STYLE)
 def reliability(bins: Sequence[dict[str, float]], description: str) -> str:
-    """Draws how often the model was right against how sure it was, and how many images each point is.
+    """Draw a reliability diagram: accuracy against confidence, and the number of images of each point.
 
     Args:
         bins: `low`, `high`, `confidence`, `accuracy`, `count`; none of them empty.
@@ -92,14 +92,14 @@ def reliability(bins: Sequence[dict[str, float]], description: str) -> str:
     sure, right = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
     upper.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)), label="ideal")
     upper.plot(sure, right, color=COLOURS["blue"], linewidth=1.6, marker="o", label="this model")
-    upper.set(ylim=(-0.03, 1.03), xlim=(0, 1.02), ylabel="were right")
+    upper.set(ylim=(-0.03, 1.03), xlim=(0, 1.02), ylabel="accuracy")
     upper.legend(loc="upper left")
     upper.grid(True)
     upper.yaxis.set_major_formatter(PERCENT)
     starts, widths = [b["low"] for b in bins], [b["high"] - b["low"] for b in bins]
     look = {"color": COLOURS["blue"], "alpha": 0.55, "edgecolor": COLOURS["blue"], "linewidth": 0.8}
     lower.bar(starts, [b["count"] for b in bins], widths, align="edge", **look)
-    lower.set(xlabel="the model's own probability", ylabel="images")
+    lower.set(xlabel="confidence: the model's own probability", ylabel="images")
     lower.xaxis.set_major_formatter(PERCENT)
     lower.yaxis.set_major_formatter(COUNT)
     lower.yaxis.set_major_locator(MaxNLocator(2, integer=True))
@@ -107,7 +107,7 @@ def reliability(bins: Sequence[dict[str, float]], description: str) -> str:
 
 
 def to_counts(confusion: object, classes: int) -> np.ndarray | None:
-    """Returns a list of rows as counts `[classes, classes]`, or None where it is no such matrix."""
+    """Return a list of rows as counts `[classes, classes]`, or None where it is no such matrix."""
     try:
         counts = np.array(confusion, dtype=np.int64)
     except (TypeError, ValueError, OverflowError):
@@ -116,13 +116,13 @@ def to_counts(confusion: object, classes: int) -> np.ndarray | None:
 
 
 def confusion_matrix(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]:
-    """Returns the matrix as `labels` and `rows` of (count, depth of colour), or as `svg` for many classes.
+    """Return a confusion matrix as `labels` and `rows` of (count, depth of colour), or as `svg` for many classes.
 
     Numbers make a table: names of any script, length and direction fit in, and a screen reader can walk it.
     """
     if len(labels) > NUMBERED_CLASSES:
-        said = f"Confusion matrix of {len(labels)} classes; the table lists its peaks"
-        return {"svg": heat_map(confusion, said)}
+        description = f"Confusion matrix of {len(labels)} classes; the table lists its peaks"
+        return {"svg": heat_map(confusion, description)}
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     root = np.minimum(0.6, 0.12 + 0.6 * np.sqrt(share))  # rare mistakes stay visible, numbers readable
     depth = np.where(confusion > 0, root, 0)
@@ -133,17 +133,17 @@ def confusion_matrix(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]
 
 
 def most_confused(confusion: np.ndarray, labels: list[str]) -> list[tuple[str, str, int, float]]:
-    """Returns the commonest confusions: true class, what it was taken for, how often, share of its class."""
+    """Return the most frequent confusions: true class, predicted class, how often, share of the true class."""
     wrong = confusion - np.diag(np.diag(confusion))
     limit = 10 if len(labels) <= NUMBERED_CLASSES else 30
     order = np.argsort(-wrong, axis=None, kind="stable")[:limit].tolist()
-    places = [(i, j) for i, j in (divmod(place, len(labels)) for place in order) if wrong[i, j] > 0]
-    return [(labels[i], labels[j], int(wrong[i, j]), float(wrong[i, j] / confusion[i].sum())) for i, j in places]
+    cells = [(i, j) for i, j in (divmod(cell, len(labels)) for cell in order) if wrong[i, j] > 0]
+    return [(labels[i], labels[j], int(wrong[i, j]), float(wrong[i, j] / confusion[i].sum())) for i, j in cells]
 
 
 @matplotlib.rc_context(STYLE)
 def heat_map(confusion: np.ndarray, description: str) -> str:
-    """Draws a confusion matrix that has too many classes for numbers: blue right, red wrong, per row.
+    """Draw a confusion matrix that has too many classes for numbers: blue is right, red is wrong, as shares of a row.
 
     Args:
         confusion: counts `[classes, classes]`, rows true, columns predicted.
@@ -163,8 +163,8 @@ def heat_map(confusion: np.ndarray, description: str) -> str:
     return to_svg(figure, description)
 
 
-def preview(thumbnail: object) -> dict[str, Any] | None:
-    """Returns a thumbnail's `src` and whether it is `tiny`; None unless it is inline and of bounded size."""
+def stored_thumbnail(thumbnail: object) -> dict[str, Any] | None:
+    """Return the `src` of a thumbnail in a run's files, and whether it is `tiny`; None unless it is a small data address."""
     if not isinstance(thumbnail, str) or len(thumbnail) > THUMBNAIL_LIMIT:
         return None
     match = re.fullmatch(r"data:image/(png|jpeg|webp);base64,([A-Za-z0-9+/]{32,}={0,2})", thumbnail)
@@ -176,11 +176,11 @@ def preview(thumbnail: object) -> dict[str, Any] | None:
 
 
 def to_svg(figure: Figure, description: str) -> str:
-    """Returns the figure as an SVG element to stand in a page: no fixed size, no metadata, no namespace."""
+    """Return a figure as an SVG element for a page: no fixed size, no metadata, no namespace."""
     file = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": description}):  # equal bytes each time, unlike those of others
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     text = file.getvalue()
     head, body = text[text.index("<svg") :].split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
@@ -193,22 +193,22 @@ def to_svg(figure: Figure, description: str) -> str:
 
 
 def thin(points: Points) -> tuple[list[float], list[float]]:
-    """Averages neighbours until at most `POINTS_LIMIT` points are left; returns their steps and values."""
+    """Return steps and values of at most `POINTS_LIMIT` points, each the average of neighbours."""
     array = np.array(points, dtype=float)
     if len(array) > POINTS_LIMIT:
-        array = np.stack([part.mean(0) for part in np.array_split(array, POINTS_LIMIT)])
+        array = np.stack([chunk.mean(0) for chunk in np.array_split(array, POINTS_LIMIT)])
     return array[:, 0].tolist(), array[:, 1].tolist()
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Averages each value with its neighbours, a twenty-fifth of the curve wide and narrower at both ends."""
-    reach = len(values) // 50
-    spans = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    """Return each value averaged with its neighbours, over a twenty-fifth of the curve and less at both ends."""
+    radius = len(values) // 50
+    spans = [min(radius, i, len(values) - 1 - i) for i in range(len(values))]
     return [float(np.mean(values[i - span : i + span + 1])) for i, span in enumerate(spans)]
 
 
 def pool(matrix: np.ndarray) -> np.ndarray:
-    """Shrinks a square matrix to at most `CELLS_LIMIT` a side; each cell keeps the largest of its block."""
+    """Return a square matrix of at most `CELLS_LIMIT` a side, each cell the largest of a block."""
     block = -(-len(matrix) // CELLS_LIMIT)
     padded = np.pad(matrix, (0, -len(matrix) % block))
     side = len(padded) // block
@@ -216,7 +216,7 @@ def pool(matrix: np.ndarray) -> np.ndarray:
 
 
 def _new_figure(height: float) -> tuple[Figure, Axes]:
-    """A figure of the width of a phone, so that its letters are as large as the page's."""
+    """Return a figure as wide as a phone, so that its letters are as large as the page's, and its axes."""
     figure = Figure(figsize=(4.4, height), layout="constrained")
     axes = figure.subplots()
     axes.grid(True)
@@ -232,9 +232,5 @@ def _finish_curve(axes: Axes, percent: bool) -> None:
     axes.margins(x=0.02)
     if not axes.get_legend_handles_labels()[0]:
         return
-    place = {
-        "loc": "lower left",
-        "bbox_to_anchor": (-0.02, 1),
-        "ncols": 3,
-    }  # above the axes: never on a curve
-    axes.legend(**place, borderaxespad=0.2, columnspacing=1.4, handlelength=1.5)
+    above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1), "ncols": 3}  # never on a curve
+    axes.legend(**above, borderaxespad=0.2, columnspacing=1.4, handlelength=1.5)

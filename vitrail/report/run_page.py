@@ -1,10 +1,9 @@
-"""Builds `report.html`: everything a run can say about itself, in one page that needs no network."""
+"""Build `report.html` from the files of a run: one page that needs no network."""
 
 import base64
 import hashlib
 import json
 import math
-import os
 import shlex
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from vitrail.files import write_bytes
+from vitrail.lookup import shorten
 from vitrail.report import plots
 
 Json = dict[str, Any]
 
-CONTENTS = {  # what the page lacks without the file
+CONTENTS = {  # file → what the page lacks without it
     "run.json": "the command, what was checked, chosen and found, and the time it took",
     "config.json": "the configuration",
     "metrics.jsonl": "the training curves",
@@ -31,7 +32,12 @@ MISTAKES_LIMIT = 24  # with their previews, under 2 MB
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What could be read of a run folder; `missing` says in words what could not."""
+    """The files of a run folder, as far as they could be read.
+
+    Attributes:
+        series: metric → its (step, value) points.
+        missing: a sentence on each file that could not be read.
+    """
 
     folder: Path
     facts: Json
@@ -42,7 +48,7 @@ class RunFiles:
 
 
 def build_report(run: Path) -> Path:
-    """Writes `report.html` into a run folder, from whatever files the run left, and returns its path.
+    """Write `report.html` into a run folder, from whatever files the run left, and return its path.
 
     Raises:
         ValueError: the folder holds no `run.json`.
@@ -52,18 +58,13 @@ def build_report(run: Path) -> Path:
             f"{str(run)!r} is not a run folder: expected a run.json in it, as 'vitrail train' writes. "
             "Give the folder that training named, or start one with 'vitrail train DATA --out RUN'"
         )
-    target, part = run / "report.html", run / f".report.html.{os.getpid()}"
-    try:
-        page = render(read_run(run))
-        part.write_bytes(page.encode("utf-8", "backslashreplace"))  # file names may be no valid Unicode
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+    path = run / "report.html"
+    write_bytes(path, render(read_run(run)).encode("utf-8", "backslashreplace"))  # file names may be no valid Unicode
+    return path
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Reads a run's files; one that is absent or damaged becomes a line in `missing`."""
+    """Return a run's files; one that is absent or damaged becomes a sentence in `missing`."""
     missing: list[str] = []
     return RunFiles(
         folder,
@@ -76,7 +77,7 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def render(run: RunFiles) -> str:
-    """Returns the page as text."""
+    """Return the page of a run as HTML."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent_text, "clip": clip, "source_hash": source_hash}
@@ -102,7 +103,7 @@ def render(run: RunFiles) -> str:
         pairs=[] if confusion is None else plots.most_confused(confusion, labels),
         classes=_classes(result),
         calibration=_calibration(result),
-        mistakes=[row | {"image": plots.preview(row.get("thumbnail"))} for row in mistakes],
+        mistakes=[row | {"image": plots.stored_thumbnail(row.get("thumbnail"))} for row in mistakes],
         problems=_rows(run.facts.get("problems")),
         choices=_rows(run.facts.get("choices"))[:ROWS_LIMIT],
         start=_start(run),
@@ -111,26 +112,26 @@ def render(run: RunFiles) -> str:
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share of `total` images; honest also for few and near 100 %.
+    """Return the 95 % interval of a fraction of `total` images; valid also for few images and near 100 %.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927.
     """
     z = 1.959964
     share, spread = right / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
-    reach = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    half_width = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    return max(0.0, middle - half_width), min(1.0, middle + half_width)
 
 
 def number(value: object) -> float | None:
-    """Returns a finite number as it is, anything else as None."""
+    """Return a value if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None
 
 
 def percent_text(value: object) -> str:
-    """Writes a fraction as percent; only a whole is called 100 % and only nothing 0 %."""
+    """Return a fraction as percent; only exactly 1 becomes 100 %, and only exactly 0 becomes 0 %."""
     share = number(value)
     if share is None:
         return "–"
@@ -141,13 +142,13 @@ def percent_text(value: object) -> str:
 
 
 def clip(value: object, limit: int = 80) -> str:
-    """Shortens the middle of a long text: both ends of a file name tell the most."""
+    """Return a text, a long one without its middle: both ends of a file name tell the most."""
     text = str(value)
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-(limit // 2) :]}"
 
 
 def source_hash(script: str) -> str:
-    """Returns what a content security policy calls this script, so that it may run and no other."""
+    """Return the hash of a script for a content security policy that lets this script run and no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
@@ -171,7 +172,7 @@ def _read_object(path: Path, missing: list[str]) -> Json:
 
 
 def _read_series(path: Path, missing: list[str]) -> dict[str, plots.Points]:
-    """Reads one series of (step, value) per name; after a resume, a step's later value counts."""
+    """Return one series of (step, value) per metric; where a resume repeats a step, its later value counts."""
     series: dict[str, dict[int, float]] = defaultdict(dict)
     damaged = 0
     for line in _read(path, missing).splitlines():
@@ -203,20 +204,20 @@ def _rows(value: object) -> list[Json]:
 
 def _data_name(run: RunFiles) -> str:
     try:
-        words = shlex.split(str(run.facts.get("command", "")))
+        arguments = shlex.split(str(run.facts.get("command", "")))
     except ValueError:  # an unbalanced quote
-        words = []
-    return words[2] if len(words) > 2 and not words[2].startswith("-") else run.folder.resolve().name
+        arguments = []
+    return arguments[2] if len(arguments) > 2 and not arguments[2].startswith("-") else run.folder.resolve().name
 
 
 def _score(result: object) -> tuple[float, int] | None:
-    """Top-1 and the number of images it was counted on, where both are known."""
+    """Return top-1 and the number of images it was counted on, or None where either is unknown."""
     top1, total = number(_dict(result).get("top1")), number(_dict(result).get("num_images"))
     return (top1, int(total)) if top1 is not None and 0 <= top1 <= 1 and total and total >= 1 else None
 
 
 def _headline(run: RunFiles, result: Json, confusion: np.ndarray | None) -> Json:
-    """The one number, its interval, and what no skill at all would reach."""
+    """Return the accuracy with its interval and that of always answering the most common class, or the best so far."""
     if score := _score(result):
         low, high = wilson(round(score[0] * score[1]), score[1])
         common = float(confusion.sum(1).max() / max(confusion.sum(), 1)) if confusion is not None else None
@@ -226,7 +227,7 @@ def _headline(run: RunFiles, result: Json, confusion: np.ndarray | None) -> Json
 
 
 def _cards(run: RunFiles, result: Json) -> list[tuple[str, str, str]]:
-    """Key figures as (name, value, meaning); a figure that is not known has no card."""
+    """Return the key figures as (name, value, meaning); an unknown figure has no card."""
     classes = len(_list(result.get("labels")) or _list(run.facts.get("labels")))
     guess = f"0 is perfect; pure guessing is {math.log(classes):.2f}" if classes > 1 else "0 is perfect"
     speeds = [value for _, value in run.series.get("time/images_per_s", [])]
@@ -235,18 +236,23 @@ def _cards(run: RunFiles, result: Json) -> list[tuple[str, str, str]]:
     waiting = f"; {percent_text(float(np.mean(waits)))} of the time spent waiting for them" if waits else ""
     parameters = number(run.facts.get("num_parameters"))
     cards = [
-        ("Top-1", number(result.get("top1")), percent_text, "first answer right"),
-        ("Top-5", number(result.get("top5")) if classes > 5 else None, percent_text, "truth among the first five"),
+        ("Top-1", number(result.get("top1")), percent_text, "accuracy: the first answer is right"),
+        (
+            "Top-5",
+            number(result.get("top5")) if classes > 5 else None,
+            percent_text,
+            "the true class is among the first five answers",
+        ),
         ("Loss", number(result.get("loss")), "{:.3f}".format, guess),
         (
             "Calibration error",
             number((result.get("calibrated") or result).get("ece")),
             percent_text,
-            "how far its stated probability is off",
+            "how far the stated probabilities are from the accuracy",
         ),
         ("Training time", number(run.facts.get("train_seconds")), _duration, "on the machine named below"),
         ("Speed", speed, "{:,.0f} /s".format, f"images a second{waiting}"),
-        ("Parameters", parameters, _short, f"{parameters or 0:,.0f} learned numbers"),
+        ("Parameters", parameters, _short, f"{parameters or 0:,.0f} trained weights"),
     ]
     return [(name, write(value), meaning) for name, value, write, meaning in cards if value is not None]
 
@@ -264,25 +270,26 @@ def _short(count: float) -> str:
     return f"{count / size:.3g}{unit}"
 
 
-def _curves(run: RunFiles) -> list[tuple[str, str]]:
+def _curves(run: RunFiles) -> list[tuple[str, str, str]]:
+    """Return the curves as (title, meaning, figure)."""
     best = number(_dict(run.facts.get("best")).get("step"))
     wanted = [
-        ("Loss (lower is better)", "train/loss", "eval/loss", False),
-        ("Images right", "train/top1", "eval/top1", True),
-        ("Learning rate", "train/lr", "", False),
+        ("Loss", "lower is better", "train/loss", "eval/loss", False),
+        ("Accuracy", "the share of images that are right", "train/top1", "eval/top1", True),
+        ("Learning rate", "the size of the training steps", "train/lr", "", False),
     ]
     drawn = []
-    for title, train, evaluated, share in wanted:
-        lines = {"training": run.series.get(train, []), "validation": run.series.get(evaluated, [])}
+    for title, meaning, training, validation, is_fraction in wanted:
+        lines = {"training": run.series.get(training, []), "validation": run.series.get(validation, [])}
         ends = [f"{name} from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in lines.items() if line]
         if ends:
-            look = {"percent": share, "description": f"{title}: {', '.join(ends)}"}
-            drawn.append((title, plots.curve(**lines, best_step=best, **look)))
+            options = {"percent": is_fraction, "description": f"{title}: {', '.join(ends)}"}
+            drawn.append((title, meaning, plots.curve(**lines, best_step=best, **options)))
     return drawn
 
 
 def _classes(result: Json) -> list[tuple[str, Json]]:
-    """Every class's figures, the worst found first, a class without images last."""
+    """Return every class's figures, the lowest recall first, a class without images last."""
     keys = ("precision", "recall", "f1", "count")
     found = [(str(label), _dict(row)) for label, row in _dict(result.get("per_class")).items()]
     rows = [(label, {key: number(row.get(key)) for key in keys}) for label, row in found]
@@ -298,29 +305,24 @@ def _calibration(result: Json) -> Json | None:
         return None
     total = sum(row["count"] for row in known)
     excess = sum(row["count"] * (row["confidence"] - row["accuracy"]) for row in known) / total
-    points = "; ".join(f"sure {row['confidence']:.0%}, right {row['accuracy']:.0%}" for row in known)
+    points = "; ".join(f"confidence {row['confidence']:.0%}, accuracy {row['accuracy']:.0%}" for row in known)
     return {"excess": excess, "svg": plots.reliability(known, f"Calibration: {points}")}
 
 
 def _start(run: RunFiles) -> Json | None:
-    """What became of the weights that the run started from, as (what, text) rows; None when it started at random."""
+    """Return what became of the weights that the run started from, as rows; None when it started at random."""
     start = _dict(run.facts.get("start"))
     if not start:
         return None
-    words = {"resized": "Resized", "missing": "Started at random", "unexpected": "Left out", "notes": "Notes"}
-    listed = {key: [str(each) for each in _list(start.get(key))] for key in words}
+    titles = {"resized": "Resized", "missing": "Started at random", "unexpected": "Left out", "notes": "Notes"}
+    listed = {key: [str(line) for line in _list(start.get(key))] for key in titles}
     rows = [("Weights loaded", str(start.get("loaded", "–")))]
     rows += [("Head", str(start.get("head") or "loaded, with its classes"))]
-    rows += [(words[key], _some(texts)) for key, texts in listed.items() if texts]
-    learning, total = number(run.facts.get("num_learning")), number(run.facts.get("num_parameters"))
-    if learning and total:
-        rows.append(("Learned", f"{learning:,.0f} numbers; the model has {total:,.0f}"))
+    rows += [(titles[key], shorten(texts, between="; ")) for key, texts in listed.items() if texts]
+    trained, total = number(run.facts.get("num_learning")), number(run.facts.get("num_parameters"))
+    if trained and total:
+        rows.append(("Trained", f"{trained:,.0f} of the model's {total:,.0f} parameters"))
     return {"origin": str(start.get("origin", "")), "rows": rows}
-
-
-def _some(texts: list[str], most: int = 8) -> str:
-    rest = len(texts) - most
-    return "; ".join(texts[:most]) + (f"; and {rest:,} more" if rest > 0 else "")
 
 
 def _flat(section: Json, prefix: str = "") -> list[tuple[str, object]]:

@@ -1,4 +1,4 @@
-"""From the weights of one model to the start of another: positions, patches, channels, tokens, decoder, head."""
+"""Adapt a model's weights to another image size, patch size, number of channels, tokens, decoder or set of labels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrail.lookup import shorten
 from vitrail.models.config import ViTConfig
 from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table, sincos2d
@@ -17,7 +18,7 @@ from vitrail.weights.finalise import plain_labels
 from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.labels import match_labels
 
-# What weights were made for and cannot be changed under them, even where shapes would allow it.
+# Fields in which both architectures must agree: the weights were made for them, even where other shapes would fit.
 FIXED: tuple[str, ...] = (
     "encoder", "patch_norm", "embed_dim", "num_heads", "head_width", "mlp", "mlp_ratio", "qkv_bias", "qk_norm",
     "layer_scale", "layer_norm_eps", "init",
@@ -26,11 +27,12 @@ FIXED: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Start:
-    """Where the weights of a run start.
+    """The weights with which a run starts.
 
     Attributes:
         weights: a tensor for every name in the model's state dict.
-        random: parameters that are not, or not wholly, from the file.
+        report: what became of the weights of the file.
+        random: names of the parameters that are not, or not wholly, from the file.
     """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -39,7 +41,7 @@ class Start:
 
 
 def refuse_misfit(source: ViTConfig, target: ViTConfig, origin: str) -> None:
-    """Raise what no change of weights can reconcile.
+    """Raise an error where two architectures differ in something that no change of the weights can reconcile.
 
     Raises:
         ValueError: the architectures differ in something that the weights fix; all such differences are named.
@@ -68,11 +70,11 @@ def refuse_misfit(source: ViTConfig, target: ViTConfig, origin: str) -> None:
 
 
 def adapt(imported: ImportedModel, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]) -> Start:
-    """Return the start of a model of another image size, patch size, number of channels or labels.
+    """Return an imported model's weights, adapted to the architecture and labels of a new model.
 
     Args:
         labels: classes of the new head, in order.
-        fresh: a state dict of `ViT(config)` as it starts at random; what the weights do not have comes from it.
+        fresh: the state dict of a newly initialised `ViT(config)`; what the imported weights lack is taken from it.
 
     Raises:
         ValueError: the architectures cannot be reconciled.
@@ -81,7 +83,7 @@ def adapt(imported: ImportedModel, config: ViTConfig, labels: Sequence[str], fre
     refuse_misfit(source, config, imported.report.origin)
     assert config.num_classes == len(labels), (config.num_classes, labels)
     weights = {name: tensor for name, tensor in imported.weights.items() if not name.startswith("head.")}
-    notes = [*imported.report.notes, *_carry_norm(weights, fresh)]
+    notes = [*imported.report.notes, *_rename_norm(weights, fresh)]
     if "pos_embed" in fresh and source.positions == "sincos2d":
         table = sincos2d(config.grid, source.embed_dim, source=source.grid)
         weights["pos_embed"] = torch.nn.functional.pad(table, (0, 0, source.num_prefix, 0))
@@ -92,26 +94,26 @@ def adapt(imported: ImportedModel, config: ViTConfig, labels: Sequence[str], fre
     renewed: set[str] = set()
     taken: dict[str, Tensor] = {}
     for name in fresh.keys() & weights.keys():
-        how = CHANGES.get(name, _channels)
-        given = weights[name]
-        given = given.float() if given.is_floating_point() else given
-        values, change, is_partly_new = how(given, source, config, fresh[name])
+        change = CHANGES.get(name, _change_channels)
+        values = weights[name]
+        values = values.float() if values.is_floating_point() else values
+        values, description, is_partly_new = change(values, source, config, fresh[name])
         if values.shape != fresh[name].shape:
             raise ValueError(
                 f"{imported.report.origin}: {name} is {tuple(weights[name].shape)}, and cannot be made "
                 f"{tuple(fresh[name].shape)}"
             )
         taken[name] = values
-        changed |= {name: change} if change else {}
+        changed |= {name: description} if description else {}
         renewed |= {name} if is_partly_new else set()
-    head, said, is_new = new_head(imported, config, labels, fresh)
+    head, about_head, is_new = new_head(imported, config, labels, fresh)
     missing = sorted({*(fresh.keys() - taken.keys() - head.keys()), *(set(imported.report.missing) & fresh.keys())})
     unexpected = sorted({*imported.report.unexpected, *(weights.keys() - fresh.keys())})
     report = dataclasses.replace(
         imported.report,
         loaded=len(taken.keys() - {*missing, *changed}) + len(head) * (not is_new),
         resized=(*imported.report.resized, *(f"{name}: {changed[name]}" for name in sorted(changed))),
-        head=said,
+        head=about_head,
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         notes=tuple(notes),
@@ -124,9 +126,9 @@ def adapt(imported: ImportedModel, config: ViTConfig, labels: Sequence[str], fre
 def new_head(
     imported: ImportedModel, config: ViTConfig, labels: Sequence[str], fresh: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], str, bool]:
-    """Return the classifier, what became of the old one, and whether any row of it is new.
+    """Return the weights of the new head, what became of the old one in words, and whether any row of it is new.
 
-    Rows of labels that both know are kept; new rows start at zero (Dosovitskiy et al. 2021, section 3.2).
+    Rows of labels that both models have are copied; new rows start at zero (Dosovitskiy et al. 2021, section 3.2).
     """
     source, old = imported.header.architecture, imported.header.labels
     head = {name: torch.zeros_like(fresh[name]) for name in ("head.weight", "head.bias")}
@@ -135,7 +137,7 @@ def new_head(
         return head, f"new, {len(labels)} classes; the weights have none", True
     instead = f"new, {len(labels)} classes instead of {len(old) or len(weight)}"
     if source.decoder != config.decoder:
-        return head, f"{instead}: the decoder is another", True
+        return head, f"{instead}: the decoder is a different one", True
     if not imported.header.split and old in (plain_labels(len(old)), tuple(f"LABEL_{i}" for i in range(len(old)))):
         return head, f"{instead}: the weights number their classes and do not name them", True
     rows = match_labels(old, labels) if len(old) == len(weight) else {}
@@ -147,16 +149,20 @@ def new_head(
         same = rows == {index: index for index in range(len(old))}
         return head, "" if same else f"all {len(labels)} rows found by name among {len(old)} classes", False
     added = [label for index, label in enumerate(labels) if index not in rows]
-    return head, f"{len(rows)} of {len(labels)} rows found by name among {len(old)} classes; new: {_few(added)}", True
+    return (
+        head,
+        f"{len(rows)} of {len(labels)} rows found by name among {len(old)} classes; new: {shorten(added)}",
+        True,
+    )
 
 
-Change = tuple[Tensor, str, bool]
+Changed = tuple[Tensor, str, bool]  # the weight, what was changed in words, whether part of it is new
 
 
-def _channels(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
-    """Colour ↔ grey in the first layer: a grey image gets the vectors that it gets as three equal channels.
+def _change_channels(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Changed:
+    """Change the first layer between colour and grey: a grey image gets the vectors that its three equal channels got.
 
-    Exact where mean and std of the preprocessing are equal over the channels; the new one takes their means.
+    Exact where mean and std of the preprocessing are equal over the channels; the new preprocessing takes their means.
     """
     if source.in_channels == target.in_channels or values.ndim != 4 or values.shape == fresh.shape:
         return values, "", False
@@ -167,8 +173,9 @@ def _channels(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tenso
     return values, f"{source.in_channels} → {target.in_channels} channels", False
 
 
-def _kernel(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
-    values, change, _ = _channels(values, source, target, fresh)
+def _change_kernel(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Changed:
+    """Resize the patch kernel to another patch size, and change its channels."""
+    values, change, _ = _change_channels(values, source, target, fresh)
     if source.encoder != "patch" or source.patch_size == target.patch_size:
         return values, change, False
     sizes = source.patch_size, target.patch_size
@@ -176,13 +183,11 @@ def _kernel(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor)
     return resize_kernel(values, kernel_resize(*sizes)), ", ".join(filter(None, (change, text))), False
 
 
-def _positions(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
-    """Rows of patches are resized in 2-D; the class token's and the registers' stay, and those of new tokens are fresh."""
-    patches, fixed = (
-        values[:, source.num_prefix :],
-        source.positions == "sincos2d",
-    )  # made for the target's grid already
-    patches = patches if fixed else resize_table(patches, source.grid, target.grid)
+def _change_positions(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Changed:
+    """Resize the rows of patches in 2-D; rows of the class token and the registers stay, those of new tokens are fresh."""
+    patches = values[:, source.num_prefix :]
+    if source.positions != "sincos2d":  # a fixed table is made for the target's grid already
+        patches = resize_table(patches, source.grid, target.grid)
     prefix, is_new = fresh[:, : target.num_prefix].clone(), target.num_registers > source.num_registers
     if target.class_token:
         if source.class_token:
@@ -194,30 +199,27 @@ def _positions(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tens
     return torch.cat([prefix, patches], dim=1), change, is_new
 
 
-def _registers(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Change:
+def _change_registers(values: Tensor, source: ViTConfig, target: ViTConfig, fresh: Tensor) -> Changed:
+    """Leave out registers, or add fresh ones."""
     if source.num_registers == target.num_registers:
         return values, "", False
     kept, new = values[:, : target.num_registers], fresh[:, source.num_registers :]
     return torch.cat([kept, new], dim=1), f"{source.num_registers} → {target.num_registers} tokens", new.shape[1] > 0
 
 
-CHANGES: dict[str, Callable[[Tensor, ViTConfig, ViTConfig, Tensor], Change]] = {
-    "patch_embed.proj.weight": _kernel,
-    "pos_embed": _positions,
-    "reg_token": _registers,
+# Weights whose shape may change → the function that changes it; all others may change their channels.
+CHANGES: dict[str, Callable[[Tensor, ViTConfig, ViTConfig, Tensor], Changed]] = {
+    "patch_embed.proj.weight": _change_kernel,
+    "pos_embed": _change_positions,
+    "reg_token": _change_registers,
 }
 
 
-def _carry_norm(weights: dict[str, Any], fresh: Mapping[str, Tensor]) -> Iterable[str]:
+def _rename_norm(weights: dict[str, Any], fresh: Mapping[str, Tensor]) -> Iterable[str]:
     """Rename the last layer norm where it stands before pooling in one model and after it in the other."""
     for one, other in (("norm", "fc_norm"), ("fc_norm", "norm")):
         if f"{one}.weight" in weights and f"{one}.weight" not in fresh and f"{other}.weight" in fresh:
-            for each in ("weight", "bias"):
-                weights[f"{other}.{each}"] = weights.pop(f"{one}.{each}")
+            for parameter in ("weight", "bias"):
+                weights[f"{other}.{parameter}"] = weights.pop(f"{one}.{parameter}")
             return [f"{one} is taken for {other}"]
     return []
-
-
-def _few(names: Sequence[str], most: int = 8) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

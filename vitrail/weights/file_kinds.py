@@ -1,4 +1,4 @@
-"""What kind of model a folder or a file holds, told without reading its weights."""
+"""Tell what kind of model a folder or a file holds, without reading its weights."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def is_transformers_folder(path: Path) -> bool:
     return isinstance(settings, dict) and "model_type" in settings
 
 
-def is_bare(path: Path) -> bool:
-    """Whether a file holds weights and says nothing of their model: another kind than ours, or without our header."""
+def is_state_dict_file(path: Path) -> bool:
+    """Whether a file holds weights alone: it is of another kind than a model file, or has no header of Vitrail's."""
     if not path.is_file() or path.suffix != ".safetensors":
         return path.is_file() and path.suffix in SUFFIXES
     try:
         with safe_open(path, framework="pt") as file:
             return "vitrail" not in (file.metadata() or {})
     except (SafetensorError, OSError):
-        return False  # broken: whoever reads it says how
+        return False  # broken: the reader of model files says how
 
 
 def is_timm_folder(path: Path) -> bool:
-    """Whether a folder is one that timm wrote: its `config.json` names an architecture of timm's."""
+    """Whether timm wrote a folder: its `config.json` names an architecture of timm's."""
     try:
         content = json.loads((path / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def is_timm_folder(path: Path) -> bool:
 
 
 def weights_file(names: set[str]) -> str:
-    """Return which of a folder's files holds its weights: the first of `WEIGHTS` that is there.
+    """Return the name of the file that holds a folder's weights: the first of `WEIGHTS` that is among `names`.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""The last step of every import: weights onto the grid and patch of their architecture, and nothing missing or left over."""
+"""The last step of every import: resize weights to their architecture, and check that none is missing or left over."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from vitrail.weights.model_file import ModelHeader, build_model
 
 @dataclass(frozen=True)
 class RawModel:
-    """What a file held, under our names, before it is fitted.
+    """The weights of a file, under our names but not yet resized or checked.
 
     Attributes:
-        word: the file as the user named it.
+        origin: the file as the user named it.
         weights: position tables and patch kernels may still be of another size than the architecture's.
-        left_out: names that have no place in the model and need none, such as a pretraining's own head.
-        unexpected: names that have no place in the model and should have: an error.
+        left_out: names in the file that the model does not need, such as a pretraining's own head.
+        unexpected: names in the file that no rule knows: an error.
+        notes: what was assumed, one line each.
     """
 
-    word: str
+    origin: str
     weights: Mapping[str, Tensor]
     left_out: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -37,15 +38,15 @@ class RawModel:
 
 
 def finalise(raw: RawModel, config: ViTConfig, preprocess: Preprocess, labels: tuple[str, ...]) -> ImportedModel:
-    """Return the model that a file holds.
+    """Return the model of raw weights, resized to its architecture and checked.
 
     Raises:
-        ValueError: weights are missing, have no place, or have another shape; all of them are listed.
+        ValueError: weights are missing, unknown, or have another shape; all of them are listed.
     """
     weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in raw.weights.items()}
     resized = []
     if config.positions == "learned" and "pos_embed" in weights:
-        source = table_grid(weights["pos_embed"], config.num_prefix, f"{raw.word}: pos_embed")
+        source = table_grid(weights["pos_embed"], config.num_prefix, f"{raw.origin}: pos_embed")
         if source != config.grid:
             weights["pos_embed"] = resize_table(weights["pos_embed"], source, config.grid, config.num_prefix)
             resized.append(f"pos_embed: {_grid(source)} → {_grid(config.grid)} patches")
@@ -56,11 +57,11 @@ def finalise(raw: RawModel, config: ViTConfig, preprocess: Preprocess, labels: t
             matrix = kernel_resize(side, config.patch_size)
             weights["patch_embed.proj.weight"] = resize_kernel(kernel, matrix)
             resized.append(f"patch_embed.proj.weight: patches of {side} → {config.patch_size} px")
-    # Names that no rule knows are given as well: one error lists all that does not fit.
-    build_model(config, weights, raw.word, unknown=raw.unexpected)
+    # With the names that no rule knows, so that one error lists all that does not fit.
+    build_model(config, weights, raw.origin, unknown=raw.unexpected)
     header = ModelHeader(config, labels, preprocess)
-    report = LoadReport(raw.word, len(weights), tuple(resized), unexpected=raw.left_out, notes=raw.notes)
-    # Cloned: a file's tensors may be parts of one another, which no model file can hold, or lie unaligned.
+    report = LoadReport(raw.origin, len(weights), tuple(resized), unexpected=raw.left_out, notes=raw.notes)
+    # Cloned: a file's tensors may share memory, which no model file can hold, or lie unaligned.
     whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     return ImportedModel(header, whole, report)
 
@@ -69,7 +70,7 @@ def table_grid(table: Tensor, num_prefix: int, what: str) -> tuple[int, int]:
     """Return the patch grid of a position table [1, N, D] that begins with rows of prefix tokens.
 
     Raises:
-        ValueError: the patches are no square.
+        ValueError: the patches do not form a square.
     """
     patches = table.shape[1] - num_prefix
     side = math.isqrt(max(0, patches))
@@ -86,7 +87,7 @@ def with_zero_rows(table: Tensor, at: int, count: int) -> Tensor:
 
 
 def mlp_ratio(hidden: int, embed_dim: int) -> float:
-    """Return the ratio by which `ViTConfig.hidden_dim` is a given width: division alone may fall short by one."""
+    """Return the `mlp_ratio` that gives exactly this hidden width: division alone may fall short by one."""
     ratio = hidden / embed_dim
     while int(embed_dim * ratio) < hidden:
         ratio = math.nextafter(ratio, math.inf)
@@ -94,19 +95,19 @@ def mlp_ratio(hidden: int, embed_dim: int) -> float:
 
 
 def depth_of(names: Iterable[str], pattern: str, where: str) -> int:
-    """Return how many blocks names are of; a pattern's group is the number of a block, from its name's start.
+    """Return the number of blocks among the names; the pattern matches the start of a name, and its group is the block's number.
 
     Raises:
-        ValueError: a number is left out.
+        ValueError: a block's number is left out.
     """
-    numbers = {int(found[1]) for name in names if (found := re.match(pattern, name))}
+    numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if gaps := [number for number in range(len(numbers)) if number not in numbers]:
         raise ValueError(f"{where}: has a block {max(numbers)}, but no block {gaps[0]}; its blocks must count from 0")
     return len(numbers)
 
 
 def plain_labels(count: int) -> tuple[str, ...]:
-    """Return the names of classes that have none: `0`, `1`, …"""
+    """Return labels for classes that have no names: `0`, `1`, …"""
     return tuple(str(number) for number in range(count))
 
 

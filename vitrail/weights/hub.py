@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: fetched once, pinned to a commit, and used from the cache without a network."""
+"""Models on the Hugging Face hub: downloaded once, pinned to a commit, and used from the cache without a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from vitrail.lookup import first_line
 from vitrail.weights.file_kinds import WEIGHTS, weights_file
 
 _SETTINGS = ("config.json", "preprocessor_config.json")
@@ -18,7 +19,7 @@ class Snapshot(NamedTuple):
 
     Attributes:
         commit: the revision as a commit's hash: with it the same files can be fetched again.
-        notes: what should be told.
+        notes: what the user should know, one line each.
     """
 
     folder: Path
@@ -27,33 +28,33 @@ class Snapshot(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def looks_like_a_path(word: str) -> bool:
-    """Whether a word is meant as a place on this machine and not as a hub's name."""
-    return word.startswith((".", "/", "~")) or "\\" in word or word.count("/") > 1
+def reads_as_path(text: str) -> bool:
+    """Whether a text is meant as a path on this machine and not as the name of a model on the hub."""
+    return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1
 
 
-def snapshot(word: str, hub: str = "hf:") -> Snapshot:
-    """Fetch the files of `NAME` or `NAME@revision` that a model needs, or find them in the cache.
+def snapshot(reference: str, hub: str = "hf:") -> Snapshot:
+    """Return the files of a model, `NAME` or `NAME@revision`, from the cache or downloaded now.
 
-    A pinned commit that is in the cache needs no network; a branch or tag is looked up, and where that fails the copy in
-    the cache is used, and told.
+    A commit that is in the cache needs no network; for a branch or tag the hub is asked, and where that fails the copy in
+    the cache is used, with a note.
 
     Args:
-        hub: what stands before the word, for messages.
+        hub: what the user typed before the reference, for messages.
 
     Raises:
         ValueError: there is no such model or revision, it is not open to this user, or there is neither network nor copy.
     """
-    name, _, revision = word.partition("@")
-    if not _NAME.fullmatch(name) or word.endswith("@"):
-        raise ValueError(f"{hub}{word}: expected OWNER/NAME, OWNER/NAME@revision, or a folder")
+    name, _, revision = reference.partition("@")
+    if not _NAME.fullmatch(name) or reference.endswith("@"):
+        raise ValueError(f"{hub}{reference}: expected OWNER/NAME, OWNER/NAME@revision, or a folder")
     if re.fullmatch(r"[0-9a-f]{40}", revision) and (folder := cached(name, revision)):
         return Snapshot(folder, name, revision)
     return _fetch(name, revision or None, hub)
 
 
 def cached(name: str, revision: str | None) -> Path | None:
-    """Return the folder of a revision in the cache, if a whole model is there."""
+    """Return the folder of a revision in the cache, or None unless a whole model is in it."""
     from huggingface_hub import snapshot_download
 
     for weights in WEIGHTS:
@@ -74,8 +75,8 @@ def _fetch(name: str, revision: str | None, hub: str) -> Snapshot:
     shown = f"{hub}{name}" + (f"@{revision}" if revision else "")
     try:
         info = HfApi().model_info(name, revision=revision, timeout=20)
-        there = {file.rfilename for file in info.siblings or ()}
-        wanted = [*_SETTINGS, *_patterns(weights_file(there))]
+        files = {file.rfilename for file in info.siblings or ()}
+        wanted = [*_SETTINGS, *_patterns(weights_file(files))]
         folder = snapshot_download(name, revision=info.sha, allow_patterns=wanted)
         return Snapshot(Path(folder), name, str(info.sha))
     except ValueError as error:
@@ -97,19 +98,24 @@ def _fetch(name: str, revision: str | None, hub: str) -> Snapshot:
 
 
 def _patterns(weights: str) -> list[str]:
-    """Return the names of a model's weights, as patterns: an index and its shards, or one file."""
+    """Return the names of a model's weights files as patterns: an index and its shards, or one file."""
     start, ending = weights.removesuffix(".index.json").rsplit(".", 1)
     return [weights, f"{start}-*-of-*.{ending}"] if weights.endswith(".index.json") else [weights]
 
 
 def _without_network(name: str, revision: str | None, shown: str, error: Exception) -> Snapshot:
+    """Return the copy in the cache, or raise an error that says what the cache has."""
     if folder := cached(name, revision):
         return Snapshot(folder, name, folder.name, (f"no network: the cached copy of commit {folder.name} is used",))
     from huggingface_hub.constants import HF_HUB_CACHE
 
     models = Path(HF_HUB_CACHE).glob("models--*")
     others = sorted(path.name.removeprefix("models--").replace("--", "/") for path in models)
-    why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else f"the hub is not reached ({_reason(error)})"
+    why = (
+        "HF_HUB_OFFLINE is set"
+        if os.environ.get("HF_HUB_OFFLINE")
+        else f"the hub is not reached ({first_line(error)[:120]})"
+    )
     raise ValueError(
         f"{shown}: {why}, and the cache at {HF_HUB_CACHE} has no such model; it has "
         f"{', '.join(others[:10]) or 'none'}. Load it once with a network, or name a folder: {shown.partition(':')[0]}:FOLDER"
@@ -126,7 +132,3 @@ def _is_offline(error: Exception) -> bool:
     return bool(
         kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "ConnectionError", "Timeout"}
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]

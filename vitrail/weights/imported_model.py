@@ -1,4 +1,4 @@
-"""A model from anywhere, under our names: architecture, weights, preprocessing, labels, and what happened on the way."""
+"""The result of reading a model from anywhere: its header, its weights under our names, and a report on the reading."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vitrail.weights.model_file import ModelHeader
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the weights of a file; nothing that differs is left unsaid.
+    """What became of the weights of a file, with every difference.
 
     Attributes:
         origin: where they came from, as the user would name it.
-        loaded: weights taken as they are, or only renamed.
-        resized: one line each: `pos_embed: 24×24 → 14×14 patches`.
+        loaded: number of weights taken as they are, or only renamed.
+        resized: one line for each weight: `pos_embed: 24×24 → 14×14 patches`.
         head: what became of the classifier: empty when it was loaded, else such as `new, 10 classes instead of 1000`.
-        missing: weights of ours that the file does not have, which start at random.
-        unexpected: weights of the file that this model has no place for.
+        missing: weights of the model that the file does not have, which start at random.
+        unexpected: weights of the file that the model does not have.
         notes: what was assumed, one line each.
     """
 
@@ -35,25 +35,25 @@ class LoadReport:
 
     @property
     def differs(self) -> bool:
-        """Whether there is more to tell than how many weights were loaded."""
+        """Whether the report says more than how many weights were loaded."""
         return len(self.lines()) > 1
 
     def lines(self) -> list[str]:
-        """Return the report as lines for people, without those that have nothing to say."""
-        parts = {
+        """Return the report as lines for people; entries that are empty have none."""
+        entries = {
             "resized": "; ".join(self.resized),
             "head": self.head,
             "missing (start at random)": shorten(self.missing),
             "unexpected (left out)": shorten(self.unexpected),
         }
         lines = [f"{self.origin}: {self.loaded} weights loaded"]
-        lines += [f"  {name}: {text}" for name, text in parts.items() if text]
+        lines += [f"  {name}: {text}" for name, text in entries.items() if text]
         return lines + [f"  note: {note}" for note in self.notes]
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A model with all that its file or folder says of it.
+    """A model as its file or folder describes it.
 
     Attributes:
         header: architecture, labels, preprocessing; labels are empty when the model has no classifier.

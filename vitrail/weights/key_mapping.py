@@ -1,8 +1,8 @@
-"""What others call a weight: ordered tables of names and layouts, read in both directions.
+"""Tables that map the names and tensor layouts of other libraries to ours, used in both directions.
 
-A rule pairs two templates. `{i}` stands for a number (of a block), `{p}` for a last word (`weight`, `bias`), `{rest}` for
-whatever comes: all appear on either side. The first rule that matches a name counts. `qkv.{p}/1` is the second part of our
-`qkv`, whose parts are joined along the first dimension.
+A rule pairs two templates of a weight's name. `{i}` matches a number (of a block), `{p}` a last word (`weight`, `bias`),
+`{rest}` anything; each appears on both sides. The first rule that matches a name counts. `qkv.{p}/1` is the second part of
+our `qkv`, whose parts are joined along the first dimension.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vitrail.models.config import ViTConfig
 
 
 class TensorLayout(NamedTuple):
-    """How the values of a weight are laid out elsewhere: a pair of inverse functions of a tensor and the architecture."""
+    """How another library lays out the values of a weight: two functions of a tensor and the architecture, each the inverse of the other."""
 
     to_ours: Callable[[Tensor, ViTConfig], Tensor]
     to_theirs: Callable[[Tensor, ViTConfig], Tensor]
@@ -32,10 +32,10 @@ class Rule(NamedTuple):
     """One line of a table.
 
     Attributes:
-        theirs: template of their name; empty: they have no such weight. Coming in it is then zeros, going out it is left
-            out, which is right only for what does not change the result (the bias of keys: softmax takes no notice).
-        ours: template of our name, with `/n` behind it for the n-th part of a joined weight.
-        form: how their values are laid out.
+        theirs: template of their name; empty: they have no such weight. It is then zeros when read and left out when
+            written, which is right only for what does not change the result (the bias of keys: softmax ignores it).
+        ours: template of our name, ending in `/n` for the n-th part of a joined weight.
+        layout: how their values are laid out.
     """
 
     theirs: str
@@ -46,15 +46,15 @@ class Rule(NamedTuple):
 def to_ours(
     tensors: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig, where: str = ""
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights under our names and in our layout, and the names that no rule knows.
+    """Return tensors of another library under our names and in our layout, and the names that no rule matches.
 
     Args:
-        where: their file, for messages.
+        where: the file, for messages.
 
     Raises:
         ValueError: two names mean the same weight, or some parts of a joined weight are there and others are not.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     unknown = []
     came_from: dict[str, str] = {}
@@ -75,17 +75,17 @@ def to_ours(
         if part:
             parts.setdefault(base, {})[int(part)] = values
         else:
-            found[base] = values
+            weights[base] = values
     for base, present in parts.items():
-        found[base] = _joined(base, present, rules, prefix)
-    return found, unknown
+        weights[base] = _joined(base, present, rules, prefix)
+    return weights, unknown
 
 
 def to_theirs(
     weights: Mapping[str, Tensor], rules: Sequence[Rule], config: ViTConfig
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights under their names and in their layout, and the names of ours that no rule knows."""
-    found: dict[str, Tensor] = {}
+    """Return weights under another library's names and in its layout, and our names that no rule matches."""
+    tensors: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in weights.items():
         count = _num_parts(name, rules)
@@ -97,16 +97,16 @@ def to_theirs(
                 break
             rule, theirs = match
             if theirs:
-                found[theirs] = rule.layout.to_theirs(piece, config).contiguous()
-    return found, unknown
+                tensors[theirs] = rule.layout.to_theirs(piece, config).contiguous()
+    return tensors, unknown
 
 
 def translated(name: str, rules: Iterable[Rule], side: str) -> tuple[Rule, str] | None:
-    """Return the first rule whose template on one side (`theirs` or `ours`) matches, and the name on the other side."""
+    """Return the first rule whose template on one side (`theirs` or `ours`) matches the name, and the name on the other side."""
     for rule in rules:
-        here, there = (rule.theirs, rule.ours) if side == "theirs" else (rule.ours, rule.theirs)
-        if here and (match := _pattern(here).fullmatch(name)):
-            return rule, there.format(**match.groupdict())
+        source, target = (rule.theirs, rule.ours) if side == "theirs" else (rule.ours, rule.theirs)
+        if source and (match := _pattern(source).fullmatch(name)):
+            return rule, target.format(**match.groupdict())
     return None
 
 
@@ -120,7 +120,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _num_parts(ours: str, rules: Sequence[Rule]) -> int:
-    """Return how many parts a weight of ours has in a table; 1: it is whole."""
+    """Return how many parts one of our weights has in a table; 1: it is whole."""
     count = 1
     while translated(f"{ours}/{count}", rules, "ours"):
         count += 1
@@ -128,8 +128,8 @@ def _num_parts(ours: str, rules: Sequence[Rule]) -> int:
 
 
 def _joined(ours: str, present: Mapping[int, Tensor], rules: Sequence[Rule], prefix: str) -> Tensor:
-    """Join the parts of a weight; those that they never have are zeros."""
-    some = next(iter(present.values()))
+    """Join the parts of a weight; those that the other library never has are zeros."""
+    example = next(iter(present.values()))
     parts = []
     for number in range(_num_parts(ours, rules)):
         match = translated(f"{ours}/{number}", rules, "ours")
@@ -139,5 +139,5 @@ def _joined(ours: str, present: Mapping[int, Tensor], rules: Sequence[Rule], pre
         elif match[1]:
             raise ValueError(f"{prefix}{match[1]}: is missing, and {ours} is made of it and others that are there")
         else:
-            parts.append(torch.zeros_like(some))
+            parts.append(torch.zeros_like(example))
     return torch.cat(parts)

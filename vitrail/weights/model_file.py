@@ -25,13 +25,13 @@ FORMAT = 2  # 2: decoder concat pools before its linear layer, in 1 it pooled af
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """What a model file says of its weights.
+    """The header of a model file: all that is known of a model besides its weights.
 
     Attributes:
         labels: class names in the order of the logits.
-        temperature: divides the logits before the softmax, so that probabilities mean what they say.
-        split: fingerprint of the division it was trained with, and how to make it again.
-        metrics: figures of the part that chose these weights.
+        temperature: divides the logits before the softmax, so that probabilities are calibrated.
+        split: fingerprint of the split that it was trained with, and how to make that split again.
+        metrics: figures on the split that chose these weights.
     """
 
     architecture: ViTConfig
@@ -63,7 +63,7 @@ def save_model(path: Path, weights: Mapping[str, Tensor], header: ModelHeader) -
 
 
 def load_model(path: Path) -> tuple[ViT, ModelHeader]:
-    """Read a model file; the model comes back on the CPU, in evaluation mode.
+    """Return the model of a model file, on the CPU and in evaluation mode, and its header.
 
     Raises:
         ValueError: the file is broken, has no Vitrail header, or its weights do not fit its architecture.
@@ -73,7 +73,7 @@ def load_model(path: Path) -> tuple[ViT, ModelHeader]:
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], ModelHeader]:
-    """Read the weights and the header of a model file.
+    """Return the weights and the header of a model file.
 
     Raises:
         ValueError: the file is broken, or has no Vitrail header.
@@ -105,7 +105,7 @@ def build_model(architecture: ViTConfig, weights: Mapping[str, Tensor], where: s
     """Return the model of an architecture with its weights, all of them and no others, in evaluation mode on the CPU.
 
     Args:
-        unknown: names of a file that mean no weight of a ViT, in its own words: an error, and listed with the others.
+        unknown: names in the file, as it spells them, that no rule translates: an error, and listed with the others.
 
     Raises:
         ValueError: names or shapes differ; both differences are listed.
@@ -118,7 +118,7 @@ def build_model(architecture: ViTConfig, weights: Mapping[str, Tensor], where: s
 
 
 def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str, unknown: Sequence[str] = ()) -> None:
-    """Give a model its weights, all of them and no others.
+    """Load weights into a model, all of them and no others.
 
     Raises:
         ValueError: names or shapes differ; both differences are listed.
@@ -133,15 +133,15 @@ def load_strictly(model: ViT, tensors: Mapping[str, Tensor], where: str, unknown
     ]
     if missing or unexpected or shapes:
         lines = [f"{where}: its weights do not fit its architecture"]
-        parts = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("shape", shapes, "; "))
-        lines += [f"  {what}: {shorten(names, between=between)}" for what, names, between in parts if names]
+        differences = (("missing", missing, ", "), ("unexpected", unexpected, ", "), ("shape", shapes, "; "))
+        lines += [f"  {what}: {shorten(names, between=between)}" for what, names, between in differences if names]
         raise ValueError("\n".join(lines))
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     assert not any(values.is_meta for values in (*model.parameters(), *model.buffers()))
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Vitrail and of the libraries that decide numbers."""
+    """Return the versions of Vitrail and of the libraries on which its numbers depend."""
     names = ("torch", "torchvision", "timm", "numpy", "Pillow", "safetensors")
     found = {name.lower(): importlib.metadata.version(name) for name in names if installed(name)}
     return {"vitrail": vitrail.__version__, **found}

@@ -1,4 +1,4 @@
-"""What PyTorch libraries call a ViT's weights: one ordered table each, read in both directions."""
+"""Tables of the names that PyTorch libraries give a ViT's weights, one for each library (see `key_mapping`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pixels_of(length: int) -> tuple[int, int]:
     """Return the channels and the side of a patch of `length` = C·P² values.
 
     Raises:
-        ValueError: it is neither a colour nor a grey square.
+        ValueError: the length fits neither a colour nor a grey square.
     """
     for channels in (1, 3):
         side = math.isqrt(length // channels)
@@ -27,7 +27,7 @@ def pixels_of(length: int) -> tuple[int, int]:
 
 
 def _channels_first(x: Tensor, config: ViTConfig) -> Tensor:
-    """(p q C) → (C p q) in the last dimension, the pixels of a patch."""
+    """Reorder the last dimension, the pixels of a patch: (p q C) → (C p q)."""
     channels, side = pixels_of(x.shape[-1])
     return rearrange(x, "... (p q C) -> ... (C p q)", p=side, q=side, C=channels)
 
@@ -60,7 +60,7 @@ TIMM = (
     Rule("attn_pool.{rest}", "decoder.attn_pool.{rest}"),
     Rule("head.{p}", "head.{p}"),
 )
-# With registers of its own instead of DeiT's distillation token: matters on the way out.
+# With registers of its own instead of DeiT's distillation token: it matters when weights are written.
 TIMM_REGISTERS = tuple(rule for rule in TIMM if rule.theirs != "dist_token")
 # A norm after the class token is picked is a norm before: each token is normalised alone.
 TOKEN_NORM = Rule("fc_norm.{p}", "norm.{p}")
@@ -122,7 +122,7 @@ TORCH_ATTENTION = (
     Rule("mlp_head.1.{p}", "head.{p}"),
 )
 
-# vit-pytorch changed its parts one by one; a file is told apart by the names that it has.
+# vit-pytorch renamed its modules one by one; the names in a file tell its age.
 _PLAIN_PATCH = (
     Rule("to_patch_embedding.1.weight", "patch_embed.proj.weight", KERNEL),
     Rule("to_patch_embedding.1.bias", "patch_embed.proj.bias"),
@@ -163,7 +163,7 @@ _SIMPLE_HEAD = (_HEAD[0], Rule("linear_head.{p}", "head.{p}"))
 
 
 def vit_pytorch(tensors: Mapping[str, Tensor]) -> tuple[Rule, ...]:
-    """Return the table of a vit-pytorch `ViT` or `SimpleViT` of any age, as its weights tell it."""
+    """Return the table for a vit-pytorch `ViT` or `SimpleViT` of any version, chosen by the names of its weights."""
     if "linear_head.weight" in tensors:
         return (*_NORMED_PATCH, *_SIMPLE_BLOCKS, *_SIMPLE_HEAD)
     rows = "pos_embedding" in tensors and tensors["pos_embedding"].ndim == 2
@@ -175,8 +175,8 @@ def vit_pytorch(tensors: Mapping[str, Tensor]) -> tuple[Rule, ...]:
     )
 
 
-def joined_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a distilled DeiT's tensors with one head over both tokens for the two that it has.
+def join_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a distilled DeiT's tensors with one head over both tokens in place of its two heads.
 
     The mean of two linear layers is one over both inputs side by side: [W/2, W'/2] and (b + b')/2. Halving is exact.
     """
@@ -188,7 +188,7 @@ def joined_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inverse of `joined_heads`; both heads get the mean of their biases, which is all that is known."""
+    """Return the inverse of `join_heads`; both heads get the mean bias, which is all that is known."""
     if "head.weight" not in tensors:
         return dict(tensors)
     first, second = (2 * tensors["head.weight"]).chunk(2, dim=1)
@@ -201,5 +201,5 @@ def split_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def has(names: Collection[str], *templates: str) -> bool:
-    """Whether every template is the name of some weight."""
+    """Whether every template matches one of the names."""
     return all(any(translated(name, (Rule(template, ""),), "theirs") for name in names) for template in templates)

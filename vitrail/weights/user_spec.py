@@ -1,4 +1,4 @@
-"""What the user says of a model whose file does not: `--describe mean=0.5 resize=squash labels=labels.txt`."""
+"""The user's description of a model whose file lacks it: `--describe mean=0.5 resize=squash labels=labels.txt`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitrail.models.config import ViTConfig
 
 _NEEDED = ("mean", "std", "resize", "interpolation")
 
-# What only a training needs cannot be described, nor what is known from the architecture.
+# Not to be described: fields that only training uses, and fields that follow from the architecture.
 _NOT_MODEL = (
     "dropout",
     "attention_dropout",
@@ -34,12 +34,12 @@ PREPROCESS_KEYS = {name: kind for name, kind in field_types(Preprocess).items() 
 
 @dataclass(frozen=True)
 class UserSpec:
-    """What was said of a file.
+    """A user's description of a model, sorted by what it describes.
 
     Attributes:
         model: fields of `ViTConfig`.
         preprocess: fields of `Preprocess`.
-        labels: class names in the order of the logits; empty: not said.
+        labels: class names in the order of the logits; empty: not given.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -47,19 +47,19 @@ class UserSpec:
     labels: tuple[str, ...] = ()
 
 
-def sort_described(described: Mapping[str, Any] | None) -> UserSpec:
-    """Return a description by what it is of.
+def to_user_spec(description: Mapping[str, Any] | None) -> UserSpec:
+    """Return a description as a `UserSpec`, its values checked.
 
     Raises:
-        ValueError: a key is unknown, or its value is not of its kind.
+        ValueError: a key is unknown, or a value has the wrong type.
     """
-    given = dict(described or {})
+    given = dict(description or {})
     labels = tuple(str(label) for label in given.pop("labels", ()))
     for key in ("mean", "std"):
         if isinstance(given.get(key), (int, float)):
             given[key] = [float(given[key])]
-    if strange := [key for key in given if key not in MODEL_KEYS and key not in PREPROCESS_KEYS]:
-        raise ValueError(unknown("--describe key", strange[0], [*MODEL_KEYS, *PREPROCESS_KEYS, "labels"]))
+    if unknown_keys := [key for key in given if key not in MODEL_KEYS and key not in PREPROCESS_KEYS]:
+        raise ValueError(unknown("--describe key", unknown_keys[0], [*MODEL_KEYS, *PREPROCESS_KEYS, "labels"]))
     kinds = {**MODEL_KEYS, **PREPROCESS_KEYS}
     typed = {key: to_type(kinds[key], value, f"--describe {key}") for key, value in given.items()}
     return UserSpec(
@@ -69,8 +69,8 @@ def sort_described(described: Mapping[str, Any] | None) -> UserSpec:
     )
 
 
-def parse_described(words: Sequence[str]) -> dict[str, Any]:
-    """Return `KEY=VALUE` words as a mapping with values of the right types.
+def parse_description(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the `KEY=VALUE` arguments of `--describe` as a mapping, with values of the right types.
 
     Keys are the fields of `ViTConfig` and `Preprocess`, and `labels`: a file with one label a line, or labels with
     commas between.
@@ -79,21 +79,21 @@ def parse_described(words: Sequence[str]) -> dict[str, Any]:
         ValueError: a key is unknown or stands twice, or its value has the wrong type.
     """
     kinds = {**field_types(Preprocess), **field_types(ViTConfig)}
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
+    description: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if not equals:
-            raise ValueError(f"--describe {word}: expected KEY=VALUE, such as mean=0.5")
+            raise ValueError(f"--describe {argument}: expected KEY=VALUE, such as mean=0.5")
         if key not in (*kinds, "labels"):
-            raise ValueError(f"--describe {word}: {unknown('key', key, (*kinds, 'labels'))}")
-        if key in found:
-            raise ValueError(f"--describe {key} is given twice: {found[key]!r} and {value!r}")
-        found[key] = read_labels(value) if key == "labels" else _value(kinds[key], value, key)
-    return found
+            raise ValueError(f"--describe {argument}: {unknown('key', key, (*kinds, 'labels'))}")
+        if key in description:
+            raise ValueError(f"--describe {key} is given twice: {description[key]!r} and {value!r}")
+        description[key] = read_labels(value) if key == "labels" else _to_value(kinds[key], value, key)
+    return description
 
 
 def read_labels(value: str) -> tuple[str, ...]:
-    """Return the labels of a file, one a line, or those of a text, with commas between.
+    """Return labels from a file, one a line, or from a text, with commas between.
 
     Raises:
         ValueError: there is no such file, or a label is empty.
@@ -110,51 +110,60 @@ def read_labels(value: str) -> tuple[str, ...]:
     return labels
 
 
-def split_described(
-    described: Mapping[str, Any], why_no_architecture: str
+def split_description(
+    description: Mapping[str, Any], why_no_architecture: str
 ) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
-    """Return the labels and the fields of preprocessing of a description; for models that tell their architecture.
+    """Return the labels and the preprocessing fields of a description, for models that bring their architecture.
+
+    Args:
+        why_no_architecture: beginning of the error where the description has a field of the architecture.
 
     Raises:
-        ValueError: it describes the architecture too, or something unknown.
+        ValueError: the description has a field of the architecture, or an unknown key.
     """
     names = [field.name for field in dataclasses.fields(Preprocess)]
-    others = [key for key in described if key not in (*names, "labels")]
+    others = [key for key in description if key not in (*names, "labels")]
     architecture = [key for key in others if key in field_types(ViTConfig)]
     if architecture:
         raise ValueError(f"{why_no_architecture}; {', '.join(architecture)} cannot be described as well")
     if others:
         raise ValueError(unknown("description", others[0], (*names, "labels")))
-    labels = described.get("labels")
-    fields = {key: value for key, value in described.items() if key != "labels"}
+    labels = description.get("labels")
+    fields = {key: value for key, value in description.items() if key != "labels"}
     return None if labels is None else tuple(map(str, labels)), fields
 
 
-def described_preprocess(described: Mapping[str, Any], known: Preprocess | None = None, **own: Any) -> Preprocess:
-    """Return the preprocessing that a description means: all of it, or changes of a known one.
+def preprocess_from_description(
+    description: Mapping[str, Any], known: Preprocess | None = None, **own: Any
+) -> Preprocess:
+    """Return the preprocessing of a description, or a known preprocessing with the description's changes.
 
     Args:
-        own: what the model says: `image_size`, `channels`.
+        own: fields that the model brings: `image_size`, `channels`.
 
     Raises:
-        ValueError: something needed is not described, or a value has the wrong type.
+        ValueError: a needed field is not described, or a value has the wrong type.
     """
-    missing = [key for key in _NEEDED if key not in described] if known is None else []
-    if "crop" in described.get("resize", "") and "crop_fraction" not in described and known is None:
+    missing = [key for key in _NEEDED if key not in description] if known is None else []
+    if "crop" in description.get("resize", "") and "crop_fraction" not in description and known is None:
         missing.append("crop_fraction")
     if missing:
-        raise ValueError(f"its preprocessing is not known whole: describe {', '.join(missing)} too")
-    fields = {**own, **(to_dict(known) if known else {}), **described}
+        raise ValueError(f"its preprocessing is known only in part: describe {', '.join(missing)} too")
+    fields = {**own, **(to_dict(known) if known else {}), **description}
     for key in ("mean", "std"):
         values = fields[key] if isinstance(fields[key], (list, tuple)) else [fields[key]]
         fields[key] = [float(value) for value in values] * (fields["channels"] if len(values) == 1 else 1)
     return from_dict(Preprocess, fields, "describe")
 
 
-def _value(kind: Any, text: str, key: str) -> Any:
-    """Return a text as a value of a field's type."""
+def _to_value(kind: Any, text: str, key: str) -> Any:
+    """Return a text as a value of a field's type.
+
+    Raises:
+        ValueError: the text is no such value.
+    """
     if typing.get_origin(kind) is tuple:
-        return tuple(_value(typing.get_args(kind)[0], each, key) for each in text.split(","))
+        return tuple(_to_value(typing.get_args(kind)[0], item, key) for item in text.split(","))
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"--describe {key}={text}: expected true or false")

@@ -25,6 +25,7 @@ from vitrail.data.images.decode import ImageError, inspect_image
 from vitrail.data.problems import Problem
 from vitrail.data.progress import Advance, Bar, no_bar
 from vitrail.data.splits.splits import check_trainable, class_problems, split_dataset
+from vitrail.lookup import shorten
 from vitrail.threads import ordered_map
 
 _BROKEN = ("unreadable", "damaged", "refused")
@@ -203,7 +204,7 @@ def duplicate_problems(dataset: Dataset, scan: Scan) -> list[Problem]:
             paths = tuple(dataset.paths[index] for index in members)
             what = "the same image is" if same else "nearly the same image is"
             severity = "error" if same else "warning"
-            names = _some(paths)
+            names = shorten(paths, most=3)
             if len(parts) > 1:
                 text = f"{what} in {' and '.join(parts)}: {names}. Keep it in one part, or the evaluation is too good"
                 problems.append(Problem(severity, "leak", paths, text))
@@ -225,7 +226,3 @@ def grouped(pairs: np.ndarray) -> list[list[int]]:
     for each, group in zip(members.tolist(), number.tolist(), strict=True):
         found.setdefault(group, []).append(each)
     return list(found.values())
-
-
-def _some(paths: tuple[str, ...], most: int = 3) -> str:
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")

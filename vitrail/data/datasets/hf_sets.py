@@ -10,8 +10,8 @@ from typing import Literal
 from vitrail.data.datasets.base import FileDataset, ParquetDataset
 from vitrail.data.datasets.folder import open_image_folder
 from vitrail.data.datasets.parquet import open_parquet
-from vitrail.data.problems import first_line
 from vitrail.files import cache_folder, filled_folder
+from vitrail.lookup import first_line
 
 
 def open_hf_dataset(

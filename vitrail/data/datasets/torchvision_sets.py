@@ -12,9 +12,8 @@ import numpy as np
 
 from vitrail.data.datasets.base import ArrayDataset, FileDataset, flip_reason
 from vitrail.data.datasets.string_array import StringArray
-from vitrail.data.problems import first_line
 from vitrail.files import cache_folder, filled_folder
-from vitrail.lookup import unknown
+from vitrail.lookup import first_line, unknown
 
 SPLIT_ORIGIN = "its own splits"
 SIGNS = "the classes are signs, and a mirrored sign is another sign"

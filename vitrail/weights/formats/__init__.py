@@ -1,1 +1,1 @@
-"""Weights as other libraries keep them: each format is read here, and written where that makes sense."""
+"""Weights of other libraries: each format is read here, and written where the library can read it back."""

@@ -1,4 +1,4 @@
-"""Models in transformers' folders: `config.json`, weights, `preprocessor_config.json`. transformers itself is not needed."""
+"""Read a model from a folder of transformers: `config.json`, weights, `preprocessor_config.json`. transformers is not needed."""
 
 from __future__ import annotations
 
@@ -19,50 +19,54 @@ from vitrail.data.images.preprocess import Preprocess
 from vitrail.lookup import pick, shorten
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights.formats.hf_config import absent_biases, architecture
+from vitrail.weights.formats.hf_config import absent_biases, hf_architecture
 from vitrail.weights.formats.hf_files import read_json, read_tensors
 from vitrail.weights.formats.hf_image_processor import from_processor
 from vitrail.weights.formats.hf_tables import FAMILIES, LEFT_OUT, Family
 from vitrail.weights.imported_model import ImportedModel, LoadReport
 from vitrail.weights.key_mapping import Rule, to_ours, to_theirs, translated
 from vitrail.weights.model_file import ModelHeader, versions
-from vitrail.weights.user_spec import described_preprocess, split_described
+from vitrail.weights.user_spec import preprocess_from_description, split_description
 
 _UNUSED = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate")
 
 
-def open_hf(word: str, described: Mapping[str, Any]) -> ImportedModel:
-    """Read `hf:FOLDER` or `hf:NAME[@revision]`, without its `hf:`.
+def open_hf_model(reference: str, description: Mapping[str, Any]) -> ImportedModel:
+    """Return the model of `hf:FOLDER` or `hf:NAME[@revision]`.
+
+    Args:
+        reference: what stands after `hf:`.
+        description: preprocessing and labels to use instead of the folder's own.
 
     Raises:
         ValueError: there is no such model, it cannot be fetched, its files are broken, or it cannot be expressed here.
     """
-    from vitrail.weights.hub import looks_like_a_path, snapshot
+    from vitrail.weights.hub import reads_as_path, snapshot
 
-    folder = Path(os.path.expanduser(word))
-    if not folder.is_dir() and word.count("/") > 1 and not word.startswith((".", "/", "~")):
-        raise ValueError(f"hf:{word}: no such folder, and names on the hub are OWNER/NAME")
-    if folder.is_dir() or looks_like_a_path(word):
-        return read_hf_folder(folder, described)
-    found = snapshot(word)
-    imported = read_hf_folder(found.folder, described, origin=f"hf:{found.name}@{found.commit}")
-    report = dataclasses.replace(imported.report, notes=(*found.notes, *imported.report.notes))
+    folder = Path(os.path.expanduser(reference))
+    if not folder.is_dir() and reference.count("/") > 1 and not reference.startswith((".", "/", "~")):
+        raise ValueError(f"hf:{reference}: no such folder, and names on the hub are OWNER/NAME")
+    if folder.is_dir() or reads_as_path(reference):
+        return read_hf_folder(folder, description)
+    files = snapshot(reference)
+    imported = read_hf_folder(files.folder, description, origin=f"hf:{files.name}@{files.commit}")
+    report = dataclasses.replace(imported.report, notes=(*files.notes, *imported.report.notes))
     return dataclasses.replace(imported, report=report)
 
 
-def read_hf_folder(folder: Path, described: Mapping[str, Any], origin: str = "") -> ImportedModel:
-    """Read a folder as `save_pretrained` writes it, or as it lies on the hub.
+def read_hf_folder(folder: Path, description: Mapping[str, Any], origin: str = "") -> ImportedModel:
+    """Return the model of a folder that `save_pretrained` wrote, or that was downloaded from the hub.
 
     Args:
-        described: preprocessing and labels to be used instead of the folder's own.
-        origin: how the report calls it, if not by the folder's name.
+        description: preprocessing and labels to use instead of the folder's own.
+        origin: name of the model in the report, if not the folder's.
 
     Raises:
         ValueError: a file is missing or broken, or the model cannot be expressed here; the message says which.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    labels, image_fields = split_described(described, f"{folder}: its config.json says its architecture")
+    labels, image_fields = split_description(description, f"{folder}: its config.json says its architecture")
     try:
         return _read(folder, labels, image_fields, origin or str(folder))
     except ValueError as error:
@@ -84,17 +88,17 @@ def _read(folder: Path, labels: tuple[str, ...] | None, image_fields: Mapping[st
     family = pick(FAMILIES, model_type, "model_type in config.json:")
     tensors, notes = read_tensors(folder)
     tensors = _without_prefix(tensors, family.prefix)
-    join_teacher(tensors)
+    join_classifiers(tensors)
     settings = ChainMap({key: value for key, value in raw.items() if value is not None}, dict(family.defaults))
     num_classes, pair = _classifier(raw, tensors)
-    built = architecture(model_type, settings, num_classes, pair=pair)
-    weights, unexpected = matched(tensors, family, built, absent_biases(settings))
-    preprocess, more = _preprocess(folder, family, built, image_fields)
-    built, weights, resized = at_size(built, weights, preprocess.image_size, antialias=family.antialias)
+    config = hf_architecture(model_type, settings, num_classes, pair=pair)
+    weights, unexpected = match_weights(tensors, family, config, absent_biases(settings))
+    preprocess, preprocess_notes = _preprocess(folder, family, config, image_fields)
+    config, weights, resized = at_size(config, weights, preprocess.image_size, antialias=family.antialias)
     own = raw["vitrail"] if isinstance(raw.get("vitrail"), dict) else {}
     header = ModelHeader(
-        architecture=built,
-        labels=_labels(raw, built.num_classes) if labels is None else _as_many(labels, built.num_classes),
+        architecture=config,
+        labels=_labels(raw, config.num_classes) if labels is None else _checked(labels, config.num_classes),
         preprocess=preprocess,
         temperature=_temperature(own),
         versions={**versions(), "imported_from": origin, "written_by": str(raw.get("transformers_version", "unknown"))},
@@ -104,22 +108,22 @@ def _read(folder: Path, labels: tuple[str, ...] | None, image_fields: Mapping[st
         loaded=len(tensors) - len(unexpected),
         resized=resized,
         unexpected=tuple(unexpected),
-        notes=(*notes, *more, *_told(raw, header.labels)),
+        notes=(*notes, *preprocess_notes, *_model_notes(raw, header.labels)),
     )
     return ImportedModel(header, weights, report)
 
 
-def matched(
+def match_weights(
     tensors: Mapping[str, Tensor], family: Family, config: ViTConfig, absent: frozenset[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights under our names, and the names of those that are left out knowingly.
+    """Return the weights under our names, and the names of those that the model does not need.
 
     Raises:
-        ValueError: names or shapes differ from what the configuration wants; all differences are listed.
+        ValueError: names or shapes differ from what the configuration expects; all differences are listed.
     """
     _check_depth(tensors, family, config, absent)
     kept = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(LEFT_OUT, name)}
-    rules = max(family.tables(config, absent), key=lambda rules: sum(_knows(rules, name) for name in kept))
+    rules = max(family.tables(config, absent), key=lambda rules: sum(_matches(rules, name) for name in kept))
     with torch.device("meta"):
         wanted = ViT(config).state_dict()
     theirs, no_rule = to_theirs(wanted, rules, config)
@@ -132,8 +136,8 @@ def matched(
     ]
     if missing or unknown or shapes:
         lines = ["its weights do not fit its config.json"]
-        parts = (("missing", missing, ", "), ("unknown", unknown, ", "), ("shape", shapes, "; "))
-        lines += [f"  {what}: {shorten(names, between=between)}" for what, names, between in parts if names]
+        differences = (("missing", missing, ", "), ("unknown", unknown, ", "), ("shape", shapes, "; "))
+        lines += [f"  {what}: {shorten(names, between=between)}" for what, names, between in differences if names]
         raise ValueError("\n".join(lines))
     weights, _ = to_ours(kept, rules, config)
     for name in set(wanted) - set(weights):  # biases that the configuration switches off
@@ -144,10 +148,10 @@ def matched(
 def at_size(
     config: ViTConfig, weights: dict[str, Tensor], image_size: int, *, antialias: bool
 ) -> tuple[ViTConfig, dict[str, Tensor], tuple[str, ...]]:
-    """Return architecture and weights for images of another size, resized as transformers does at run time.
+    """Return the architecture and weights for another image size, the positions resized as transformers does at run time.
 
     Raises:
-        ValueError: the size is no multiple of the patch.
+        ValueError: the size is not a multiple of the patch.
     """
     if image_size == config.image_size:
         return config, weights, ()
@@ -168,8 +172,8 @@ def at_size(
     )
 
 
-def join_teacher(tensors: dict[str, Tensor]) -> None:
-    """Turn the two heads of a distilled DeiT, whose mean counts, into one over both tokens: [W/2, W'/2]."""
+def join_classifiers(tensors: dict[str, Tensor]) -> None:
+    """Replace the two heads of a distilled DeiT, whose outputs are averaged, by one over both tokens: [W/2, W'/2]."""
     heads = [f"{name}_classifier.weight" for name in ("cls", "distillation")]
     if not all(name in tensors for name in heads):
         return
@@ -185,7 +189,7 @@ def join_teacher(tensors: dict[str, Tensor]) -> None:
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the weights as a model without classifier names them; an empty table of registers is none."""
+    """Return the weights without the prefix of models with a classifier, and without empty tensors (no registers)."""
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
@@ -196,12 +200,12 @@ def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Ten
     return named
 
 
-def _knows(rules: list[Rule], name: str) -> bool:
+def _matches(rules: list[Rule], name: str) -> bool:
     return translated(name, rules, "theirs") is not None
 
 
 def _check_depth(tensors: Mapping[str, Tensor], family: Family, config: ViTConfig, absent: frozenset[str]) -> None:
-    """Refuse a number of layers that the weights do not have, before a model of that depth is made."""
+    """Raise an error, before a model is built, unless the weights have as many layers as config.json says."""
     rules = [rule for table in family.tables(config, absent) for rule in table]
     found = {translated(name, rules, "theirs") for name in tensors}
     layers = {match[1].split(".")[1] for match in found if match and match[1].startswith("blocks.")}
@@ -213,7 +217,7 @@ def _check_depth(tensors: Mapping[str, Tensor], family: Family, config: ViTConfi
 
 
 def _classifier(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, bool]:
-    """Return the number of classes, and whether both heads of a distilled DeiT are there."""
+    """Return the number of classes, and whether the model is a distilled DeiT with both its heads."""
     weight = tensors.get("classifier.weight")
     if weight is not None and weight.ndim == 2:
         return weight.shape[0], raw["model_type"] == "deit" and weight.shape[1] == 2 * raw.get("hidden_size", 768)
@@ -234,37 +238,37 @@ def _labels(raw: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     return tuple(str(labels[str(i)]) for i in range(num_classes))
 
 
-def _as_many(labels: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
+def _checked(labels: tuple[str, ...], num_classes: int) -> tuple[str, ...]:
     if len(labels) != num_classes:
         raise ValueError(f"{len(labels)} labels are described, but the model has {num_classes} classes")
     return labels
 
 
 def _preprocess(
-    folder: Path, family: Family, config: ViTConfig, described: Mapping[str, Any]
+    folder: Path, family: Family, config: ViTConfig, description: Mapping[str, Any]
 ) -> tuple[Preprocess, list[str]]:
     path = folder / "preprocessor_config.json"
     if not path.exists():
-        if not described:
+        if not description:
             raise ValueError(
                 f"{path}: no such file, so it is unknown how images become its input, and guessing costs accuracy silently; "
                 f"add the file, or make a model file that says it: vitrail export {folder} --to vitrail --describe mean=0.5 std=0.5 "
                 "resize=squash interpolation=bilinear"
             )
-        return described_preprocess(described, image_size=config.image_size, channels=config.in_channels), []
+        return preprocess_from_description(description, image_size=config.image_size, channels=config.in_channels), []
     try:
         preprocess, unused = from_processor(read_json(path), family.processor, config.in_channels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     notes = [f"preprocessor_config.json: not used here: {', '.join(unused)}"] * bool(unused)
-    if described:
-        preprocess = described_preprocess(described, preprocess)
-        notes.append(f"as described, and not as preprocessor_config.json says: {', '.join(described)}")
+    if description:
+        preprocess = preprocess_from_description(description, preprocess)
+        notes.append(f"as described, and not as preprocessor_config.json says: {', '.join(description)}")
     return preprocess, notes
 
 
-def _told(raw: Mapping[str, Any], labels: tuple[str, ...]) -> list[str]:
-    """What should be known of a model besides its numbers."""
+def _model_notes(raw: Mapping[str, Any], labels: tuple[str, ...]) -> list[str]:
+    """Return notes on what a user should know of a model besides its architecture."""
     notes = []
     dropped = [f"{name} {raw[name]}" for name in _UNUSED if raw.get(name)]
     if dropped:
@@ -273,9 +277,9 @@ def _told(raw: Mapping[str, Any], labels: tuple[str, ...]) -> list[str]:
         notes.append(
             "trained for several labels per image (sigmoid); probabilities here are those of one label (softmax)"
         )
-    twice = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
-    if twice:
-        notes.append(f"labels that stand for several classes: {', '.join(twice[:5])}")
+    repeated = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
+    if repeated:
+        notes.append(f"labels that stand for several classes: {', '.join(repeated[:5])}")
     return notes
 
 

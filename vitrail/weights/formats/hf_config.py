@@ -1,4 +1,4 @@
-"""What a `config.json` of transformers means, as an architecture."""
+"""The architecture of a `config.json` of transformers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vitrail.weights.formats.hf_tables import ACTIVATIONS
 _SIDE_LIMIT = 8192  # pixels; beyond, a table of positions would fill the memory before anything else fails
 
 
-def architecture(model_type: str, settings: Mapping[str, Any], num_classes: int, *, pair: bool) -> ViTConfig:
-    """Return the architecture that a config.json means.
+def hf_architecture(model_type: str, settings: Mapping[str, Any], num_classes: int, *, pair: bool) -> ViTConfig:
+    """Return the architecture that a config.json describes.
 
     Args:
-        pair: a distilled DeiT with both its heads.
+        pair: whether the model is a distilled DeiT with both its heads.
 
     Raises:
-        ValueError: a value is absurd, or stands for something that `ViT` does not do.
+        ValueError: a value is impossible, or means something that `ViT` does not do.
     """
     dim, heads = _whole(settings, "hidden_size"), _whole(settings, "num_attention_heads")
     fields: dict[str, Any] = {}
@@ -116,14 +116,14 @@ def _activation(settings: Mapping[str, Any], swiglu: bool, model_type: str) -> s
 
 
 def absent_biases(settings: Mapping[str, Any]) -> frozenset[str]:
-    """Return which biases a configuration switches off one by one."""
+    """Return the biases that a configuration switches off one by one, of `query key value proj mlp`."""
     names = ("query", "key", "value", "proj", "mlp")
     absent = frozenset(name for name in names if f"{name}_bias" in settings and not _flag(settings, f"{name}_bias"))
     return absent - {"query", "key", "value"} if {"query", "key", "value"} <= absent else absent
 
 
 def _check_rope(settings: Mapping[str, Any]) -> None:
-    """Refuse rotary positions of another form than `rope2d`."""
+    """Raise an error where rotary positions differ from `rope2d`."""
     if _number(settings, "rope_theta") != 100.0:
         raise ValueError(f"rope_theta in config.json is {settings['rope_theta']}; rotary positions here have 100")
     for key in ("rope_scaling", "rope_parameters"):

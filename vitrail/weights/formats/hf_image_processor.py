@@ -1,4 +1,4 @@
-"""Preprocessing as transformers' image processors describe it (`preprocessor_config.json`), in both directions."""
+"""Translate preprocessing from and to `preprocessor_config.json`, the settings of transformers' image processors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_cente
 _CROPPED = {"crop_size": 224, "do_center_crop": True}
 _SHORTEST = {**_STEPS, **_CLIP, **_CROPPED, "resample": 3, "size": {"shortest_edge": 224}, "default_to_square": False}
 
-# What each processor does where its file is silent (transformers 5.23; the older slow ones alike).
+# Each processor's defaults for settings that its file does not give (transformers 5.23; older slow ones have the same).
 PROCESSORS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {**_STEPS, "resample": 2, "image_mean": _HALF, "image_std": _HALF, "size": 224},
     "DeiTImageProcessor": {
@@ -42,19 +42,19 @@ _KNOWN = {*_STEPS, *_CROPPED, "resample", "image_mean", "image_std", "size", "de
 _KNOWN |= {"do_convert_rgb", "image_processor_type", "feature_extractor_type"}
 
 
-def processor_name(settings: Mapping[str, Any], default: str) -> str:
-    """Return the image processor of a file; one that ends in Fast resizes with torchvision."""
+def image_processor_class(settings: Mapping[str, Any], default: str) -> str:
+    """Return the class name of a file's image processor; one that ends in Fast resizes with torchvision."""
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or default
     return str(name).replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil")
 
 
 def from_processor(settings: Mapping[str, Any], default: str, channels: int) -> tuple[Preprocess, list[str]]:
-    """Return the preprocessing of a `preprocessor_config.json`, and what it says that has no meaning here.
+    """Return the preprocessing of a `preprocessor_config.json`, and the names of its settings that have no meaning here.
 
     Raises:
         ValueError: the processor is unknown, or does something that cannot be done here.
     """
-    full_name = processor_name(settings, default)
+    full_name = image_processor_class(settings, default)
     name = full_name.removesuffix("Fast")
     if name not in PROCESSORS:
         raise ValueError(f"{unknown('image processor', name, PROCESSORS)}; describe its preprocessing instead")
@@ -87,7 +87,7 @@ def from_processor(settings: Mapping[str, Any], default: str, channels: int) -> 
 
 
 def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
-    """Return a `preprocessor_config.json` and what it cannot say to the letter.
+    """Return the content of a `preprocessor_config.json`, and notes on what it cannot express exactly.
 
     Raises:
         ValueError: no image processor does such a preprocessing.
@@ -139,7 +139,7 @@ def to_processor(preprocess: Preprocess) -> tuple[dict[str, Any], list[str]]:
 
 
 def _sides(own: Mapping[str, Any]) -> tuple[int, str, float]:
-    """Return the side of the result, the way of resizing, and the share that a crop keeps."""
+    """Return the side of the result, the kind of resizing, and the fraction that a crop keeps."""
     size = _size(own, "size", square=own.get("default_to_square", True))
     if set(size) not in ({"height", "width"}, {"shortest_edge"}):
         raise ValueError(f"size is {own['size']!r}; expected height and width, or shortest_edge alone")
@@ -158,7 +158,7 @@ def _sides(own: Mapping[str, Any]) -> tuple[int, str, float]:
 
 
 def _size(own: Mapping[str, Any], key: str, *, square: bool) -> dict[str, int]:
-    """Return a size in its long form: older files have a number, or a pair of height and width."""
+    """Return a size as a mapping of sides; older files have a number, or a pair of height and width."""
     value = own[key]
     if isinstance(value, int) and not isinstance(value, bool):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
@@ -179,7 +179,7 @@ def _side(size: Mapping[str, int], key: str) -> int:
 
 
 def _levels(own: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation for pixels in 0..1, whatever the pixels are scaled by."""
+    """Return the mean and standard deviation for pixels in 0 to 1, whatever factor the processor scales pixels by."""
     factor = own.get("rescale_factor", 1 / 255) if own["do_rescale"] else 1.0
     if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < math.inf:
         raise ValueError(f"rescale_factor is {factor!r}; expected a number above 0")
@@ -188,10 +188,10 @@ def _levels(own: Mapping[str, Any], channels: int) -> tuple[tuple[float, ...], t
     for key, neutral in (("image_mean", 0.0), ("image_std", 1.0)):
         values = own[key] if own["do_normalize"] else neutral
         values = [values] * channels if isinstance(values, (int, float)) else values
-        if not isinstance(values, (list, tuple)) or not all(isinstance(each, (int, float)) for each in values):
+        if not isinstance(values, (list, tuple)) or not all(isinstance(value, (int, float)) for value in values):
             raise ValueError(f"{key} is {values!r}; expected {channels} numbers")
         values = list(values) * channels if len(values) == 1 else values
-        if len(values) != channels or not all(math.isfinite(each) for each in values):
+        if len(values) != channels or not all(math.isfinite(value) for value in values):
             raise ValueError(f"{key} is {values!r}; expected {channels} numbers, one per channel of the model")
-        found.append(tuple(float(each) * scale for each in values))
+        found.append(tuple(float(value) * scale for value in values))
     return found[0], found[1]

@@ -1,7 +1,7 @@
-"""What transformers calls the weights and settings of each family of Vision Transformers.
+"""Tables of the names that transformers gives the weights and settings of each family of Vision Transformers.
 
-Read from transformers 5.23, whose files keep the names that all versions before wrote. In memory version 5 uses others;
-both are here, so that a file of either kind is read.
+Taken from transformers 5.23, whose files have the names that all earlier versions wrote. In memory version 5 uses other
+names; both are here, so that files of either kind can be read.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _START = [
 _END = [Rule("layernorm.{p}", "norm.{p}"), Rule("classifier.{p}", "head.{p}")]
 
 
-def _attention(place: str, query: str, key: str, value: str, out: str) -> list[Rule]:
+def _attention(prefix: str, query: str, key: str, value: str, out: str) -> list[Rule]:
     joined = [
-        Rule(f"{place}.{part}.{{p}}", f"blocks.{{i}}.attn.qkv.{{p}}/{n}") for n, part in enumerate((query, key, value))
+        Rule(f"{prefix}.{part}.{{p}}", f"blocks.{{i}}.attn.qkv.{{p}}/{n}") for n, part in enumerate((query, key, value))
     ]
-    return [*joined, Rule(f"{place}.{out}.{{p}}", "blocks.{i}.attn.proj.{p}")]
+    return [*joined, Rule(f"{prefix}.{out}.{{p}}", "blocks.{i}.attn.proj.{p}")]
 
 
 _OLD_ATTENTION = ("attention.query", "attention.key", "attention.value", "output.dense")
@@ -58,32 +58,32 @@ def _vit(tokens: list[Rule]) -> Tables:
 
 
 def vit(config: ViTConfig, absent: Collection[str]) -> Tables:
-    """ViT, MAE and MSN."""
+    """Return the tables of ViT, MAE and MSN."""
     return _vit([Rule("embeddings.position_embeddings", "pos_embed")])
 
 
 def deit(config: ViTConfig, absent: Collection[str]) -> Tables:
-    """DeiT, always with the token of its distillation, which here is a register."""
+    """Return the tables of DeiT, always with its distillation token, which here is a register."""
     token = Rule("embeddings.distillation_token", "reg_token")
     return _vit([token, Rule("embeddings.position_embeddings", "pos_embed")])
 
 
-def _scaled(place: str) -> list[Rule]:
-    """What DINOv2 and DINOv3 have in a block besides attention and MLP."""
-    norms = [Rule(f"{place}.norm{n}.{{p}}", f"blocks.{{i}}.norm{n}.{{p}}") for n in (1, 2)]
-    return [*norms, *(Rule(f"{place}.layer_scale{n}.lambda1", f"blocks.{{i}}.ls{n}.gamma") for n in (1, 2))]
+def _scaled(prefix: str) -> list[Rule]:
+    """Return the rules for the norms and LayerScale of a DINOv2 or DINOv3 block."""
+    norms = [Rule(f"{prefix}.norm{n}.{{p}}", f"blocks.{{i}}.norm{n}.{{p}}") for n in (1, 2)]
+    return [*norms, *(Rule(f"{prefix}.layer_scale{n}.lambda1", f"blocks.{{i}}.ls{n}.gamma") for n in (1, 2))]
 
 
-def _gated(place: str) -> list[Rule]:
+def _gated(prefix: str) -> list[Rule]:
     return [
-        Rule(f"{place}.mlp.gate_proj.{{p}}", "blocks.{i}.mlp.fc1.{p}/0"),
-        Rule(f"{place}.mlp.up_proj.{{p}}", "blocks.{i}.mlp.fc1.{p}/1"),
-        Rule(f"{place}.mlp.down_proj.{{p}}", "blocks.{i}.mlp.fc2.{p}"),
+        Rule(f"{prefix}.mlp.gate_proj.{{p}}", "blocks.{i}.mlp.fc1.{p}/0"),
+        Rule(f"{prefix}.mlp.up_proj.{{p}}", "blocks.{i}.mlp.fc1.{p}/1"),
+        Rule(f"{prefix}.mlp.down_proj.{{p}}", "blocks.{i}.mlp.fc2.{p}"),
     ]
 
 
 def dinov2(config: ViTConfig, absent: Collection[str]) -> Tables:
-    """DINOv2, with registers or without."""
+    """Return the tables of DINOv2, with registers or without."""
     block = "encoder.layer.{i}"
     plain = [Rule(f"{block}.mlp.fc{n}.{{p}}", f"blocks.{{i}}.mlp.fc{n}.{{p}}") for n in (1, 2)]
     packed = [
@@ -104,7 +104,7 @@ def dinov2(config: ViTConfig, absent: Collection[str]) -> Tables:
 
 
 def dinov3(config: ViTConfig, absent: Collection[str]) -> Tables:
-    """DINOv3; `absent` are the biases that a configuration switches off, of `query key value proj mlp`."""
+    """Return the tables of DINOv3; `absent` are the biases that a configuration switches off."""
     start = [
         Rule("embeddings.cls_token", "cls_token"),
         Rule("embeddings.patch_embeddings.{p}", "patch_embed.proj.{p}"),
@@ -137,12 +137,12 @@ class Family:
     """One `model_type` of transformers.
 
     Attributes:
-        tables: the names of its weights, by the architecture and the biases that are switched off.
-        prefix: before the names of all weights but the classifier's, in a model that has one.
-        classes: decoder → class with a classifier.
-        base: class without one.
+        tables: returns the tables of names for an architecture and the biases that are switched off.
+        prefix: begins the names of all weights but the classifier's, in a model that has one.
+        classes: decoder → transformers' class with a classifier.
+        base: transformers' class without a classifier.
         processor: image processor of a folder that names none.
-        defaults: settings that a config.json leaves out where they are these.
+        defaults: values of the settings that a config.json leaves out.
         antialias: whether it resizes its position table with antialiasing.
     """
 
@@ -213,7 +213,7 @@ FAMILIES = {
     ),
 }
 
-# Weights of training, or of heads that are no classifier: told, and left out.
+# Weights of pretraining, and of heads that are no classifier: left out, and reported.
 LEFT_OUT = r"pooler\..*|(.*\.)?mask_token|decoder\..*"
 
 ACTIVATIONS = {

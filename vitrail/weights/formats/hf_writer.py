@@ -1,4 +1,4 @@
-"""A model as a folder of transformers, which `from_pretrained` opens. transformers itself is not needed."""
+"""Write a model as a folder that transformers' `from_pretrained` opens. transformers itself is not needed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from vitrail.weights.formats.hf_tables import ACTIVATIONS, FAMILIES, Family
 from vitrail.weights.key_mapping import to_theirs
 from vitrail.weights.model_file import ModelHeader
 
-# The name that transformers prefers, of several for one activation.
+# Our activation → the name that transformers prefers among several.
 _ACTIVATIONS = {
     ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs not in ("gelu_python", "gelu_new", "gelu_fast")
 }
 
 
 class HfModel(NamedTuple):
-    """A model in the form of a family: the same function, perhaps with other weights.
+    """A model rewritten for one of transformers' families: the same function, perhaps with other weights.
 
     Attributes:
         model_type: name in `FAMILIES`.
-        config: an architecture that the family has.
-        weights: for it, under our names.
-        notes: what was written differently, one line each.
+        config: the architecture, one that the family has.
+        weights: its weights, under our names.
+        notes: what was rewritten, one line each.
     """
 
     model_type: str
@@ -44,7 +44,7 @@ class HfModel(NamedTuple):
 
 
 def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -> list[str]:
-    """Write `config.json`, `model.safetensors` and `preprocessor_config.json`; returns what should be told.
+    """Write `config.json`, `model.safetensors` and `preprocessor_config.json`; return notes for the user.
 
     Raises:
         ValueError: transformers has no model or image processor that does the same; the message says why.
@@ -84,10 +84,10 @@ def write_hf(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -
 
 
 def as_hf_model(config: ViTConfig, weights: Mapping[str, Tensor]) -> HfModel:
-    """Return a model in the form of the family of transformers that can express it.
+    """Return a model rewritten for the family of transformers that can express it.
 
     Raises:
-        ValueError: none can; the message gives every reason.
+        ValueError: no family can; the message gives every reason.
     """
     model_type = _family_of(config)
     reasons = [*_reasons(config), *(_mlp_reasons(config) if model_type.startswith("dinov2") else ())]
@@ -179,7 +179,7 @@ def _reasons(config: ViTConfig) -> list[str]:
 
 
 def _mlp_reasons(config: ViTConfig) -> list[str]:
-    """Return why DINOv2, whose MLP is a whole multiple as wide, cannot have this one."""
+    """Return why DINOv2, whose MLP width is a whole multiple of the embedding's, cannot have this MLP, if so."""
     if _mlp_multiple(config) is not None:
         return []
     how = " × 2/3, a multiple of 8" if config.mlp == "swiglu" else ""
@@ -210,7 +210,7 @@ def _tensors(made: HfModel, family: Family) -> dict[str, Tensor]:
 
 
 def _split_pair(tensors: dict[str, Tensor], dim: int) -> None:
-    """Turn one head over both tokens into the two of a distilled DeiT, of which transformers takes the mean."""
+    """Replace one head over both tokens by the two heads of a distilled DeiT, which transformers averages."""
     weight, bias = tensors.pop("classifier.weight"), tensors.pop("classifier.bias")
     for name, part in zip(("cls", "distillation"), (weight[:, :dim], weight[:, dim:]), strict=True):
         tensors[f"{name}_classifier.weight"] = part * 2
@@ -218,7 +218,7 @@ def _split_pair(tensors: dict[str, Tensor], dim: int) -> None:
 
 
 def _settings(made: HfModel) -> dict[str, Any]:
-    """Return the architecture in the words of a config.json."""
+    """Return the architecture as settings of a config.json."""
     config, dino = made.config, made.model_type.startswith("dino")
     settings: dict[str, Any] = {
         "hidden_size": config.embed_dim,

@@ -1,4 +1,4 @@
-"""What Google calls a ViT's weights: the layouts of google-research/vision_transformer and google-research/big_vision.
+"""Tables of the names and tensor layouts in google-research/vision_transformer and google-research/big_vision.
 
 Both are Flax's: linear layers [in, out], heads apart as [D, K, d] and [K, d, D], convolutions [H, W, in, out].
 """
@@ -26,7 +26,7 @@ OUT_OF_HEADS = TensorLayout(
 
 
 def _attention(theirs: str, query: str, key: str, value: str, out: str) -> tuple[Rule, ...]:
-    """Return the lines of Flax's MultiHeadDotProductAttention."""
+    """Return the rules for Flax's MultiHeadDotProductAttention."""
     inputs = {"query": query, "key": key, "value": value}
     names = {part: (ours.replace("{p}", "weight"), ours.replace("{p}", "bias")) for part, ours in inputs.items()}
     return (
@@ -46,7 +46,7 @@ def _dense(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 
 def _blocks(norm2: str, attention: str, mlp: str) -> tuple[Rule, ...]:
-    """Return the lines of a block; the two repositories number its parts differently."""
+    """Return the rules for a block; the two repositories number its modules differently."""
     theirs, ours = "Transformer/encoderblock_{i}", "blocks.{i}"
     query, key, value = (f"{ours}.attn.qkv.{{p}}/{part}" for part in range(3))
     return (
@@ -59,7 +59,7 @@ def _blocks(norm2: str, attention: str, mlp: str) -> tuple[Rule, ...]:
 
 
 def _resnet() -> tuple[Rule, ...]:
-    """Return the lines of the hybrids' ResNet: stages from 1 there, from 0 here."""
+    """Return the rules for the hybrids' ResNet, whose stages count from 1 there and from 0 here."""
     ours = "patch_embed.backbone"
     rules = [
         Rule("conv_root/kernel", f"{ours}.stem.conv.weight", CONV),
@@ -68,15 +68,15 @@ def _resnet() -> tuple[Rule, ...]:
     ]
     for stage in range(4):
         for block in range(9):
-            there = f"block{stage + 1}/unit{block + 1}"
-            here = f"{ours}.stages.{stage}.blocks.{block}"
-            places = {str(number): (f"conv{number}", f"norm{number}") for number in (1, 2, 3)}
-            places["_proj"] = ("downsample.conv", "downsample.norm")
-            for number, (conv, norm) in places.items():
+            their_block = f"block{stage + 1}/unit{block + 1}"
+            our_block = f"{ours}.stages.{stage}.blocks.{block}"
+            layers = {str(number): (f"conv{number}", f"norm{number}") for number in (1, 2, 3)}
+            layers["_proj"] = ("downsample.conv", "downsample.norm")
+            for number, (conv, norm) in layers.items():
                 rules += [
-                    Rule(f"{there}/conv{number}/kernel", f"{here}.{conv}.weight", CONV),
-                    Rule(f"{there}/gn{number}/scale", f"{here}.{norm}.weight", NORM),
-                    Rule(f"{there}/gn{number}/bias", f"{here}.{norm}.bias", NORM),
+                    Rule(f"{their_block}/conv{number}/kernel", f"{our_block}.{conv}.weight", CONV),
+                    Rule(f"{their_block}/gn{number}/scale", f"{our_block}.{norm}.weight", NORM),
+                    Rule(f"{their_block}/gn{number}/bias", f"{our_block}.{norm}.bias", NORM),
                 ]
     return tuple(rules)
 

@@ -1,4 +1,4 @@
-"""Bare weights files: which library wrote them, and the model they are of."""
+"""Read weights files that say nothing of their model: recognise the naming scheme, then infer the architecture."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ from torch import Tensor
 from vitrail.data.images.preprocess import crop_fraction_of
 from vitrail.lookup import shorten
 from vitrail.models.config import ViTConfig
-from vitrail.weights import naming as layouts
+from vitrail.weights import naming
 from vitrail.weights.finalise import RawModel, finalise, with_zero_rows
 from vitrail.weights.formats.state_dict_files import StateDict, read_state_dict
 from vitrail.weights.imported_model import ImportedModel
-from vitrail.weights.infer import IMAGENET, Conventions, architecture
+from vitrail.weights.infer import IMAGENET, Conventions, infer_architecture
 from vitrail.weights.key_mapping import Rule, to_ours
 from vitrail.weights.naming import has
-from vitrail.weights.user_spec import sort_described
+from vitrail.weights.user_spec import to_user_spec
 
 # Shortest side to 256, the middle 224: DeiT, DINO, DINOv2 and MAE evaluate so; torchvision too, but bilinear.
 CROP_256 = {**IMAGENET, "resize": "crop", "crop_fraction": crop_fraction_of(224, 256), "interpolation": "bicubic"}
-# Code of one's own resizes to the model's square; images that are of its size already stay as they are.
+# For code that users wrote themselves: resize to the model's square; images of that size already stay as they are.
 WHOLE = {"resize": "squash", "interpolation": "bilinear"}
 
 
 @dataclass(frozen=True)
 class NamingScheme:
-    """One way to name a ViT's weights.
+    """The names that one library gives the weights of a ViT, and what its code does with them.
 
     Attributes:
-        name: for people.
-        is_it: tells the layout from the names of the weights and the containers they were in.
-        rules: the table of names, or a function of the weights that returns it.
-        left_out: regular expressions of names that belong to the training and not to the model.
-        no_row: prefix tokens without a row in the position table: none, or `registers`.
+        name: the library, for people.
+        matches: whether a file follows this scheme, from the names of its weights and the containers that held them.
+        rules: the table of names, or a function that returns it for given weights.
+        conventions: what the library's code does where shapes do not tell.
+        left_out: regular expressions for names that belong to the training and not to the model.
+        registers_without_position: whether registers have no row in the position table.
     """
 
     name: str
-    is_it: Callable[[Collection[str], Sequence[str]], bool]
+    matches: Callable[[Collection[str], Sequence[str]], bool]
     rules: tuple[Rule, ...] | Callable[[Mapping[str, Tensor]], tuple[Rule, ...]]
     conventions: Conventions
     left_out: tuple[str, ...] = ()
-    no_row: str = ""
+    registers_without_position: bool = False
 
 
 def _timm_names(names: Collection[str]) -> bool:
@@ -59,71 +60,71 @@ def _vit_pytorch_names(names: Collection[str]) -> bool:
     return embeds and has(names, "transformer.layers.{i}.0.norm.weight")
 
 
-# The first that fits counts.
+# The first scheme that matches counts.
 NAMING_SCHEMES = (
     NamingScheme(
         "torchvision's VisionTransformer",
         lambda names, _: has(names, "encoder.layers.encoder_layer_{i}.ln_1.weight"),
-        layouts.TORCHVISION,
+        naming.TORCHVISION,
         Conventions(preprocess={**CROP_256, "interpolation": "bilinear"}),
     ),
     NamingScheme(
         "MAE (facebookresearch/mae)",
         lambda names, _: _timm_names(names) and "decoder_embed.weight" in names,
-        layouts.TIMM,
+        naming.TIMM,
         Conventions(preprocess=CROP_256),
         left_out=(r"decoder_.*", "mask_token"),
     ),
     NamingScheme(
         "DINOv2 (facebookresearch/dinov2)",
         lambda names, _: has(names, "blocks.{i}.ls1.gamma", "mask_token"),
-        layouts.DINOV2,
+        naming.DINOV2,
         Conventions(preprocess=CROP_256),
         left_out=("mask_token", r"(dino|ibot)_head\..*"),
-        no_row="registers",
+        registers_without_position=True,
     ),
     NamingScheme(
         "DINO (facebookresearch/dino)",
         lambda names, containers: _timm_names(names) and bool({"teacher", "student"} & set(containers)),
-        layouts.TIMM,
+        naming.TIMM,
         Conventions(preprocess=CROP_256),
         left_out=(r"head\.(mlp|last_layer)\..*",),
     ),
     NamingScheme(
         "DeiT III (facebookresearch/deit)",
         lambda names, _: has(names, "blocks.{i}.gamma_1", "blocks.{i}.attn.qkv.bias", "pos_embed"),
-        layouts.DEIT3,
+        naming.DEIT3,
         Conventions(preprocess=CROP_256),
     ),
     NamingScheme(
         "DeiT or MAE, fine-tuned (container 'model')",
         lambda names, containers: _timm_names(names) and bool({"model", "model_ema"} & set(containers)),
-        layouts.TIMM,
+        naming.TIMM,
         Conventions(preprocess=CROP_256),
     ),
     # timm's own files say neither mean nor deviation, and its models have two kinds.
-    NamingScheme("timm's VisionTransformer", lambda names, _: _timm_names(names), layouts.TIMM, Conventions()),
+    NamingScheme("timm's VisionTransformer", lambda names, _: _timm_names(names), naming.TIMM, Conventions()),
     NamingScheme(
         "vit-pytorch's SimpleViT",
         lambda names, _: _vit_pytorch_names(names) and "linear_head.weight" in names,
-        layouts.vit_pytorch,
+        naming.vit_pytorch,
         Conventions(layer_norm_eps=1e-5, positions="sincos2d", preprocess=WHOLE),
     ),
     NamingScheme(
         "vit-pytorch",
         lambda names, _: _vit_pytorch_names(names),
-        layouts.vit_pytorch,
+        naming.vit_pytorch,
         Conventions(layer_norm_eps=1e-5, preprocess=WHOLE),
     ),
     NamingScheme(
         "torch.nn.MultiheadAttention",
         lambda names, _: has(names, "transformer_layers.{i}.self_attention.in_proj_weight"),
-        layouts.TORCH_ATTENTION,
+        naming.TORCH_ATTENTION,
         Conventions(layer_norm_eps=1e-5, num_heads=None, preprocess=WHOLE),
     ),
 )
 
-# Layouts that cannot be read from one file: (a name that tells, what to do).
+# Naming schemes that cannot be read from one file: a regular expression for a telling name, and what to do.
 _REFUSED = (
     (
         r"((vit|deit|dinov2|dinov2_with_registers|dinov3_vit|vit_mae)\.)?embeddings\.(patch_embeddings|cls_token).*",
@@ -137,38 +138,39 @@ _REFUSED = (
 )  # fmt: skip
 
 
-def open_state_dict(name: str, described: Mapping[str, Any] | None = None) -> ImportedModel:
-    """Read a weights file that says nothing of its model but names and shapes.
+def open_state_dict(name: str, description: Mapping[str, Any] | None = None) -> ImportedModel:
+    """Return the model of a weights file that has names and shapes alone.
 
     Args:
-        described: what it does not say.
+        description: what the file does not say: fields of `ViTConfig` and `Preprocess`, and `labels`.
 
     Raises:
-        ValueError: it cannot be read, is of no known layout, something was not described, or weights do not fit.
+        ValueError: the file cannot be read or follows no known naming scheme, something needed was not described, or
+            weights do not fit.
     """
-    said = sort_described(described)
-    bare = read_state_dict(Path(name))
-    if any("/" in key for key in bare.tensors):
+    user_spec = to_user_spec(description)
+    state_dict = read_state_dict(Path(name))
+    if any("/" in key for key in state_dict.tensors):
         from vitrail.weights.formats.jax import open_jax
 
-        return open_jax(name, bare.tensors, said)
-    bare = bare._replace(tensors=_one_by_one(name, bare.tensors))
-    layout = recognise(name, bare)
-    tensors = layouts.joined_heads(bare.tensors)
-    rules = layout.rules if isinstance(layout.rules, tuple) else layout.rules(tensors)
-    left_out = [key for key in tensors if any(re.fullmatch(pattern, key) for pattern in layout.left_out)]
+        return open_jax(name, state_dict.tensors, user_spec)
+    state_dict = state_dict._replace(tensors=_without_chunks(name, state_dict.tensors))
+    scheme = recognise(name, state_dict)
+    tensors = naming.join_heads(state_dict.tensors)
+    rules = scheme.rules if isinstance(scheme.rules, tuple) else scheme.rules(tensors)
+    left_out = [key for key in tensors if any(re.fullmatch(pattern, key) for pattern in scheme.left_out)]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in left_out and tensor.numel()}
-    # Coming in, these tables look at shapes alone.
+    # Any architecture will do: for reading, these tables use shapes alone.
     weights, unexpected = to_ours(tensors, rules, ViTConfig(), name)
-    weights = _completed(weights, layout)
-    config, preprocess, labels, notes = architecture(name, weights, layout.conventions, said)
-    notes = [f"names are those of {layout.name}", *bare.notes, *notes]
-    found = RawModel(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
-    return finalise(found, config, preprocess, labels)
+    weights = _completed(weights, scheme)
+    config, preprocess, labels, notes = infer_architecture(name, weights, scheme.conventions, user_spec)
+    notes = [f"names are those of {scheme.name}", *state_dict.notes, *notes]
+    raw = RawModel(name, weights, tuple(left_out), tuple(unexpected), tuple(notes))
+    return finalise(raw, config, preprocess, labels)
 
 
-def _one_by_one(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of a training in chunks, which numbers blocks twice, with each block's number alone.
+def _without_chunks(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with one number for each block, where blocks were trained in chunks and have two.
 
     Raises:
         ValueError: two blocks get the same number.
@@ -184,47 +186,47 @@ def _one_by_one(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {plain: tensors[key] for plain, key in came_from.items()}
 
 
-def recognise(name: str, bare: StateDict) -> NamingScheme:
-    """Return the layout of a file's names.
+def recognise(name: str, state_dict: StateDict) -> NamingScheme:
+    """Return the naming scheme that a file follows.
 
     Raises:
-        ValueError: it is none, or one that says too little or cannot be expressed.
+        ValueError: it follows none, or one that says too little or cannot be expressed.
     """
-    names = list(bare.tensors)
+    names = list(state_dict.tensors)
     for pattern, why in _REFUSED:
         if any(re.fullmatch(pattern, key) for key in names):
             raise ValueError(f"{name}: its names {why}")
-    for layout in NAMING_SCHEMES:
-        if layout.is_it(names, bare.containers):
-            return layout
+    for scheme in NAMING_SCHEMES:
+        if scheme.matches(names, state_dict.containers):
+            return scheme
     first = ", ".join(sorted(names)[:5])
     raise ValueError(
-        f"{name}: its {len(names)} weights ({first}, …) are named like no layout known here: "
-        + ", ".join([*(layout.name for layout in NAMING_SCHEMES), "Google's .npz"])
+        f"{name}: its {len(names)} weights ({first}, …) follow no naming scheme known here: "
+        + ", ".join([*(scheme.name for scheme in NAMING_SCHEMES), "Google's .npz"])
         + "; of a model that timm has, give it as timm:NAME=FILE"
     )
 
 
-def others_names(word: str, tensors: Mapping[str, Tensor], expected: str) -> str:
-    """Return the error for a file given under a library's name, whose weights are not named as that library's."""
+def foreign_names_error(origin: str, tensors: Mapping[str, Tensor], expected: str) -> str:
+    """Return the message for a file that was given as one library's and whose weights are named as another's."""
     try:
-        whose = f"are those of {recognise(word, StateDict(dict(tensors))).name}; give the file alone, without a name"
+        whose = f"are those of {recognise(origin, StateDict(dict(tensors))).name}; give the file alone, without a name"
     except ValueError:
-        whose = f"({shorten(sorted(tensors), most=3)}) are of no layout known here"
-    return f"{word}: its weights are not named as {expected}: their names {whose}"
+        whose = f"({shorten(sorted(tensors), most=3)}) follow no naming scheme known here"
+    return f"{origin}: its weights are not named as {expected}: their names {whose}"
 
 
-def _completed(weights: dict[str, Tensor], layout: NamingScheme) -> dict[str, Tensor]:
-    """Return weights with the zeros that a layout leaves unsaid: rows of tokens without position, missing biases."""
+def _completed(weights: dict[str, Tensor], scheme: NamingScheme) -> dict[str, Tensor]:
+    """Return weights with zeros for what a scheme has not: position rows of some tokens, biases of projections."""
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
     if (table := weights.get("pos_embed")) is not None and table.ndim == 3:
         prefix = int("cls_token" in weights)
-        if layout.no_row == "registers":
+        if scheme.registers_without_position:
             weights["pos_embed"] = with_zero_rows(table, prefix, registers)
         elif _is_square(table.shape[1]) and not _is_square(table.shape[1] - prefix - registers):
             weights["pos_embed"] = with_zero_rows(table, 0, prefix + registers)
     for key, kernel in list(weights.items()):
-        if key.endswith("attn.proj.weight") and layout.rules is layouts.vit_pytorch:
+        if key.endswith("attn.proj.weight") and scheme.rules is naming.vit_pytorch:
             weights.setdefault(key.replace("weight", "bias"), torch.zeros(len(kernel)))
     return weights
 

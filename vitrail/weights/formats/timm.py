@@ -1,6 +1,6 @@
-"""timm's models: by the name of published weights, as a folder that timm wrote, or a file and the name of its model.
+"""Read timm's models: published weights by name, a folder that timm wrote, or a file with the name of its model.
 
-What a model is, timm itself says: it is built without storage, and its modules are read.
+The architecture is read from the modules of timm's own model, which is built without storage.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from vitrail.data.images.preprocess import INTERPOLATIONS, Preprocess
+from vitrail.lookup import first_line
 from vitrail.models.config import ViTConfig
-from vitrail.weights import naming as layouts
+from vitrail.weights import naming
 from vitrail.weights.file_kinds import is_timm_folder
 from vitrail.weights.finalise import RawModel, finalise, plain_labels, with_zero_rows
-from vitrail.weights.formats.state_dict import others_names
+from vitrail.weights.formats.state_dict import foreign_names_error
 from vitrail.weights.formats.state_dict_files import read_state_dict
-from vitrail.weights.formats.timm_modules import describe
+from vitrail.weights.formats.timm_modules import read_architecture
 from vitrail.weights.hub import snapshot
 from vitrail.weights.imported_model import ImportedModel
 from vitrail.weights.key_mapping import to_ours
@@ -34,89 +35,90 @@ from vitrail.weights.key_mapping import to_ours
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def open_timm(rest: str, described: Mapping[str, Any] | None = None) -> ImportedModel:
-    """Read what stands behind `timm:`: a name of published weights, a folder, NAME=FILE, or hf-hub:OWNER/NAME.
+def open_timm_model(rest: str, description: Mapping[str, Any] | None = None) -> ImportedModel:
+    """Return the model of `timm:REST`, where REST names published weights, a folder, NAME=FILE, or hf-hub:OWNER/NAME.
 
     Raises:
         ValueError: timm has no such model, its weights cannot be had or do not fit, or Vitrail cannot express it.
     """
-    if described:
-        raise ValueError(f"timm:{rest}: timm says all of its models; {', '.join(described)} cannot be given with it")
+    if description:
+        raise ValueError(
+            f"timm:{rest}: timm describes all of its models; {', '.join(description)} cannot be given with it"
+        )
     if Path(rest).is_dir():
-        return open_folder(rest)
+        return open_timm_folder(rest)
     if rest.startswith("hf-hub:"):
         return _from_repository(rest)
     name, equals, file = rest.partition("=")
     return _from_file(name, Path(file)) if equals else _from_hub(name)
 
 
-def open_folder(name: str, word: str = "", notes: tuple[str, ...] = ()) -> ImportedModel:
-    """Read a folder with timm's `config.json` and its weights.
+def open_timm_folder(name: str, origin: str = "", notes: tuple[str, ...] = ()) -> ImportedModel:
+    """Return the model of a folder with timm's `config.json` and weights.
 
     Args:
-        word: how the report calls it, if not by its name.
-        notes: what should be told of it besides.
+        origin: name of the model in the report, if not the folder's.
+        notes: more notes for the report.
 
     Raises:
-        ValueError: it has no such files, or they do not fit each other or Vitrail.
+        ValueError: the folder has no such files, or they do not fit each other or Vitrail.
     """
     folder = Path(name)
     if not is_timm_folder(folder):
         raise ValueError(f"{name}: has no config.json of timm's, which names its architecture")
-    file = next((folder / each for each in WEIGHTS if (folder / each).is_file()), None)
+    file = next((folder / file_name for file_name in WEIGHTS if (folder / file_name).is_file()), None)
     if file is None:
         raise ValueError(f"{name}: has no weights; expected {' or '.join(WEIGHTS)}")
     content = json.loads((folder / "config.json").read_text("utf-8"))
-    refuse_unknown(content["architecture"], f"{name}/config.json: architecture")
+    refuse_unknown_name(content["architecture"], f"{name}/config.json: architecture")
     model = _built(f"local-dir:{folder}", name)
-    return _imported(word or name, model, read_state_dict(file).tensors, exact_size=True, notes=notes)
+    return _imported(origin or name, model, read_state_dict(file).tensors, exact_size=True, notes=notes)
 
 
 def _from_repository(rest: str) -> ImportedModel:
-    """Read a repository of the hub that timm wrote, from huggingface_hub's cache or through the network."""
-    found = snapshot(rest.removeprefix("hf-hub:"), "timm:hf-hub:")
-    return open_folder(str(found.folder), f"timm:hf-hub:{found.name}@{found.commit}", found.notes)
+    """Return the model of a repository on the hub that timm wrote, from huggingface_hub's cache or the network."""
+    files = snapshot(rest.removeprefix("hf-hub:"), "timm:hf-hub:")
+    return open_timm_folder(str(files.folder), f"timm:hf-hub:{files.name}@{files.commit}", files.notes)
 
 
 def _from_file(name: str, file: Path) -> ImportedModel:
-    refuse_unknown(name, "timm:")
-    word = f"timm:{name}={file}"
-    bare = read_state_dict(file)
-    if any("/" in key for key in bare.tensors):
-        raise ValueError(f"{word}: the file has Google's layout; give it alone, without a name of timm's")
-    head = bare.tensors.get("head.weight")
+    refuse_unknown_name(name, "timm:")
+    origin = f"timm:{name}={file}"
+    state_dict = read_state_dict(file)
+    if any("/" in key for key in state_dict.tensors):
+        raise ValueError(f"{origin}: the file has Google's layout; give it alone, without a name of timm's")
+    head = state_dict.tensors.get("head.weight")
     classes = {"num_classes": len(head)} if head is not None and head.ndim == 2 else {}  # it may be fine-tuned
-    return _imported(word, _built(name, word, **classes), bare.tensors, notes=bare.notes)
+    return _imported(origin, _built(name, origin, **classes), state_dict.tensors, notes=state_dict.notes)
 
 
 def _from_hub(name: str) -> ImportedModel:
-    """Read published weights through timm, which keeps them in huggingface_hub's cache."""
-    refuse_unknown(name, "timm:")
-    word = f"timm:{name}"
-    model = _built(name, word)
-    describe(model, word)  # what cannot be expressed is refused before anything is downloaded
+    """Return published weights through timm, which caches them with huggingface_hub."""
+    refuse_unknown_name(name, "timm:")
+    origin = f"timm:{name}"
+    model = _built(name, origin)
+    read_architecture(model, origin)  # what cannot be expressed is refused before anything is downloaded
     if not (model.pretrained_cfg.get("hf_hub_id") or model.pretrained_cfg.get("url")):
-        raise ValueError(f"{word}: timm publishes no weights of this name; one with weights: {_published(name)}")
+        raise ValueError(f"{origin}: timm publishes no weights of this name; one with weights: {_published(name)}")
     try:
         _ask_hub(model.pretrained_cfg.get("hf_hub_id") or "")
         trained: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # network, cache and hub errors come in many classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{word}: its weights could not be had ({reason}); they need the network once, then come from the cache; or "
+            f"{origin}: its weights could not be had ({first_line(error)}); they need the network once, then come from the cache; or "
             f"give a file of them: timm:{name}=FILE"
         ) from None
-    return _imported(word, trained, trained.state_dict())
+    return _imported(origin, trained, trained.state_dict())
 
 
 def _ask_hub(repository: str) -> None:
-    """Raise at once what the hub answers where nothing is in the cache: a download would try again for most of a minute."""
-    cached = (huggingface_hub.try_to_load_from_cache(repository, each) for each in WEIGHTS) if repository else ()
+    """Raise the hub's error at once where nothing is in the cache: a download would retry for most of a minute."""
+    cached = (huggingface_hub.try_to_load_from_cache(repository, name) for name in WEIGHTS) if repository else ()
     if repository and not any(isinstance(path, str) for path in cached):
         huggingface_hub.HfApi().model_info(repository.partition("@")[0], timeout=10)
 
 
-def _built(name: str, word: str, **arguments: Any) -> Any:
+def _built(name: str, origin: str, **arguments: Any) -> Any:
     """Return timm's model without storage.
 
     Raises:
@@ -125,52 +127,51 @@ def _built(name: str, word: str, **arguments: Any) -> Any:
     try:
         with torch.device("meta"):
             return timm.create_model(name, **arguments)
-    except Exception as error:  # wrong arguments in a folder's config.json raise what they meet
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{word}: timm cannot build it ({reason})") from None
+    except Exception as error:  # wrong arguments in a folder's config.json raise errors of any class
+        raise ValueError(f"{origin}: timm cannot build it ({first_line(error)})") from None
 
 
 def _imported(
-    word: str, model: Any, tensors: Mapping[str, Tensor], *, exact_size: bool = False, notes: tuple[str, ...] = ()
+    origin: str, model: Any, tensors: Mapping[str, Tensor], *, exact_size: bool = False, notes: tuple[str, ...] = ()
 ) -> ImportedModel:
-    """Return the weights of a timm model, its preprocessing and labels.
+    """Return a timm model as one of ours: its weights, preprocessing and labels.
 
     Args:
-        exact_size: the preprocessing's size must be the model's, unless the model takes any.
+        exact_size: whether the preprocessing's size must be the model's, unless the model takes any size.
     """
-    described = describe(model, word)
-    config, cfg = described.config, dict(model.pretrained_cfg)
-    preprocess, about = timm_preprocess(cfg, config, word)
-    if exact_size and preprocess.image_size != config.image_size and not described.any_size:
+    timm_model = read_architecture(model, origin)
+    config, cfg = timm_model.config, dict(model.pretrained_cfg)
+    preprocess, preprocess_notes = timm_preprocess(cfg, config, origin)
+    if exact_size and preprocess.image_size != config.image_size and not timm_model.any_size:
         raise ValueError(
-            f"{word}: its config.json does not fit itself: pretrained_cfg.input_size is {preprocess.image_size} px, the model "
+            f"{origin}: its config.json does not fit itself: pretrained_cfg.input_size is {preprocess.image_size} px, the model "
             f"takes {config.image_size} px"
         )
-    labels, said = labels_of(cfg, config.num_classes)
-    weights, unexpected = to_ours(layouts.joined_heads(tensors), described.rules, config, word)
+    labels, label_notes = timm_labels(cfg, config.num_classes)
+    weights, unexpected = to_ours(naming.join_heads(tensors), timm_model.rules, config, origin)
     if not weights:
-        raise ValueError(others_names(word, tensors, "timm's"))
-    weights = _rows(weights, model, config)
-    found = RawModel(word, weights, (), tuple(unexpected), (*notes, *described.notes, *about, *said))
-    return finalise(found, config, preprocess, labels)
+        raise ValueError(foreign_names_error(origin, tensors, "timm's"))
+    weights = _with_all_positions(weights, model, config)
+    notes = (*notes, *timm_model.notes, *preprocess_notes, *label_notes)
+    return finalise(RawModel(origin, weights, (), tuple(unexpected), notes), config, preprocess, labels)
 
 
-def _rows(weights: dict[str, Tensor], model: Any, config: ViTConfig) -> dict[str, Tensor]:
+def _with_all_positions(weights: dict[str, Tensor], model: Any, config: ViTConfig) -> dict[str, Tensor]:
     """Return weights whose position table has a row for every token: zeros where timm adds no position."""
     if config.num_prefix and "pos_embed" in weights and model.no_embed_class:
         weights["pos_embed"] = with_zero_rows(weights["pos_embed"], 0, config.num_prefix)
     return weights
 
 
-def timm_preprocess(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tuple[Preprocess, list[str]]:
+def timm_preprocess(cfg: Mapping[str, Any], config: ViTConfig, origin: str) -> tuple[Preprocess, list[str]]:
     """Return the preprocessing of timm's `create_transform(**resolve_data_config(...))`, and notes.
 
     Raises:
-        ValueError: it cannot be expressed.
+        ValueError: the preprocessing cannot be expressed.
     """
     data = resolve_data_config(pretrained_cfg=dict(cfg))
     channels, height, width = data["input_size"]
-    share, mode, interpolation = data["crop_pct"], data["crop_mode"], data["interpolation"]
+    fraction, mode, interpolation = data["crop_pct"], data["crop_mode"], data["interpolation"]
     problems = []
     if height != width:
         problems.append(f"input_size {height}×{width} is not square")
@@ -180,15 +181,15 @@ def timm_preprocess(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tup
         problems.append(f"interpolation {interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
     if mode not in ("center", "squash"):
         problems.append(f"crop_mode {mode!r} is neither 'center' nor 'squash'")
-    if share > 1:
-        problems.append(f"crop_pct {share} pads images")
+    if fraction > 1:
+        problems.append(f"crop_pct {fraction} pads images")
     if problems:
-        raise ValueError(f"{word}: its preprocessing cannot be expressed: {'; '.join(problems)}")
+        raise ValueError(f"{origin}: its preprocessing cannot be expressed: {'; '.join(problems)}")
     preprocess = Preprocess(
         image_size=height,
         channels=channels,
-        resize="crop" if mode == "center" else "squash" if share == 1 else "squash_crop",
-        crop_fraction=float(share),
+        resize="crop" if mode == "center" else "squash" if fraction == 1 else "squash_crop",
+        crop_fraction=float(fraction),
         interpolation=interpolation,
         mean=tuple(float(value) for value in data["mean"]),
         std=tuple(float(value) for value in data["std"]),
@@ -200,8 +201,8 @@ def timm_preprocess(cfg: Mapping[str, Any], config: ViTConfig, word: str) -> tup
     return preprocess, notes
 
 
-def labels_of(cfg: Mapping[str, Any], count: int) -> tuple[tuple[str, ...], list[str]]:
-    """Return the class names that timm keeps or knows for a number of classes, and a note when they are a guess."""
+def timm_labels(cfg: Mapping[str, Any], count: int) -> tuple[tuple[str, ...], list[str]]:
+    """Return the class names that timm has for a model or assumes from its number of classes, and notes on assumptions."""
     names = cfg.get("label_names")
     if isinstance(names, Mapping):
         names = [names[key] for key in sorted(names, key=int)]
@@ -214,8 +215,8 @@ def labels_of(cfg: Mapping[str, Any], count: int) -> tuple[tuple[str, ...], list
     return plain_labels(count), ["labels are numbers: timm names none"] * bool(count)
 
 
-def refuse_unknown(name: str, where: str) -> None:
-    """Raise a ValueError unless timm has a model, and weights of the tag, by this name."""
+def refuse_unknown_name(name: str, where: str) -> None:
+    """Raise a ValueError unless timm has a model of this name, and weights of its tag."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         family = timm.list_models(f"{architecture.partition('_')[0]}_*")

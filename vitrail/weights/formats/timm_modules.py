@@ -1,4 +1,4 @@
-"""timm's modules, read: which of our architectures a model is, or why none."""
+"""Read the architecture of a timm model from its modules, or say why `ViT` cannot express it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from vitrail.models.config import ViTConfig
-from vitrail.weights import naming as layouts
+from vitrail.weights import naming
 from vitrail.weights.finalise import mlp_ratio
 from vitrail.weights.key_mapping import Rule
 
 
-class Described(NamedTuple):
-    """A timm model as one of ours.
+class TimmArchitecture(NamedTuple):
+    """The architecture of a timm model in our terms.
 
     Attributes:
-        any_size: it takes images of other sizes than its own.
+        config: the architecture.
+        rules: the table of the model's names.
+        any_size: whether the model takes images of other sizes than its own.
+        notes: what was expressed in another way, one line each.
     """
 
     config: ViTConfig
@@ -36,15 +39,15 @@ KINDS = (VisionTransformer, VisionTransformerDistilled, Eva)
 POOLS = {"token": "token", "avg": "mean", "map": "attention"}
 
 
-def describe(model: Any, word: str) -> Described:
+def read_architecture(model: Any, origin: str) -> TimmArchitecture:
     """Return the architecture of a timm model and the table of its names.
 
     Raises:
-        ValueError: Vitrail's ViT does not compute what it computes; every reason is named.
+        ValueError: Vitrail's ViT cannot compute the same; every reason is named.
     """
     if type(model) not in KINDS:
         raise ValueError(
-            f"{word}: is timm's {type(model).__name__}, which is not among what Vitrail's ViT can be: "
+            f"{origin}: is timm's {type(model).__name__}, which is not among what Vitrail's ViT can be: "
             + ", ".join(kind.__name__ for kind in KINDS)
         )
     problems: list[str] = []
@@ -59,16 +62,16 @@ def describe(model: Any, word: str) -> Described:
         "num_classes": model.num_classes,
     }
     if problems:
-        raise ValueError(f"{word}: Vitrail's ViT cannot express it: {'; '.join(problems)}")
+        raise ValueError(f"{origin}: Vitrail's ViT cannot express it: {'; '.join(problems)}")
     notes = ()
     if type(model) is VisionTransformerDistilled:
         notes = ("head: the mean of the two heads as one over both tokens",) if model.num_classes else ()
     any_size = getattr(model, "dynamic_img_size", False)
-    return Described(ViTConfig(**fields), _rules(model), any_size, notes)
+    return TimmArchitecture(ViTConfig(**fields), _rules(model), any_size, notes)
 
 
 def _stem(model: Any, problems: list[str]) -> dict[str, Any]:
-    """Return the encoder, its stride and the image's size."""
+    """Return the fields of the encoder, its stride and the image size."""
     embed: Any = model.patch_embed
     fields = {"embed_dim": model.embed_dim, "in_channels": getattr(model, "in_chans", 3)}
     height, width = embed.img_size
@@ -107,7 +110,7 @@ def _cnn(embed: Any, stride: int, problems: list[str]) -> str:
 
 
 def _attention(model: Any, problems: list[str]) -> dict[str, Any]:
-    """Return heads, biases and norms of the attention."""
+    """Return the fields of the attention: heads, biases, norms, LayerScale."""
     first = model.blocks[0]
     attn, kind = first.attn, type(first.attn).__name__
     allowed = {"Block": "Attention", "EvaBlock": "EvaAttention"}
@@ -135,7 +138,7 @@ def _attention(model: Any, problems: list[str]) -> dict[str, Any]:
 
 
 def _scale(block: Any, branch: str) -> float | None:
-    """Return the initial LayerScale of a branch, None without one."""
+    """Return the initial LayerScale of a branch, or None where it has none."""
     if hasattr(block, "gamma_1"):
         return None if getattr(block, f"gamma_{branch}") is None else float(block.init_values)
     scale = getattr(block, f"ls{branch}")
@@ -143,7 +146,7 @@ def _scale(block: Any, branch: str) -> float | None:
 
 
 def _mlp(model: Any, problems: list[str]) -> dict[str, Any]:
-    """Return a block's MLP and its width."""
+    """Return the fields of a block's MLP."""
     mlp = model.blocks[0].mlp
     name = _mlp_name(mlp)
     if name is None:
@@ -161,14 +164,14 @@ def _mlp_name(mlp: Any) -> str | None:
 
 
 def _activation(act: nn.Module) -> str | None:
-    """Return our name of an activation: timm has its own classes beside PyTorch's."""
+    """Return our name of an activation, which may be of timm's own classes or of PyTorch's."""
     if type(act).__name__ == "GELU":
         return "gelu_tanh" if getattr(act, "approximate", "none") == "tanh" else "gelu"
     return {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu"}.get(type(act).__name__)
 
 
 def _tokens(model: Any, problems: list[str]) -> dict[str, Any]:
-    """Return prefix tokens and positions."""
+    """Return the fields of prefix tokens and positions."""
     registers = [token for token in (model.reg_token, getattr(model, "dist_token", None)) if token is not None]
     if len(registers) > 1:
         problems.append("it has registers and a distillation token")
@@ -194,7 +197,7 @@ def _tokens(model: Any, problems: list[str]) -> dict[str, Any]:
 
 
 def _pooling(model: Any, problems: list[str]) -> dict[str, Any]:
-    """Return the decoder; timm pools before or after its last norm."""
+    """Return the fields of the decoder; timm pools before or after its last norm."""
     if type(model) is VisionTransformerDistilled:
         return {"decoder": "token_pair"}
     pool, before, after = model.global_pool, not isinstance(model.norm, nn.Identity), _has_fc_norm(model)
@@ -228,7 +231,7 @@ def _is_our_pool(model: Any) -> bool:
 
 
 def _epsilon(model: Any, problems: list[str]) -> float:
-    """Return the epsilon of a model's norms, a CNN's own left aside."""
+    """Return the epsilon of a model's norms, without those of a CNN."""
     norms = [
         module
         for name, module in model.named_modules()
@@ -244,13 +247,13 @@ def _epsilon(model: Any, problems: list[str]) -> float:
 def _rules(model: Any) -> tuple[Rule, ...]:
     """Return the table of a model's names."""
     if type(model) is VisionTransformerDistilled:
-        return layouts.TIMM
+        return naming.TIMM
     mlp = model.blocks[0].mlp
-    rules = layouts.EVA if isinstance(model, Eva) else layouts.TIMM_REGISTERS
+    rules = naming.EVA if isinstance(model, Eva) else naming.TIMM_REGISTERS
     if isinstance(mlp, SwiGLU):
-        rules = (*layouts.SPLIT_GATE, *rules)
+        rules = (*naming.SPLIT_GATE, *rules)
     elif isinstance(mlp, GluMlp) and mlp.gate_last:
-        rules = (layouts.GATE_LAST, *rules)
+        rules = (naming.GATE_LAST, *rules)
     if model.global_pool == "token" and _has_fc_norm(model):
-        rules = (layouts.TOKEN_NORM, *rules)
+        rules = (naming.TOKEN_NORM, *rules)
     return rules

@@ -1,4 +1,4 @@
-"""A folder that timm reads: `timm.create_model("local-dir:FOLDER", pretrained=True)` gives our logits."""
+"""Write a model as a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens, with our logits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vitrail.models.config import ViTConfig
 from vitrail.models.positions import sincos2d
 from vitrail.tensor_files import save_tensors
 from vitrail.weights.finalise import mlp_ratio
-from vitrail.weights.formats.timm_modules import describe
+from vitrail.weights.formats.timm_modules import read_architecture
 from vitrail.weights.key_mapping import to_theirs
 from vitrail.weights.model_file import ModelHeader
 from vitrail.weights.naming import split_heads
 
-# Names of timm's registry whose arguments can be anything else: what they fix is why they were taken.
+# Names in timm's registry; each was chosen for what its arguments cannot change.
 _PLAIN = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}  # by layer-norm epsilon
 _SWIGLU = "vit_giant_patch14_dinov2"
 _DISTILLED = "deit_base_distilled_patch16_224"
@@ -32,17 +32,17 @@ _HYBRIDS = {("r50", 16): "vit_base_r50_s16_224", ("r50", 32): "vit_large_r50_s32
 
 
 def write_timm(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path) -> list[str]:
-    """Write a model as timm's `config.json` and `model.safetensors`; returns what could not go with it.
+    """Write a model as timm's `config.json` and `model.safetensors`; return notes on what had to be left out.
 
     Raises:
-        ValueError: timm cannot express the model, and the message says what of it; nothing is written.
+        ValueError: timm cannot express the model; the message gives every reason, and nothing is written.
     """
     config = header.architecture
     refuse_inexpressible(header, weights)
     name, arguments = timm_arguments(config)
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=config.num_classes, **arguments)
-    theirs, unknown = to_theirs(_filled(weights, config), describe(model, name).rules, config)
+    theirs, unknown = to_theirs(_with_timm_weights(weights, config), read_architecture(model, name).rules, config)
     theirs = split_heads(theirs) if config.decoder == "token_pair" else theirs
     shapes = {key: tensor.shape for key, tensor in theirs.items()}
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
@@ -66,7 +66,7 @@ def write_timm(header: ModelHeader, weights: Mapping[str, Tensor], folder: Path)
 
 
 def refuse_inexpressible(header: ModelHeader, weights: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError that names everything of a model that timm does not have."""
+    """Raise a ValueError that names every feature of a model that timm does not have, if there are any."""
     config = header.architecture
     name = None if "local" in config.attention else _name(config)
     has_key_bias = any(
@@ -95,7 +95,7 @@ def refuse_inexpressible(header: ModelHeader, weights: Mapping[str, Tensor]) -> 
 
 
 def timm_arguments(config: ViTConfig) -> tuple[str, dict[str, Any]]:
-    """Return the name of timm's registry and the arguments that make it this architecture."""
+    """Return the name in timm's registry, and the arguments that make it this architecture."""
     name = _name(config)
     pool = {"mean": "avg", "attention": "map"}.get(config.decoder, "token")
     is_rope, width = config.positions == "rope2d", 2 if name == _SWIGLU else 1
@@ -130,7 +130,7 @@ def timm_arguments(config: ViTConfig) -> tuple[str, dict[str, Any]]:
 
 
 def pretrained_cfg(preprocess: Preprocess, config: ViTConfig) -> dict[str, Any]:
-    """Return what timm keeps of a model's images."""
+    """Return timm's `pretrained_cfg`: the preprocessing, the number of classes, and the names of first and last layer."""
     return {
         "input_size": [preprocess.channels, preprocess.image_size, preprocess.image_size],
         "fixed_input_size": preprocess.image_size == config.image_size,
@@ -161,7 +161,7 @@ def _epsilon(name: str) -> float:
 
 
 def _takes_mlp(config: ViTConfig) -> bool:
-    """Whether the registry's model can have this MLP: timm's SwiGLU is no argument that a JSON file can hold."""
+    """Whether the registry's model can have this MLP; timm's SwiGLU is a class, which no JSON file can name."""
     name = _name(config)
     if "dinov3" in name:
         # The gated form rounds its width up to a multiple of 8.
@@ -169,8 +169,8 @@ def _takes_mlp(config: ViTConfig) -> bool:
     return config.mlp != "swiglu" or name == _SWIGLU
 
 
-def _filled(weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """Return weights with what timm's model has beyond ours: LayerScale of ones, a table for computed positions."""
+def _with_timm_weights(weights: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """Return weights with those that only timm's model has: LayerScale of ones, a table for computed positions."""
     out = dict(weights)
     if not config.layer_scale and ("dinov3" in _name(config) or _name(config) == _SWIGLU):
         out |= {

@@ -15,10 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vitrail.data.datasets.webdataset.stores import FsspecStore, Refused, Remote, Store, store_of
-from vitrail.data.problems import first_line
 from vitrail.data.progress import Advance
 from vitrail.files import cache_folder
-from vitrail.lookup import shorten
+from vitrail.lookup import first_line, shorten
 
 TRIES = 6  # in a row without progress
 PAUSE_S = 0.5  # after the first failure; each further pause is twice as long

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import vitrail
-from vitrail.data.problems import first_line
 from vitrail.files import cache_folder
+from vitrail.lookup import first_line
 
 TIMEOUT_S = 30
 BLOCK_BYTES = 8 << 20  # of one request where a store is read by ranges

@@ -1,4 +1,4 @@
-"""Bare weights files: the layout is recognised, the architecture read from shapes, and what is assumed is said."""
+"""Weights files without a header: the naming scheme is recognised, the architecture inferred, and each assumption reported."""
 
 import argparse
 import io
@@ -22,8 +22,8 @@ from vit_pytorch.simple_vit import SimpleViT
 
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights import naming as layouts
-from vitrail.weights.formats.state_dict_files import read_pickle
+from vitrail.tensor_files import load_pickle
+from vitrail.weights import naming
 from vitrail.weights.key_mapping import to_ours, to_theirs
 from vitrail.weights.resolve import open_weights
 
@@ -133,8 +133,14 @@ def test_timms_names_without_a_name(tmp_path, photographs, suffix):
     save_file(state(model), file) if suffix == "safetensors" else torch.save({"state_dict": state(model)}, file)
     with pytest.raises(ValueError, match=r"do not tell mean, std; .*--to vitrail --describe mean=0.5 std=0.5"):
         open_weights(file)
-    said = {"mean": (0.5,), "std": (0.5,), "resize": "squash", "interpolation": "bilinear", "labels": tuple("abcde")}
-    imported = open_weights(file, said)
+    description = {
+        "mean": (0.5,),
+        "std": (0.5,),
+        "resize": "squash",
+        "interpolation": "bilinear",
+        "labels": tuple("abcde"),
+    }
+    imported = open_weights(file, description)
     assert imported.header.labels == tuple("abcde")
     assert_same_logits(imported, model, HALF, photographs)
 
@@ -144,8 +150,8 @@ def test_vit_pytorch(tmp_path, photographs, kind):
     shape = {**LUCID, "heads": 2}
     model = redrawn(SimpleViT(**shape) if kind == "simple" else LucidViT(**shape, pool=kind))
     save_file(state(model), tmp_path / "a.safetensors")
-    said = {"mean": 0.5, "std": 0.5, **({"image_size": 32} if kind == "simple" else {})}
-    imported = open_weights(tmp_path / "a.safetensors", said)
+    description = {"mean": 0.5, "std": 0.5, **({"image_size": 32} if kind == "simple" else {})}
+    imported = open_weights(tmp_path / "a.safetensors", description)
     assert "num_heads 2 assumed: heads of 64" in imported.report.notes
     assert imported.header.architecture.head_dim == 64
     assert_same_logits(imported, model, HALF, photographs)
@@ -171,7 +177,7 @@ def test_vit_pytorch_tables_in_both_directions_are_bit_equal(kind):
         before = {name: tensor for name, tensor in before.items() if not re.match(r"to_patch_embedding\.[13]", name)}
         before = renamed(before, (r"to_patch_embedding\.2", "to_patch_embedding.1"))
         before |= {name: before[name][None] for name in ("cls_token", "pos_embedding")}
-    rules = layouts.vit_pytorch(before)
+    rules = naming.vit_pytorch(before)
     ours, unknown = to_ours(before, rules, ViTConfig())
     after, lost = to_theirs(ours, rules, ViTConfig())
     assert not unknown + lost
@@ -221,7 +227,7 @@ def test_torchs_attention(tmp_path, photographs):
 
 @pytest.mark.parametrize("name", ["TORCH_ATTENTION", "DINOV2", "DEIT3"])
 def test_other_tables_in_both_directions_are_bit_equal(name):
-    rules = getattr(layouts, name)
+    rules = getattr(naming, name)
     registers = {"num_registers": 2} if name == "DINOV2" else {}
     scale = {} if name == "TORCH_ATTENTION" else {"layer_scale": 0.1}
     config = ViTConfig(32, 8, embed_dim=48, num_heads=3, depth=2, num_classes=5, **registers, **scale)
@@ -244,10 +250,10 @@ def test_other_tables_in_both_directions_are_bit_equal(name):
         (["embeddings.patch_embeddings.weight"], "give its folder"),
         (["visual.class_embedding", "visual.conv1.weight"], "are those of CLIP, which normalises tokens"),
         (["blocks.0.attn.q_bias", "blocks.0.attn.qkv.weight"], "BEiT or EVA.*timm:NAME=FILE"),
-        (["conv1.weight", "layer1.0.bn1.weight"], "named like no layout known here: torchvision's.*Google's .npz"),
+        (["conv1.weight", "layer1.0.bn1.weight"], "follow no naming scheme known here: torchvision's.*Google's .npz"),
     ],
 )
-def test_names_that_are_no_layout(tmp_path, names, expected):
+def test_names_of_no_known_scheme(tmp_path, names, expected):
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=expected):
         open_weights(tmp_path / "a.safetensors")
@@ -255,7 +261,7 @@ def test_names_that_are_no_layout(tmp_path, names, expected):
 
 def test_a_description_that_cannot_be(tmp_path):
     torch.save({"model": state(VisionTransformer(**SHAPE))}, tmp_path / "a.pth")
-    for said, expected in [
+    for description, expected in [
         ({}, "do not tell num_heads; .*--to vitrail --describe num_heads=N"),
         ({"num_heads": 5}, "num_heads 5 does not divide"),
         ({"num_heads": 3, "embed_dim": 64}, r"contradict what was described: embed_dim 64 \(its weights have 48\)"),
@@ -264,7 +270,7 @@ def test_a_description_that_cannot_be(tmp_path):
         ({"num_heads": 3, "decoder": "mean"}, "missing: fc_norm"),
     ]:
         with pytest.raises(ValueError, match=expected):
-            open_weights(tmp_path / "a.pth", said)
+            open_weights(tmp_path / "a.pth", description)
 
 
 class Bomb:
@@ -329,15 +335,22 @@ def test_a_container_in_itself_is_no_endless_search(tmp_path):
 def test_without_a_table_positions_must_be_described(tmp_path, photographs):
     model = redrawn(VisionTransformer(**SHAPE, pos_embed="none"))
     save_file(state(model), tmp_path / "a.safetensors")
-    said = {"num_heads": 3, "mean": 0.5, "std": 0.5, "resize": "squash", "interpolation": "bilinear", "image_size": 32}
+    description = {
+        "num_heads": 3,
+        "mean": 0.5,
+        "std": 0.5,
+        "resize": "squash",
+        "interpolation": "bilinear",
+        "image_size": 32,
+    }
     with pytest.raises(ValueError, match=r"do not tell positions \(there is no table.*sincos2d or rope2d\); .*=KIND"):
-        open_weights(tmp_path / "a.safetensors", said)
+        open_weights(tmp_path / "a.safetensors", description)
     assert_same_logits(
-        open_weights(tmp_path / "a.safetensors", {**said, "positions": "none"}), model, HALF, photographs
+        open_weights(tmp_path / "a.safetensors", {**description, "positions": "none"}), model, HALF, photographs
     )
     save_file(state(SimpleViT(**LUCID, heads=2)), tmp_path / "b.safetensors")
     notes = open_weights(tmp_path / "b.safetensors", {"mean": 0.5, "std": 0.5, "image_size": 32}).report.notes
-    assert "positions sincos2d assumed, as this layout's own code has it" in notes
+    assert "positions sincos2d assumed, as the code of this naming scheme has it" in notes
 
 
 def test_chunks_of_blocks_with_the_same_number_are_an_error(tmp_path):
@@ -360,9 +373,9 @@ def test_blocks_must_count_from_0(tmp_path, number):
 def test_many_names_that_do_not_fit_are_a_short_error(tmp_path):
     extra = {f"blocks.{i}.norm1.weight": torch.ones(48) for i in range(3000)}
     save_file({**extra, **state(VisionTransformer(**SHAPE))}, tmp_path / "a.safetensors")
-    said = {"num_heads": 3, "mean": 0.5, "std": 0.5}
+    description = {"num_heads": 3, "mean": 0.5, "std": 0.5}
     with pytest.raises(ValueError, match=r"missing: blocks\.10\..* and \d+ more") as caught:
-        open_weights(tmp_path / "a.safetensors", said)
+        open_weights(tmp_path / "a.safetensors", description)
     assert len(str(caught.value)) < 2000
 
 
@@ -379,15 +392,15 @@ def test_an_array_larger_than_any_memory_is_one_error(tmp_path):
 def test_a_changed_or_cut_pickle_is_always_a_short_error(tmp_path, zipped):
     tensors = {"vit.layernorm.weight": torch.ones(24), "vit.layernorm.bias": torch.ones(24)}
     torch.save(tensors, tmp_path / "a.bin", _use_new_zipfile_serialization=zipped)
-    whole, random, told = (tmp_path / "a.bin").read_bytes(), np.random.default_rng(0), []
+    whole, random, messages = (tmp_path / "a.bin").read_bytes(), np.random.default_rng(0), []
     for number in range(100):
         changed = bytearray(whole)
-        for place in random.integers(0, len(whole), 5):
-            changed[place] = random.integers(256)
+        for position in random.integers(0, len(whole), 5):
+            changed[position] = random.integers(256)
         (tmp_path / "b.bin").write_bytes(bytes(changed) if number % 2 else whole[: random.integers(len(whole))])
         try:
-            read_pickle(tmp_path / "b.bin")  # changed values of tensors are no error
+            load_pickle(tmp_path / "b.bin")  # changed values of tensors are no error
         except ValueError as error:
-            told.append(str(error).replace(str(tmp_path), ""))
-    assert len(told) > 50
-    assert max(map(len, told)) < 400
+            messages.append(str(error).replace(str(tmp_path), ""))
+    assert len(messages) > 50
+    assert max(map(len, messages)) < 400

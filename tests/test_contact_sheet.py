@@ -1,4 +1,4 @@
-"""The contact sheet of `vitrail check --show-augmentation`: what training sees, and nothing else."""
+"""The contact sheet of `vitrail check --show-augmentation`: it shows exactly what training sees."""
 
 from __future__ import annotations
 
@@ -43,26 +43,26 @@ def prepared(root: Path, augment: AugmentConfig):
 def test_the_sheet_shows_what_training_shows(make_folder, tmp_path):
     """Pixel for pixel the batches of a training with batches of six, mixed pairs over the end of an epoch included."""
     checked, data, config = prepared(make_folder(tmp_path / "data", count=9), ALL)
-    part = data.splits.indices["train"]
-    assert len(part) % 2 == 1
-    stream = TrainLoader(data.reader, part, batch_size=6, seed=3, augment=config.augment, device=torch.device("cpu"))
+    indices = data.splits.indices["train"]
+    assert len(indices) % 2 == 1
+    loader = TrainLoader(data.reader, indices, batch_size=6, seed=3, augment=config.augment, device=torch.device("cpu"))
     seen: dict[tuple[int, int], torch.Tensor] = {}
-    for step, batch in enumerate(stream.batches(0, -(-3 * len(part) // 6))):
-        for place, image in enumerate(batch.images):
-            seen[(step * 6 + place) // len(part), int(batch.indices[place])] = image
+    for step, batch in enumerate(loader.batches(0, -(-3 * len(indices) // 6))):
+        for position, image in enumerate(batch.images):
+            seen[(step * 6 + position) // len(indices), int(batch.indices[position])] = image
     for epoch in range(3):
-        for place, view in enumerate(views(checked, data, config, list(range(len(part))), epoch)):
-            wanted = (seen[epoch, int(part[place])] / 2 + 0.5).clamp(0, 1) * 255
+        for position, view in enumerate(views(checked, data, config, list(range(len(indices))), epoch)):
+            wanted = (seen[epoch, int(indices[position])] / 2 + 0.5).clamp(0, 1) * 255
             assert np.abs(view.pixels - wanted.numpy()).max() <= 0.51
 
 
-def test_captions_say_what_was_drawn(make_folder, tmp_path):
+def test_captions_name_the_random_changes(make_folder, tmp_path):
     checked, data, config = prepared(make_folder(tmp_path / "data", count=9), ALL)
-    words = " ".join(
+    captions = " ".join(
         " ".join(view.lines) for epoch in range(4) for view in views(checked, data, config, [0, 1, 2], epoch)
     )
     for word in ("crop ", "mirrored", "turned ", "light ×", "erased", "with "):
-        assert word in words
+        assert word in captions
     plain = replace(config, augment=AugmentConfig())
     assert [view.lines for view in views(checked, data, plain, [0], 0)] == [()]
 
@@ -83,30 +83,30 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def test_check_writes_the_sheet(make_folder, tmp_path, capsys):
-    data, place = make_folder(tmp_path / "data", count=6), tmp_path / "sheet.png"
-    words = ["check", str(data), "--show-augmentation", "--out-sheet", str(place)]
-    assert vitrail([*words, "--augment.policy", "trivialaugment"]) == 0
-    assert f"what training would see: {place}" in " ".join(capsys.readouterr().out.split())
-    first = pixels_of(place)
+    data, file = make_folder(tmp_path / "data", count=6), tmp_path / "sheet.png"
+    arguments = ["check", str(data), "--show-augmentation", "--out-sheet", str(file)]
+    assert vitrail([*arguments, "--augment.policy", "trivialaugment"]) == 0
+    assert f"what training would see: {file}" in " ".join(capsys.readouterr().out.split())
+    first = pixels_of(file)
     assert first.shape[1] > 1000
     unchanged = first[:, 24 : 24 + 144]
     assert (unchanged != 255).any(axis=2).mean() > 0.3
-    assert vitrail(words) == 0
-    second = pixels_of(place)
+    assert vitrail(arguments) == 0
+    second = pixels_of(file)
     assert not np.array_equal(first, second)
 
 
 def test_the_sheet_of_an_earlier_runs_settings(tiny_run, tmp_path):
     run, data = tiny_run
-    place = tmp_path / "sheet.png"
+    file = tmp_path / "sheet.png"
     recipe = str(run / "config.json")
-    assert vitrail(["check", str(data), "--show-augmentation", "--out-sheet", str(place), "--recipe", recipe]) == 0
-    with Image.open(place) as sheet:
+    assert vitrail(["check", str(data), "--show-augmentation", "--out-sheet", str(file), "--recipe", recipe]) == 0
+    with Image.open(file) as sheet:
         assert sheet.size[0] > 1000
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--augment.flip", "0.5"], "--augment.flip 0.5 is for the contact sheet; add --show-augmentation"),
         (["--recipe", "auto"], "--recipe auto is for the contact sheet"),
@@ -120,9 +120,11 @@ def test_the_sheet_of_an_earlier_runs_settings(tiny_run, tmp_path):
         (["--show-augmentation", "--augment.policy", "rand"], "unknown augment.policy 'rand'; did you mean"),
     ],
 )
-def test_settings_that_the_sheet_cannot_heed_are_refused(words, message, make_folder, tmp_path, capsys, monkeypatch):
+def test_settings_without_effect_on_the_sheet_are_refused(
+    arguments, message, make_folder, tmp_path, capsys, monkeypatch
+):
     data = make_folder(tmp_path / "data", count=6)
     monkeypatch.chdir(tmp_path)
-    assert vitrail(["check", str(data), *words]) == 1
+    assert vitrail(["check", str(data), *arguments]) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "augmentation.png").exists()

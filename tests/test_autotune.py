@@ -1,4 +1,4 @@
-"""The choice among attention kernels: measured, kept, obeyed, and the same when a run goes on."""
+"""The choice among attention kernels: measured, cached, obeyed, and the same when a run is resumed."""
 
 import dataclasses
 import json
@@ -16,9 +16,9 @@ from vitrail import ViT
 from vitrail.api import train
 from vitrail.config import RunConfig
 from vitrail.files import replacing
-from vitrail.kernels import autotune as choosing
-from vitrail.kernels.autotune import cache_file, choose_kernels, fastest, machine_key, measure, timings
-from vitrail.kernels.registry import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidates, default_kernel
+from vitrail.kernels import autotune
+from vitrail.kernels.autotune import cache_file, fastest_kernels, fastest_of, machine_key, measure, timings
+from vitrail.kernels.registry import GLOBAL_KERNELS, LOCAL_KERNELS, Case, Kernels, candidate_kernels, default_kernel
 from vitrail.models.config import ViTConfig
 from vitrail.models.kernel_choice import attention_cases, training_cases
 from vitrail.models.variants import variant_config
@@ -33,7 +33,7 @@ def test_a_measurement_names_every_candidate_and_takes_well_under_a_second():
         before, started = torch.get_num_threads(), time.process_time()
         taken = measure(case)
         assert time.process_time() - started < 3, "of all threads"
-        assert list(taken) == candidates(case)
+        assert list(taken) == candidate_kernels(case)
         assert next(iter(taken)) == default_kernel(case)
         assert all(0 < ms < 1000 for ms in taken.values())
         assert torch.get_num_threads() == before
@@ -48,9 +48,9 @@ def test_measuring_draws_no_random_numbers_of_the_run():
 
 
 def test_the_rule_stays_unless_another_is_clearly_faster():
-    assert fastest({"fused": 1.0, "matmul": 0.9}) == "fused"
-    assert fastest({"fused": 1.0, "matmul": 0.7}) == "matmul"
-    assert fastest({"matmul": 1.0, "fused": 1.5, "tiles": 0.5}) == "tiles"
+    assert fastest_of({"fused": 1.0, "matmul": 0.9}) == "fused"
+    assert fastest_of({"fused": 1.0, "matmul": 0.7}) == "matmul"
+    assert fastest_of({"matmul": 1.0, "fused": 1.5, "tiles": 0.5}) == "tiles"
 
 
 def test_rules():
@@ -63,18 +63,18 @@ def test_rules():
     assert default_kernel(big) == "tiles"
     assert default_kernel(big._replace(device="cuda")) != "tiles"
     huge = big._replace(tokens=12545, grid=(112, 112), window=67)
-    assert candidates(huge) == ["tiles"], "N×N masks would fill the memory"
-    assert candidates(huge._replace(device="cuda")) == ["fused"], "scores of all halos are more than the mask"
-    assert candidates(big._replace(tokens=3137, grid=(56, 56))) == ["tiles"]
+    assert candidate_kernels(huge) == ["tiles"], "N×N masks would fill the memory"
+    assert candidate_kernels(huge._replace(device="cuda")) == ["fused"], "scores of all halos are more than the mask"
+    assert candidate_kernels(big._replace(tokens=3137, grid=(56, 56))) == ["tiles"]
 
 
 def test_what_was_measured_is_kept_and_read(tmp_path, monkeypatch):
     cache = tmp_path / "deep" / "kernels.json"
     taken = timings(SMALL, cache)
     assert json.loads(cache.read_text()) == {machine_key(): {SMALL.key: taken}}
-    monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured again"))
+    monkeypatch.setattr(autotune, "measure", lambda case: pytest.fail("measured again"))
     assert timings(SMALL, cache) == taken
-    assert choose_kernels([SMALL], cache=cache).chosen == {SMALL.key: fastest(taken)}
+    assert fastest_kernels([SMALL], cache=cache).chosen == {SMALL.key: fastest_of(taken)}
     with pytest.raises(pytest.fail.Exception):
         timings(SMALL, cache, fresh=True)
 
@@ -83,25 +83,25 @@ def test_what_was_measured_is_kept_and_read(tmp_path, monkeypatch):
 def test_a_broken_cache_is_measured_anew(tmp_path, monkeypatch, content):
     cache = tmp_path / "kernels.json"
     cache.write_bytes(content.replace(b'"a"', json.dumps(machine_key()).encode()))
-    monkeypatch.setattr(choosing, "measure", lambda case: dict.fromkeys(candidates(case), 1.0))
+    monkeypatch.setattr(autotune, "measure", lambda case: dict.fromkeys(candidate_kernels(case), 1.0))
     assert set(timings(SMALL, cache)) == {"fused", "matmul"}
     assert json.loads(cache.read_text())[machine_key()][SMALL.key] == {"fused": 1.0, "matmul": 1.0}
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
-    assert choose_kernels([SMALL], cache=tmp_path / "file" / "kernels.json").chosen == {SMALL.key: "matmul"}
-    assert choose_kernels([SMALL], cache=None).chosen == {SMALL.key: "matmul"}
+    monkeypatch.setattr(autotune, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
+    assert fastest_kernels([SMALL], cache=tmp_path / "file" / "kernels.json").chosen == {SMALL.key: "matmul"}
+    assert fastest_kernels([SMALL], cache=None).chosen == {SMALL.key: "matmul"}
 
 
 def test_another_version_of_torch_is_another_machine(tmp_path, monkeypatch):
     cache = tmp_path / "kernels.json"
-    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
+    monkeypatch.setattr(autotune, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
     timings(SMALL, cache)
-    monkeypatch.setattr(choosing, "machine_key", lambda: "elsewhere")
-    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 1.0, "matmul": 2.0})
-    assert choose_kernels([SMALL], cache=cache).chosen == {SMALL.key: "fused"}
+    monkeypatch.setattr(autotune, "machine_key", lambda: "elsewhere")
+    monkeypatch.setattr(autotune, "measure", lambda case: {"fused": 1.0, "matmul": 2.0})
+    assert fastest_kernels([SMALL], cache=cache).chosen == {SMALL.key: "fused"}
     assert len(json.loads(cache.read_text())) == 2
 
 
@@ -114,17 +114,17 @@ def test_another_version_of_torch_is_another_machine(tmp_path, monkeypatch):
 def test_an_odd_entry_of_the_cache_counts_as_none(tmp_path, monkeypatch, entry, measuring):
     cache = tmp_path / "kernels.json"
     cache.write_text(json.dumps({machine_key(): {SMALL.key: entry}}))
-    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
+    monkeypatch.setattr(autotune, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
     expected = {SMALL.key: "matmul"} if measuring else {}
-    assert choose_kernels([SMALL], cache=cache, measuring=measuring).chosen == expected
+    assert fastest_kernels([SMALL], cache=cache, measuring=measuring).chosen == expected
     assert timings(SMALL, cache) == {"fused": 2.0, "matmul": 1.0}
 
 
-def test_kernels_of_the_cache_that_are_no_candidates_are_passed_over(tmp_path, monkeypatch):
-    cache, kept = tmp_path / "kernels.json", {"gone": 0.1, "triton": 0.1, "matmul": 1.0, "tiles": 3.0, "fused": 2.0}
-    cache.write_text(json.dumps({machine_key(): {LOCAL.key: kept}}))
-    monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured"))
-    assert choose_kernels([LOCAL], cache=cache).chosen == {LOCAL.key: "matmul"}
+def test_cached_kernels_that_are_no_candidates_are_ignored(tmp_path, monkeypatch):
+    cache, cached = tmp_path / "kernels.json", {"gone": 0.1, "triton": 0.1, "matmul": 1.0, "tiles": 3.0, "fused": 2.0}
+    cache.write_text(json.dumps({machine_key(): {LOCAL.key: cached}}))
+    monkeypatch.setattr(autotune, "measure", lambda case: pytest.fail("measured"))
+    assert fastest_kernels([LOCAL], cache=cache).chosen == {LOCAL.key: "matmul"}
     assert list(timings(LOCAL, cache).items()) == [("fused", 2.0), ("matmul", 1.0), ("tiles", 3.0)]
 
 
@@ -142,7 +142,7 @@ def test_kernels_of_the_cache_that_are_no_candidates_are_passed_over(tmp_path, m
 )
 def test_choices_of_a_run_that_are_no_kernels_are_refused(known, says):
     with pytest.raises(ValueError, match=says):
-        choose_kernels([SMALL, LOCAL], cache=None, known=known)
+        fastest_kernels([SMALL, LOCAL], cache=None, known=known)
 
 
 WRITES = """
@@ -179,26 +179,26 @@ def test_two_writes_of_one_file_at_once_take_different_drafts(tmp_path):
 
 def test_what_was_measured_of_older_kernels_does_not_count(tmp_path, monkeypatch):
     cache = tmp_path / "kernels.json"
-    monkeypatch.setattr(choosing, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
-    choose_kernels([SMALL], cache=cache)
-    monkeypatch.setattr(choosing, "_REVISION", choosing._REVISION + 1)
-    assert choose_kernels([SMALL], cache=cache, measuring=False).chosen == {}
+    monkeypatch.setattr(autotune, "measure", lambda case: {"fused": 2.0, "matmul": 1.0})
+    fastest_kernels([SMALL], cache=cache)
+    monkeypatch.setattr(autotune, "_REVISION", autotune._REVISION + 1)
+    assert fastest_kernels([SMALL], cache=cache, measuring=False).chosen == {}
 
 
-def test_known_choices_are_kept_to_and_wishes_obeyed(monkeypatch):
-    monkeypatch.setattr(choosing, "measure", lambda case: pytest.fail("measured"))
-    assert choose_kernels([SMALL], cache=None, known={SMALL.key: "matmul"}).chosen == {SMALL.key: "matmul"}
-    assert choose_kernels([SMALL], cache=None, measuring=False).chosen == {}
-    wish = choose_kernels([SMALL, LOCAL], cache=None, global_attention="matmul", local_attention="tiles")
-    assert (wish.global_attention, wish.local_attention) == ("matmul", "tiles")
+def test_known_choices_are_used_again_and_named_kernels_obeyed(monkeypatch):
+    monkeypatch.setattr(autotune, "measure", lambda case: pytest.fail("measured"))
+    assert fastest_kernels([SMALL], cache=None, known={SMALL.key: "matmul"}).chosen == {SMALL.key: "matmul"}
+    assert fastest_kernels([SMALL], cache=None, measuring=False).chosen == {}
+    named = fastest_kernels([SMALL, LOCAL], cache=None, global_attention="matmul", local_attention="tiles")
+    assert (named.global_attention, named.local_attention) == ("matmul", "tiles")
     with pytest.raises(ValueError, match="kernels.local_attention 'tiles' has no effect: .* no local attention"):
-        choose_kernels([SMALL], cache=None, local_attention="tiles")
+        fastest_kernels([SMALL], cache=None, local_attention="tiles")
     with pytest.raises(ValueError, match="kernels.global_attention 'matmul' has no effect"):
-        choose_kernels([LOCAL], cache=None, global_attention="matmul")
+        fastest_kernels([LOCAL], cache=None, global_attention="matmul")
     with pytest.raises(ValueError, match="'triton', which cannot compute cpu .* auto, tiles, plain, fused, matmul$"):
-        choose_kernels([LOCAL], cache=None, local_attention="triton")
+        fastest_kernels([LOCAL], cache=None, local_attention="triton")
     with pytest.raises(ValueError, match=r"kernels.local_attention is 'tiles', which cannot compute cuda float32"):
-        choose_kernels([LOCAL._replace(device="cuda")], cache=None, local_attention="tiles")
+        fastest_kernels([LOCAL._replace(device="cuda")], cache=None, local_attention="tiles")
 
 
 def test_a_model_uses_what_was_chosen(monkeypatch):
@@ -254,7 +254,7 @@ def test_a_run_keeps_its_choice_when_it_goes_on(tmp_path, make_folder, tiny, mon
     """Resume is exact although the machine would choose otherwise by then."""
     data = make_folder(tmp_path / "shapes")
     settings = {**tiny, "epochs": 3.0, "model.attention": "local", "model.window": 3, "model.patch_size": 2}
-    monkeypatch.setattr(choosing, "measure", lambda case: _slower(case, "fused"))
+    monkeypatch.setattr(autotune, "measure", lambda case: _slower(case, "fused"))
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "one"))
     whole = train(data, out=tmp_path / "whole", **settings)
     chosen = open_run(whole.folder)[0].info()["kernels"]
@@ -276,7 +276,7 @@ def test_a_run_keeps_its_choice_when_it_goes_on(tmp_path, make_folder, tiny, mon
     with pytest.raises(Stopped):
         train(data, out=tmp_path / "halves", **settings)
     monkeypatch.setattr(loop, "update", own)
-    monkeypatch.setattr(choosing, "measure", lambda case: _slower(case, "matmul"))
+    monkeypatch.setattr(autotune, "measure", lambda case: _slower(case, "matmul"))
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "two"))
     halves = train(data, out=tmp_path / "halves", resume=True)
     assert open_run(halves.folder)[0].info()["kernels"] == chosen
@@ -286,16 +286,16 @@ def test_a_run_keeps_its_choice_when_it_goes_on(tmp_path, make_folder, tiny, mon
 
 
 def _slower(case, name):
-    return {each: 2.0 if each == name else 3.0 if each == "tiles" else 1.0 for each in candidates(case)}
+    return {each: 2.0 if each == name else 3.0 if each == "tiles" else 1.0 for each in candidate_kernels(case)}
 
 
 def test_wishes_on_the_command_line(tmp_path, make_folder, capfd):
     data = make_folder(tmp_path / "shapes")
-    words = ["train", str(data), "--out", str(tmp_path / "run"), "--model", "nano8", "--epochs", "1"]
-    assert vitrail.cli.run([*words, "--kernels.global-attention", "flash"]) == 1
+    arguments = ["train", str(data), "--out", str(tmp_path / "run"), "--model", "nano8", "--epochs", "1"]
+    assert vitrail.cli.run([*arguments, "--kernels.global-attention", "flash"]) == 1
     assert "unknown kernels.global_attention 'flash'" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert vitrail.cli.run([*words, "--kernels.global-attention", "matmul", "--model.depth", "1"]) == 0
+    assert vitrail.cli.run([*arguments, "--kernels.global-attention", "matmul", "--model.depth", "1"]) == 0
     run, config = open_run(tmp_path / "run")
     assert config.kernels.global_attention == "matmul"
     assert run.info()["kernels"] == {}
@@ -305,7 +305,7 @@ def test_doctor_says_what_the_machine_can_do(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path))
     out = tmp_path / "doctor.json"
     assert vitrail.cli.run(["doctor", "nano4", "ti16-local7", "--out", str(out)]) == 0
-    said = capfd.readouterr().out
+    printed = capfd.readouterr().out
     findings = json.loads(out.read_text())
     assert {each["topic"] for each in findings} >= {
         "machine",
@@ -320,28 +320,28 @@ def test_doctor_says_what_the_machine_can_do(tmp_path, monkeypatch, capfd):
     assert "ms" in lines["nano4: cpu float32 training, 65 tokens of 32"]
     assert "tiles" in lines["ti16-local7: cpu float32 training, 785 tokens of 64, window 7 on 28x28"]
     assert str(torch.__version__) == lines["torch"] or lines["torch"] in str(torch.__version__)
-    assert all(each["value"] in said for each in findings)
+    assert all(finding["value"] in printed for finding in findings)
     assert cache_file() == Path(tmp_path) / "kernels.json"
     assert len(json.loads(cache_file().read_text())[machine_key()]) >= 6
     assert vitrail.cli.run(["doctor", "nan4"]) == 1
     assert "did you mean 'nano'" in capfd.readouterr().err
 
 
-def test_doctor_says_that_nothing_can_be_kept(tmp_path, monkeypatch, capfd):
+def test_doctor_says_that_nothing_can_be_cached(tmp_path, monkeypatch, capfd):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr("vitrail.doctor._formats", lambda device: [])
-    monkeypatch.setattr(choosing, "measure", lambda case: dict.fromkeys(candidates(case), 1.0))
+    monkeypatch.setattr("vitrail.doctor._number_formats", lambda device: [])
+    monkeypatch.setattr(autotune, "measure", lambda case: dict.fromkeys(candidate_kernels(case), 1.0))
     assert vitrail.cli.run(["doctor", "nano4"]) == 0
-    said = " ".join(capfd.readouterr().out.split())
-    assert "kept in nothing" in said
-    assert "cannot be written, so every run measures anew; set VITRAIL_CACHE to a folder" in said
-    assert "processor time of one thread" in said
+    printed = " ".join(capfd.readouterr().out.split())
+    assert "cached in nothing" in printed
+    assert "cannot be written, so every run measures again; set VITRAIL_CACHE to a folder" in printed
+    assert "processor time of one thread" in printed
 
 
 def test_a_window_over_the_whole_grid_is_told(tmp_path, make_folder, capfd):
     data = make_folder(tmp_path / "shapes")
-    words = [
+    arguments = [
         "train",
         str(data),
         "--out",
@@ -354,13 +354,13 @@ def test_a_window_over_the_whole_grid_is_told(tmp_path, make_folder, capfd):
         "1",
     ]
     local = ["--model.attention", "local", "--model.window"]
-    told = "covers the whole grid of 2×2 patches: local attention is global attention at 16 px"
-    assert vitrail.cli.run([*words, *local, "31"]) == 0
-    assert told in " ".join(capfd.readouterr().out.split())
-    for name, is_told in (("nano8-local31", True), ("nano8-local3", False), ("nano8", False)):
+    remark = "covers the whole grid of 2×2 patches: local attention is global attention at 16 px"
+    assert vitrail.cli.run([*arguments, *local, "31"]) == 0
+    assert remark in " ".join(capfd.readouterr().out.split())
+    for name, is_reported in (("nano8-local31", True), ("nano8-local3", False), ("nano8", False)):
         assert vitrail.cli.run(["models", name]) == 0
-        told = "window 31 covers the whole grid of 8×8 patches: local attention is global attention at 64 px"
-        assert (told in " ".join(capfd.readouterr().out.split())) == is_told
+        remark = "window 31 covers the whole grid of 8×8 patches: local attention is global attention at 64 px"
+        assert (remark in " ".join(capfd.readouterr().out.split())) == is_reported
 
 
 def test_a_variant_with_two_windows_names_both():

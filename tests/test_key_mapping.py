@@ -1,4 +1,4 @@
-"""Tables of names: the same lines in both directions."""
+"""Tables of names: the same rules in both directions."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def theirs() -> dict[str, torch.Tensor]:
     return tensors | {"layer.0.dense.kernel": torch.randn(4, 8), "head.weight": torch.randn(3, 4)}
 
 
-def test_there_and_back():
+def test_to_ours_and_back():
     before = theirs()
     ours, unknown = to_ours(before, RULES, CONFIG)
     assert not unknown
@@ -40,12 +40,12 @@ def test_there_and_back():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_names_that_no_rule_knows_are_told():
+def test_names_that_no_rule_matches_are_returned():
     assert to_ours({"layer.0.mask": torch.zeros(1)}, RULES, CONFIG) == ({}, ["layer.0.mask"])
     assert to_theirs({"blocks.0.ls1.gamma": torch.zeros(1)}, RULES, CONFIG) == ({}, ["blocks.0.ls1.gamma"])
 
 
-def test_half_of_a_joined_weight_is_an_error():
+def test_a_missing_part_of_a_joined_weight_is_an_error():
     tensors = theirs()
     del tensors["layer.11.key.weight"]
     with pytest.raises(ValueError, match=r"layer\.11\.key\.weight: is missing"):

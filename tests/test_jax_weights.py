@@ -1,4 +1,4 @@
-"""Google's `.npz` files come in as timm reads the same file, and as big_vision's formulas say."""
+"""The `.npz` files of vision_transformer and big_vision give the model that timm reads from the same file."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from jax_files import stacked, to_jax
 from photographs import as_numpy, assert_same_logits, redrawn, write_photographs
 from timm.models import VisionTransformer
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
-from vitrail.weights.formats.jax import stacked, to_google
 from vitrail.weights.formats.jax_tables import BIG_VISION, VISION_TRANSFORMER
 from vitrail.weights.key_mapping import to_ours, to_theirs
 from vitrail.weights.model_file import save_model
@@ -24,7 +24,7 @@ TIMM_SIZE = {"img_size": 32, "patch_size": 8}
 SQUASH = Compose([Resize((32, 32)), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)])
 CROP = Compose([Resize(37, InterpolationMode.BILINEAR), CenterCrop(32), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)])
 
-# our architecture, timm's, whether the layout is big_vision's, and what its evaluation does with images
+# Our architecture, timm's arguments, whether big_vision wrote it, and the preprocessing of its evaluation.
 KINDS = {
     "original": ({}, {}, False, SQUASH),
     "token": ({}, {"no_embed_class": True}, True, CROP),
@@ -48,16 +48,16 @@ def npz(path: Path, tensors: dict, prefix: str = "") -> Path:
     return path
 
 
-def random_file(path: Path, kind: str, prefix: str = "", form=lambda tensors: tensors) -> Path:
-    """Write a random model of ours in a layout of Google's."""
+def random_file(path: Path, kind: str, prefix: str = "", rearranged=dict) -> Path:
+    """Write a random model of ours as one of the two repositories would, and return the path."""
     ours, _, big_vision, _ = KINDS[kind]
     config = ViTConfig(**SIZE, **SHAPE, **ours)
     weights = {name: tensor.detach() for name, tensor in redrawn(ViT(config)).state_dict().items()}
-    return npz(path, form(to_google(weights, config, big_vision=big_vision)), prefix)
+    return npz(path, rearranged(to_jax(weights, config, big_vision=big_vision)), prefix)
 
 
 @pytest.mark.parametrize(
-    ("kind", "prefix", "form"),
+    ("kind", "prefix", "rearranged"),
     [
         ("original", "", dict),
         ("original", "opt/target/", dict),
@@ -68,8 +68,8 @@ def random_file(path: Path, kind: str, prefix: str = "", form=lambda tensors: te
         ("map", "opt/target/", stacked),
     ],
 )
-def test_timm_reads_the_same_model_from_the_file(tmp_path, photographs, kind, prefix, form):
-    file = random_file(tmp_path / "a.npz", kind, prefix, form)
+def test_timm_reads_the_same_model_from_the_file(tmp_path, photographs, kind, prefix, rearranged):
+    file = random_file(tmp_path / "a.npz", kind, prefix, rearranged)
     peer = VisionTransformer(**TIMM_SIZE, **SHAPE, **KINDS[kind][1])
     peer.load_pretrained(str(file))
     imported = open_weights(file)
@@ -86,7 +86,7 @@ def test_stacked_blocks_become_a_model_file(tmp_path):
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in imported.weights.items())
 
 
-def test_two_towers_give_the_one_of_images(tmp_path, photographs):
+def test_of_two_towers_the_image_model_is_read(tmp_path, photographs):
     file = random_file(tmp_path / "a.npz", "map", "params/img/")
     with np.load(file) as content:
         np.savez(
@@ -101,11 +101,11 @@ def test_two_towers_give_the_one_of_images(tmp_path, photographs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "patch"), [("vit_base_r50_s16_224", 16), ("vit_large_r50_s32_224", 32)])
-def test_hybrids(tmp_path, photographs, name, patch):
+def test_hybrids_with_a_resnet(tmp_path, photographs, name, patch):
     model = redrawn(timm.create_model(name, img_size=64, **SHAPE))
     config = ViTConfig(image_size=64, patch_size=patch, encoder="r50", **SHAPE)
     weights = {key: tensor.detach() for key, tensor in model.state_dict().items()}
-    file = npz(tmp_path / "a.npz", to_google(weights, config, big_vision=False))
+    file = npz(tmp_path / "a.npz", to_jax(weights, config, big_vision=False))
     peer = timm.create_model(name, img_size=64, **SHAPE)
     peer.load_pretrained(str(file))
     transform = Compose([Resize((64, 64)), ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)])
@@ -126,7 +126,7 @@ def test_tables_in_both_directions_are_bit_equal(tmp_path, rules, kind):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_computed_positions_are_big_visions(tmp_path, photographs):
+def test_computed_positions_equal_those_of_big_vision(tmp_path, photographs):
     file = random_file(tmp_path / "a.npz", "gap", "params/")
     with np.load(file) as content:
         rest = {name: content[name] for name in content.files if "pos_embedding" not in name}
@@ -144,12 +144,12 @@ def test_computed_positions_are_big_visions(tmp_path, photographs):
     assert_same_logits(open_weights(file, {"image_size": 32}), peer, CROP, photographs)
 
 
-def test_what_is_described_replaces_what_is_assumed(tmp_path, photographs):
+def test_a_user_spec_replaces_assumptions(tmp_path, photographs):
     file = random_file(tmp_path / "a.npz", "original")
     peer = VisionTransformer(**TIMM_SIZE, **SHAPE, act_layer="gelu_tanh")
     peer.load_pretrained(str(file))
-    said = {"mlp": "gelu_tanh", "resize": "crop", "crop_fraction": 32 / 37.5, "labels": tuple("abcde")}
-    imported = open_weights(file, said)
+    user_spec = {"mlp": "gelu_tanh", "resize": "crop", "crop_fraction": 32 / 37.5, "labels": tuple("abcde")}
+    imported = open_weights(file, user_spec)
     assert imported.header.labels == tuple("abcde")
     assert not any("gelu" in note or "labels" in note for note in imported.report.notes)
     assert_same_logits(imported, peer, CROP, photographs)
