@@ -9,8 +9,8 @@ a recipe would choose is given explicitly: fp32 on the CPU, one thread, a fixed 
 - `digits`: images in memory, global attention, a class token.
 - `folder`: JPEG and PNG files, random resized crops, flips, rotations, colours, EMA.
 - `table`: the same files with a split and a group column, local attention, registers, the decoder `concat`, a policy.
-- `shards`: the same images in tar files, decoded smaller, several patch sizes, mixup and CutMix.
-- `finetuned`: starts from `folder`'s run, with layer decay, a head warm-up and weights of classes.
+- `shards`: the same images in tar files, decoded smaller, several patch sizes, mixup and cutmix.
+- `finetuned`: starts from `folder`'s run, with layer decay, a head warm-up and class weights.
 - `two-processes`: the folder again, over two processes (gloo), with accumulation and repeated augmentation.
 
 The first hash is over the names, types, shapes and bytes of the tensors in `model.safetensors`, without its metadata. The
@@ -92,7 +92,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Make the data, train, print the hashes."""
+    """Make the datasets, train, print the hashes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the hashes here")
     parser.add_argument("--against", type=Path, help="hashes of an earlier --json; exit code 1 unless these are equal")
@@ -131,7 +131,7 @@ def run_all(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def make_sources(folder: Path) -> dict[str, str]:
-    """Write a folder of images, a table and shards of them; returns DATA of every training."""
+    """Write a folder of images, a table and shards of them; returns the DATA argument of every training."""
     photos = folder / "photos"
     rows = list(write_images(photos))
     table = folder / "photos.csv"
