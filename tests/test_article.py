@@ -238,12 +238,12 @@ def test_the_run_keeps_the_best_model_by_validation_only(page):
 
 @pytest.mark.parametrize("line", commands())
 def test_commands_on_the_pages_are_accepted(line, monkeypatch):
-    words = shlex.split(line, comments=True)[1:]
+    arguments = shlex.split(line, comments=True)[1:]
     calls = []
     for command in COMMANDS.values():
         monkeypatch.setattr(command, "run", lambda options: calls.append(options) or 0)
-    assert vitrail.cli.run(words) == 0
-    if words[0] == "train":
+    assert vitrail.cli.run(arguments) == 0
+    if arguments[0] == "train":
         given = given_settings(calls[0], own=train.OwnOptions)
         given |= parse_model_spec(calls[0].model_name) if calls[0].model_name else {}
         if "pretrained" not in given:  # those weights are the reader's

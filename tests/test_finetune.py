@@ -97,8 +97,8 @@ def test_a_run_records_what_it_started_from(tuned, tiny_run, make_folder, tmp_pa
     assert (config.pretrained, config.variant) == (str(base), "")
     assert json.loads((tuned / "run.json").read_text())["start"]["origin"] == str(base)
     data = make_folder(tmp_path / "data", classes=("steep", "flat", "zigzag"), count=8)
-    words = ["train", str(data), "--out", str(tmp_path / "run"), "--model", str(base), "--epochs", "1"]
-    assert vitrail([*words, "--model.image-size", "24", "--model.num-registers", "1"]) == 0
+    arguments = ["train", str(data), "--out", str(tmp_path / "run"), "--model", str(base), "--epochs", "1"]
+    assert vitrail([*arguments, "--model.image-size", "24", "--model.num-registers", "1"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     start = json.loads((tmp_path / "run" / "run.json").read_text())["start"]
     page = (tmp_path / "run" / "report.html").read_text()
@@ -172,10 +172,10 @@ def test_a_hub_name_is_pinned_to_its_revision():
 @pytest.mark.parametrize("more", [[], ["--lora.rank", "4"]])
 def test_two_processes_tune_as_one(more, make_folder, tiny_run, tmp_path):
     base, data = tiny_run[0], make_folder(tmp_path / "data", count=24)
-    words = ["-m", "vitrail", "train", str(data), "--model", str(base), "--epochs", "3", "--batch-size", "16"]
-    words += ["--model.drop-path", "0", "--optim.ema-decay", "0", "--optim.head-warmup", "5 steps", *more]
-    subprocess.run([sys.executable, *words, "--out", str(tmp_path / "one")], check=True, capture_output=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words]
+    arguments = ["-m", "vitrail", "train", str(data), "--model", str(base), "--epochs", "3", "--batch-size", "16"]
+    arguments += ["--model.drop-path", "0", "--optim.ema-decay", "0", "--optim.head-warmup", "5 steps", *more]
+    subprocess.run([sys.executable, *arguments, "--out", str(tmp_path / "one")], check=True, capture_output=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, "--out", str(tmp_path / "two")], capture_output=True, text=True, check=False, env=environment

@@ -61,8 +61,8 @@ def test_every_nasty_file_gets_its_verdict(shared_data, tmp_path):
             assert wanted == "unreadable" and not is_image_name(name)
         else:
             assert verdicts.get(name, "ok") == wanted, name
-        turned = row["verdict"] == "ok" and any(f"EXIF orientation {value}" in row["notes"] for value in range(2, 9))
-        if turned:
+        rotated = row["verdict"] == "ok" and any(f"EXIF orientation {value}" in row["notes"] for value in range(2, 9))
+        if rotated:
             assert any(name in paths for paths in paths_of_kind(report, "orientation")), name
         if "frames" in row["notes"] or "mode P" in row["notes"] or "CMYK" in row["notes"] or "16" in row["notes"]:
             assert any(name in paths for paths in paths_of_kind(report, "mode")), name

@@ -23,8 +23,8 @@ def test_photographs_of_all_sizes_are_read_from_files(shared_data, tmp_path, cap
     data = unpack(shared_data / "hymenoptera.tar", tmp_path / "photos", keep=lambda name: True)
     roots = [path for path in data.rglob("train") if path.is_dir()]
     root, out = roots[0].parent, tmp_path / "run"
-    words = ["--epochs", "2", "--model", "nano16", "--model.image-size", "64", "--batch-size", "32"]
-    assert run(["train", str(root), "--out", str(out), *words]) == 0
+    arguments = ["--epochs", "2", "--model", "nano16", "--model.image-size", "64", "--batch-size", "32"]
+    assert run(["train", str(root), "--out", str(out), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "2 classes; 2" in printed
     assert "the folders train/, val/" in printed
