@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def measure(dtype: torch.dtype, training: bool, shape: tuple[int, int, int, int], rounds: int) -> None:
-    """Let the two ways take turns, and print what came out."""
+    """Time the two ways in turn, round by round, and print medians and ratios."""
     batch, heads, tokens, width = shape
     packed = torch.randn(batch, tokens, 3, heads, width, dtype=dtype)  # laid out as the qkv projection leaves it
     q, k, v = (part.transpose(1, 2).detach().requires_grad_(training) for part in packed.unbind(2))

@@ -55,32 +55,32 @@ def main() -> None:
         ours = our_way(config, pixels.float() / 255)
         for kind, theirs in their_ways(name, pixels).items():
             ours(0), theirs(0)  # loads libraries
-            times = np.asarray(
-                [[timed(each, number) for each in (ours, theirs)] for number in range(1, args.rounds + 1)]
-            )
+            times = np.asarray([[timed(way, number) for way in (ours, theirs)] for number in range(1, args.rounds + 1)])
             ratio = times[:, 1] / times[:, 0]
-            print(f"{name:<20} ours {told(times[:, 0] * 1000)}  {kind} {told(times[:, 1] * 1000)}  ratio {told(ratio)}")
+            print(
+                f"{name:<20} ours {median_and_range(times[:, 0] * 1000)}  {kind} {median_and_range(times[:, 1] * 1000)}  ratio {median_and_range(ratio)}"
+            )
 
 
 def photographs(count: int, size: int) -> Tensor:
     """Return images with detail at several scales, uint8 [B, 3, S, S]."""
     generator = torch.Generator().manual_seed(0)
     layers = [torch.rand(count, 3, side, side, generator=generator) for side in (4, 16, size)]
-    grown = [torch.nn.functional.interpolate(each, (size, size), mode="bilinear") for each in layers]
+    grown = [torch.nn.functional.interpolate(layer, (size, size), mode="bilinear") for layer in layers]
     return ((0.5 * grown[0] + 0.3 * grown[1] + 0.2 * grown[2]) * 255).to(torch.uint8)
 
 
 def our_way(config: AugmentConfig, images: Tensor) -> Callable[[int], Tensor]:
-    """Return a function of the round's number."""
+    """Return Vitrail's way to change a batch, as a function of the round's number."""
     count = len(images)
-    targets, places = torch.arange(count) % 10, np.arange(count)
+    targets, indices = torch.arange(count) % 10, np.arange(count)
 
     def change(number: int) -> Tensor:
-        draws = draw_changes(0, np.full(count, number), places)
+        draws = draw_changes(0, np.full(count, number), indices)
         # In place, as on a training's own batch: where nothing else makes a new one, a copy stands for it.
         changed = apply_policy(images, config, draws) if config.policy != "none" else images.clone()
         changed = erase_(changed, config, draws)
-        return mix_pairs_(changed, targets, places, config, draws)[0]
+        return mix_pairs_(changed, targets, indices, config, draws)[0]
 
     return change
 
@@ -89,41 +89,43 @@ def their_ways(name: str, pixels: Tensor) -> dict[str, Callable[[int], Tensor]]:
     """Return torchvision's ways to do the same, as functions of the round's number."""
     floats, targets = pixels.float() / 255, torch.arange(len(pixels)) % 10
     if name in POLICIES:
-        files = [PIL.Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
+        files = [PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
         policy, ending = POLICIES[name], v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
         return {
             "torchvision, tensors": lambda number: seeded(
-                number, lambda: batch(ending(policy(each)) for each in pixels)
+                number, lambda: batch(ending(policy(image)) for image in pixels)
             ),
-            "torchvision, Pillow": lambda number: seeded(number, lambda: batch(ending(policy(each)) for each in files)),
+            "torchvision, Pillow": lambda number: seeded(
+                number, lambda: batch(ending(policy(image)) for image in files)
+            ),
         }
     if name.startswith("erasing"):
         change = v2.RandomErasing(0.25, value="random" if "noise" in name else 0)  # pyright: ignore[reportArgumentType]
-        return {"torchvision": lambda number: seeded(number, lambda: batch(change(each) for each in floats))}
+        return {"torchvision": lambda number: seeded(number, lambda: batch(change(image) for image in floats))}
     mix = v2.MixUp(alpha=0.8, num_classes=10) if name.startswith("mixup") else v2.CutMix(alpha=1.0, num_classes=10)
     return {"torchvision, one draw a batch": lambda number: seeded(number, lambda: mix(floats, targets)[0])}
 
 
 def batch(images: object) -> Tensor:
-    """Return images as one tensor."""
+    """Stack images into one tensor."""
     return torch.stack(list(images))  # pyright: ignore[reportArgumentType]
 
 
 def seeded(number: int, do: Callable[[], Tensor]) -> Tensor:
-    """Do something with the round's random numbers."""
+    """Return what `do` returns, computed with the round's random numbers."""
     torch.manual_seed(number)
     return do()
 
 
 def timed(do: Callable[[int], Tensor], number: int) -> float:
-    """Return seconds."""
+    """Return the seconds that a round takes."""
     started = time.perf_counter()
     do(number)
     return time.perf_counter() - started
 
 
-def told(values: np.ndarray) -> str:
-    """Return median and range."""
+def median_and_range(values: np.ndarray) -> str:
+    """Return the median, the minimum and the maximum as text."""
     return f"{statistics.median(values.tolist()):.2f} ({values.min():.2f} to {values.max():.2f})"
 
 

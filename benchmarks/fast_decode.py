@@ -19,27 +19,28 @@ from vitrail.console import Console
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("data")
-    options.add_argument("--side", type=int, default=64)
-    options.add_argument("--epochs", type=float, default=20.0)
-    options.add_argument("--seeds", type=int, default=5)
-    chosen = options.parse_args()
+    """Train pairs, seed by seed, and print the mean difference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--epochs", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
     top1: dict[str, list[float]] = {"exact": [], "fast": []}
-    with tempfile.TemporaryDirectory() as place:
-        for seed in range(chosen.seeds):
-            for decode, found in top1.items():
-                settings = {"model.image_size": chosen.side, "data.decode": decode, "epochs": chosen.epochs}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            for decode, values in top1.items():
+                settings = {"model.image_size": args.side, "data.decode": decode, "epochs": args.epochs}
                 result = train(
-                    chosen.data,
-                    out=Path(place) / f"{decode}-{seed}",
+                    args.data,
+                    out=Path(folder) / f"{decode}-{seed}",
                     model="nano8",
                     seed=seed,
                     console=Console(quiet=True),
                     **settings,
                     **{"log.eval_every": "100 %", "data.near_duplicates": False},
                 )
-                found.append(result.evaluation["val"]["top1"])
+                values.append(result.evaluation["val"]["top1"])
             print(f"seed {seed}: exact {top1['exact'][-1]:.4f}, fast {top1['fast'][-1]:.4f}", flush=True)
     difference = np.asarray(top1["fast"]) - np.asarray(top1["exact"])
     error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else float("nan")

@@ -25,7 +25,7 @@ QUIET = Console(quiet=True)
 WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
     "from scratch": (False, {"model": "micro4"}),
     "fine-tuning": (True, {}),
-    "fine-tuning, one rate": (True, {"optim.layer_decay": 1.0}),
+    "fine-tuning, one learning rate": (True, {"optim.layer_decay": 1.0}),
     "fine-tuning, no head warm-up": (True, {"optim.head_warmup": "0 steps"}),
     "LoRA of rank 8": (True, {"lora.rank": 8}),
     "head only": (
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=100, help="training images of each new class")
     parser.add_argument("--epochs", type=float, help="of every way; auto's own for fine-tuning unless given")
     parser.add_argument("--pretrain-epochs", type=float, default=2.4)
-    parser.add_argument("--work", type=Path, help="keep data and the trained start here, and use them again")
+    parser.add_argument("--work", type=Path, help="keep dataset and trained weights in this folder, and use them again")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     print(f"{processor_name()}; {versions()}")
@@ -86,7 +86,7 @@ def halves(data: Path, work: Path, few: int) -> tuple[Path, Path]:
         if root.exists():
             continue
         for name in names:
-            train, test = (sorted((data / part / name).iterdir()) for part in ("train", "test"))
+            train, test = (sorted((data / split / name).iterdir()) for split in ("train", "test"))
             link(train[:count], root / "train" / name)
             link(test[: len(test) // 5], root / "val" / name)
             link(test[len(test) // 5 :], root / "test" / name)

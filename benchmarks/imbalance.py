@@ -1,11 +1,12 @@
-"""Uneven classes: what sampling and loss weights do to a ViT from scratch, on a long-tailed part of Fashion-MNIST.
+"""Uneven classes: what sampling and loss weights do to a ViT from scratch, on a long-tailed subset of Fashion-MNIST.
 
 python benchmarks/imbalance.py fashion_mnist.npz --ratio 100 --seeds 3
 python benchmarks/imbalance.py fashion_mnist.npz --ratio 10 --corrections natural sqrt
 
-Any .npz with x_train, y_train, x_test, y_test of ten classes will do. Class sizes fall geometrically from --largest to --largest / --ratio; which class is how rare is drawn anew with each seed, and is
-the same for all corrections. Evaluated on 300 test images of every class: accuracy there is the mean recall of the classes. From the
-recalls follow the accuracy at the training's own frequencies, and the mean recall of the three largest and the three smallest classes.
+Any .npz with x_train, y_train, x_test, y_test of ten classes will do. Class sizes fall geometrically from --largest to
+--largest / --ratio; which class is how rare is drawn anew with each seed, and is the same for all corrections. Evaluated on
+300 test images of every class: accuracy there is the mean recall of the classes. From the recalls follow the accuracy at the
+training split's own frequencies, and the mean recall of the three largest and the three smallest classes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _TEST = 300
 
 
 def main() -> None:
-    """Train once per correction and seed and print what came out."""
+    """Train once per correction and seed, and print mean and spread of each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arrays", type=Path)
     parser.add_argument("--ratio", type=float, default=100)
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--corrections", nargs="+", default=list(CORRECTIONS), choices=list(CORRECTIONS))
     args = parser.parse_args()
     print(f"{processor_name()}; {versions()}")
-    found: dict[str, list[dict[str, float]]] = {}
+    rows_of: dict[str, list[dict[str, float]]] = {}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             sizes = write_folders(args.arrays, Path(folder) / "data", args.largest, args.ratio, seed)
@@ -59,9 +60,9 @@ def main() -> None:
                 )
                 rows = result.evaluation["test"]["per_class"]
                 figures = summary(np.asarray([rows[label]["recall"] for label in sizes]), np.asarray([*sizes.values()]))
-                found.setdefault(name, []).append(figures)
+                rows_of.setdefault(name, []).append(figures)
                 print(name, seed, json.dumps(figures), flush=True)
-    for name, rows in found.items():
+    for name, rows in rows_of.items():
         for figure in rows[0]:
             values = [row[figure] for row in rows]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -73,12 +74,12 @@ def write_folders(arrays: Path, root: Path, largest: int, ratio: float, seed: in
     stored = np.load(arrays)
     ranks = np.random.default_rng(seed).permutation(10)
     sizes = {str(label): round(largest * ratio ** (-ranks[label] / 9)) for label in range(10)}
-    for part, images, targets in (("train", "x_train", "y_train"), ("test", "x_test", "y_test")):
+    for split, images, targets in (("train", "x_train", "y_train"), ("test", "x_test", "y_test")):
         for label, size in sizes.items():
-            folder = root / part / f"class {label}"
+            folder = root / split / f"class {label}"
             folder.mkdir(parents=True)
-            here = np.flatnonzero(stored[targets] == int(label))[: size if part == "train" else _TEST]
-            for number, image in enumerate(stored[images][here]):
+            chosen = np.flatnonzero(stored[targets] == int(label))[: size if split == "train" else _TEST]
+            for number, image in enumerate(stored[images][chosen]):
                 PIL.Image.fromarray(image).save(folder / f"{number:04d}.png")
     return {f"class {label}": size for label, size in sizes.items()}
 

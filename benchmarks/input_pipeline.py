@@ -37,7 +37,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def ours(data: str, side: int, interpolation: str, form: str, workers: int) -> Callable[[int], int]:
-    """Return a function that reads one pass, by its number, and returns how many images it got."""
+    """Return a function that reads the dataset once, pass `number`, and returns how many images it read."""
     from vitrail.config import AugmentConfig, DataConfig, PreprocessConfig, RunConfig
     from vitrail.console import Console
     from vitrail.data.setup import build_train_data, load_data
@@ -59,19 +59,19 @@ def ours(data: str, side: int, interpolation: str, form: str, workers: int) -> C
         augment=AugmentConfig(crop_scale=0.08, flip=0.5),
         batch_size=BATCH,
     )
-    found = build_train_data(load_data(config.data, Console(quiet=True), channels=3), config)
-    assert (found.reader.stored is not None) == (form == "memory")
-    stream = found.loader(config, torch.device("cpu"), World())
-    steps = -(-len(found.splits.indices["train"]) // BATCH)
+    train_data = build_train_data(load_data(config.data, Console(quiet=True), channels=3), config)
+    assert (train_data.reader.stored is not None) == (form == "memory")
+    loader = train_data.loader(config, torch.device("cpu"), World())
+    steps = -(-len(train_data.splits.indices["train"]) // BATCH)
 
     def one_pass(number: int) -> int:
-        return sum(len(batch.images) for batch in stream.batches(number * steps, (number + 1) * steps))
+        return sum(len(batch.images) for batch in loader.batches(number * steps, (number + 1) * steps))
 
     return one_pass
 
 
 def theirs(data: str, side: int, interpolation: str, workers: int) -> Callable[[int], int]:
-    """Return the same of torchvision, as its references train."""
+    """Return the same for torchvision's loader, set up as in its reference trainings."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import InterpolationMode, v2
@@ -107,15 +107,15 @@ def compare(data: str, side: int, interpolation: str, form: str, workers: int, r
     for number in range(rounds + 1):
         for name, one_pass in passes.items():
             start = time.perf_counter()
-            # Small sets: several passes, so that a round is longer than a scheduler's mood.
-            count, turn = 0, 0
+            # Several passes over a small dataset, so that a round is long enough to be measured.
+            count, passes_done = 0, 0
             while time.perf_counter() - start < 2.0:
-                count += one_pass(100 * number + turn)
-                turn += 1
+                count += one_pass(100 * number + passes_done)
+                passes_done += 1
             if number:
                 speed[name].append(count / (time.perf_counter() - start))
     ratios = np.asarray(speed["vitrail"]) / np.asarray(speed["torchvision"])
-    figures = {name: [round(float(x)) for x in np.percentile(each, [0, 50, 100])] for name, each in speed.items()}
+    figures = {name: [round(float(x)) for x in np.percentile(values, [0, 50, 100])] for name, values in speed.items()}
     low, middle, high = np.percentile(ratios, [0, 50, 100])
     print(f"{form:7s} {interpolation:9s} ratio {middle:.2f} ({low:.2f} to {high:.2f}, n = {rounds}) ", end="")
     print(
@@ -144,19 +144,19 @@ def memory(command: list[str]) -> None:
 
 
 def total(parent: int) -> np.ndarray:
-    """Return the two sums of a process and its children."""
+    """Return the memory of a process and its children in bytes: all pages, and without those of mapped files."""
     children = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
-    found = np.zeros(2)
+    sums = np.zeros(2)
     for pid in [parent, *map(int, children.stdout.split())]:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                 size = 1024 * int(line.split()[1]) if line.startswith("Pss") else 0
-                found += size * np.asarray([line.startswith("Pss:"), line.startswith(("Pss_Anon:", "Pss_Shmem:"))])
-    return found
+                sums += size * np.asarray([line.startswith("Pss:"), line.startswith(("Pss_Anon:", "Pss_Shmem:"))])
+    return sums
 
 
 def two_passes(data: str, side: int, interpolation: str, who: str) -> None:
-    """List the files (ours looks at them), wait for a word, read two passes: what `memory` watches."""
+    """List the files (ours scans them), wait for a line on stdin, read the dataset twice: the process that `memory` watches."""
     import torchvision.transforms.v2  # noqa: F401 - importing is not the input path
 
     import vitrail.data.setup  # noqa: F401
@@ -169,7 +169,7 @@ def two_passes(data: str, side: int, interpolation: str, who: str) -> None:
 
 
 def lines() -> Iterator[str]:
-    """Say what machine this is."""
+    """Yield lines that name the machine and the versions."""
     import PIL
     import simplejpeg
     import torchvision
@@ -179,29 +179,30 @@ def lines() -> Iterator[str]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("data")
-    options.add_argument("--side", type=int, default=224)
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--forms", nargs="+", default=["exact", "fast", "cached"])
-    options.add_argument("--interpolations", nargs="+", default=["bilinear", "bicubic"])
-    options.add_argument("--workers", type=int, default=os.cpu_count())
-    options.add_argument("--memory", action="store_true")
-    options.add_argument("--who", help=argparse.SUPPRESS)
-    chosen = options.parse_args()
-    if chosen.who:
-        two_passes(chosen.data, chosen.side, chosen.interpolations[0], chosen.who)
+    """Measure speed, or memory with `--memory`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--forms", nargs="+", default=["exact", "fast", "cached"])
+    parser.add_argument("--interpolations", nargs="+", default=["bilinear", "bicubic"])
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--who", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.who:
+        two_passes(args.data, args.side, args.interpolations[0], args.who)
         return
     print("\n".join(lines()))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["VITRAIL_CACHE"] = cache
-        if chosen.memory:
-            for who in ("torchvision", *chosen.forms):
+        if args.memory:
+            for who in ("torchvision", *args.forms):
                 memory([sys.executable, *sys.argv, "--who", who])
             return
-        for interpolation in chosen.interpolations:
-            for form in chosen.forms:
-                compare(chosen.data, chosen.side, interpolation, form, chosen.workers, chosen.rounds)
+        for interpolation in args.interpolations:
+            for form in args.forms:
+                compare(args.data, args.side, interpolation, form, args.workers, args.rounds)
 
 
 if __name__ == "__main__":

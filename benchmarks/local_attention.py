@@ -2,12 +2,12 @@
 
 One image, 3 heads of 64, window 7 or other, on grids of 14² to 112² patches, without a class token unless `--prefix` says so:
 
-- `ours`: what Vitrail's rule takes (`vitrail/kernels/registry.py`): tiles, or a dense form on small grids;
+- `ours`: Vitrail's default kernel (`vitrail/kernels/registry.py`): tiles, or a dense kernel on small grids;
 - `masked`: the article's way, PyTorch's fused attention with a dense N×N mask;
 - `fused`: the same kernel without a mask, attention of all to all;
 - `flex`: compiled FlexAttention, forward alone (`--flex`); on CPUs its backward raises NotImplementedError.
 
-Each round lets all ways take one turn. Prints medians, and the ratio of each way to `ours`, paired by round, with its
+In each round every way is timed once. Prints medians, and the ratio of each way to `ours`, paired by round, with its
 spread. `--memory` measures instead by what the peak of a process's memory rises, with q, k, v, the mask, the output and the
 gradients, each way in a process of its own (Linux).
 
@@ -42,7 +42,7 @@ HEADS, WIDTH = 3, 64
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Measure time, or memory with `--memory`, of every shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--grids", type=int, nargs="+", default=[14, 28, 56, 112])
@@ -63,19 +63,19 @@ def main() -> None:
         f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; 1 image, {HEADS} heads of "
         f"{WIDTH}, {args.prefix} prefix tokens" + ("" if args.memory else f", n = {args.rounds} rounds")
     )
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for window in args.windows:
         for dtype in (torch.float32, torch.bfloat16):
             if args.memory:
-                found += compare_memory(dtype, args.grids, window, args.prefix)
+                rows += compare_memory(dtype, args.grids, window, args.prefix)
                 continue
             for training in (True, False):
                 for grid in args.grids:
                     ways = [*args.ways, *["flex"] * (args.flex and not training)]
-                    found.append(compare_time(dtype, training, grid, window, args.prefix, args.rounds, ways))
+                    rows.append(compare_time(dtype, training, grid, window, args.prefix, args.rounds, ways))
     if args.out:
         before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
-        args.out.write_text(json.dumps(before + found, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(before + rows, indent=1) + "\n", encoding="utf-8")
 
 
 def build(
@@ -123,7 +123,7 @@ def run_once(way: Callable[..., Tensor], qkv: tuple[Tensor, ...], training: bool
 def compare_time(
     dtype: torch.dtype, training: bool, grid: int, window: int, prefix: int, rounds: int, names: list[str]
 ) -> dict[str, Any]:
-    """Let the ways take turns, and print what came out."""
+    """Time the ways in turn, round by round, and print medians and ratios."""
     qkv = tensors(dtype, training, grid, prefix)
     ways = {name: build(name, dtype, training, grid, window, prefix) for name in names}
     taken: dict[str, list[float]] = {name: [] for name in ways}
@@ -135,7 +135,7 @@ def compare_time(
                 taken[name].append(1000 * (time.perf_counter() - started))
     work = "forward + backward" if training else "forward"
     line = f"{str(dtype)[6:]:<9}{work:<19}window {window:<3}{grid:>3}²  ours {statistics.median(taken['ours']):8.1f} ms"
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "dtype": str(dtype)[6:],
         "work": work,
         "window": window,
@@ -146,31 +146,31 @@ def compare_time(
     }
     for name, times in taken.items():
         ratios = [theirs / ours for theirs, ours in zip(times, taken["ours"], strict=True)]
-        found["ms"][name] = round(statistics.median(times), 3)
-        found["ratio"][name] = [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]
+        row["ms"][name] = round(statistics.median(times), 3)
+        row["ratio"][name] = [round(value, 2) for value in (statistics.median(ratios), min(ratios), max(ratios))]
         if name != "ours":
-            middle, least, most = found["ratio"][name]
+            middle, least, most = row["ratio"][name]
             line += f"   {name} {statistics.median(times):8.1f} ms, {middle:.2f} times ({least:.2f} to {most:.2f})"
     print(line, flush=True)
-    return found
+    return row
 
 
 def compare_memory(dtype: torch.dtype, grids: list[int], window: int, prefix: int) -> list[dict[str, Any]]:
     """Print each way's peak of memory for every grid, and how ours grows."""
-    found = []
+    rows = []
     for grid in grids:
         peaks = {}
         for way in ("ours", "masked", "fused"):
             command = [sys.executable, __file__, "--one", way, str(dtype)[6:], *map(str, (grid, window, prefix))]
             done = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
-            peaks[way] = statistics.median(int(each) for each in done) / 1e6
-        found.append({"dtype": str(dtype)[6:], "window": window, "grid": grid, "prefix": prefix, "mb": peaks})
+            peaks[way] = statistics.median(int(text) for text in done) / 1e6
+        rows.append({"dtype": str(dtype)[6:], "window": window, "grid": grid, "prefix": prefix, "mb": peaks})
         figures = "   ".join(f"{way} {peak:8.1f} MB" for way, peak in peaks.items())
         print(f"{str(dtype)[6:]:<9}forward + backward  window {window:<3}{grid:>3}²  {figures}", flush=True)
-    for one, two in itertools.pairwise(found):
+    for one, two in itertools.pairwise(rows):
         power = math.log(two["mb"]["ours"] / one["mb"]["ours"]) / math.log((two["grid"] / one["grid"]) ** 2)
         print(f"{str(dtype)[6:]:<9}ours from {one['grid']}² to {two['grid']}²: memory grows as N to the {power:.2f}")
-    return found
+    return rows
 
 
 def peak_bytes(way: str, dtype: torch.dtype, grid: int, window: int, prefix: int) -> int:

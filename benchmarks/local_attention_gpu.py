@@ -94,7 +94,7 @@ def attend_natten(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window
 
 
 def measure(ways: dict[str, Way], dtype: torch.dtype, batch: int, tokens: int, training: bool, rounds: int) -> None:
-    """Let the ways take turns, and print what came out."""
+    """Time the ways in turn, round by round, and print medians and ratios."""
     packed = torch.randn(batch, tokens, 3, HEADS, WIDTH, dtype=dtype, device="cuda")  # as the qkv projection leaves it
     inputs = [part.transpose(1, 2).detach().requires_grad_(training) for part in packed.unbind(2)]
     grad = torch.randn(batch, tokens, HEADS, WIDTH, dtype=dtype, device="cuda").transpose(1, 2)

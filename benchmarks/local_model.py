@@ -2,12 +2,12 @@
 
 ViT-S/16 at 896 px (56×56 patches), window 7, one image: forward, cross-entropy, backward, AdamW step.
 
-- `local`: tiles, as Vitrail's rule takes them;
+- `local`: tiles, Vitrail's default kernel;
 - `masked`: the article's way, the same model by PyTorch's fused attention under a dense N×N mask;
-- `global`: attention of all to all, by the kernel that the chooser measures to be fastest;
+- `global`: attention of all to all, by the kernel that `vitrail.kernels.autotune` measures to be fastest;
 - `matmul`: the same as matmul-softmax-matmul, which keeps N×N weights a head and block.
 
-Each round lets all take one turn. Prints seconds, and the ratio of each to `local`, paired by round, with its spread.
+In each round every way is timed once. Prints seconds, and the ratio of each to `local`, paired by round, with its spread.
 `--memory` measures instead by what the peak of a process's memory rises in one step, each in a process of its own (Linux).
 
     python -m benchmarks.local_model [--rounds 5] [--model s16] [--image-size 896] [--window 7]
@@ -87,7 +87,7 @@ def build(way: str, dtype: str, args: argparse.Namespace) -> Callable[[], None]:
 
 
 def compare_time(dtype: str, args: argparse.Namespace) -> None:
-    """Let the ways take turns, and print what came out."""
+    """Time the ways in turn, round by round, and print medians and ratios."""
     steps = {way: build(way, dtype, args) for way in WAYS}
     taken: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(args.rounds + 1):  # the first warms up
@@ -112,7 +112,7 @@ def compare_memory(dtype: str, args: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "benchmarks.local_model", "--one", way, dtype, "--model", args.model]
         command += ["--image-size", str(args.image_size), "--window", str(args.window)]
         done = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
-        peaks[way] = statistics.median(int(each) for each in done) / 1e6
+        peaks[way] = statistics.median(int(text) for text in done) / 1e6
         print(f"{dtype:<9}{way:<7}{peaks[way]:8.0f} MB   {peaks[way] / peaks['local']:5.2f} times local", flush=True)
 
 

@@ -25,7 +25,7 @@ from vitrail.models.vit import ViT
 
 
 def main() -> None:
-    """Let the three ways take turns, and print what came out."""
+    """Time the three ways in turn, round by round, and print medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -34,7 +34,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = ViT(variant_config(args.model)).eval()
     images = [torch.randn(3, *size) for size in sizes(args.count)]
-    height, width = max(each.shape[1] for each in images), max(each.shape[2] for each in images)
+    height, width = max(image.shape[1] for image in images), max(image.shape[2] for image in images)
     padded = torch.zeros(args.count, 3, height, width)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image
@@ -64,12 +64,12 @@ def main() -> None:
 
 
 def sizes(count: int) -> list[tuple[int, int]]:
-    """Return heights and widths, multiples of 16 pixels."""
-    found = []
+    """Return pairs of height and width, multiples of 16 pixels."""
+    pairs = []
     for aspect, area in zip((2 * torch.rand(count) - 1).exp2(), 1 - torch.rand(count).round() / 2, strict=True):
         side = 224 * float(area) ** 0.5
-        found.append((round(side * float(aspect) ** 0.5 / 16) * 16, round(side / float(aspect) ** 0.5 / 16) * 16))
-    return found
+        pairs.append((round(side * float(aspect) ** 0.5 / 16) * 16, round(side / float(aspect) ** 0.5 / 16) * 16))
+    return pairs
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def main(path: Path) -> None:
-    """Draw one image for time, one for memory."""
+    """Draw one figure for time, one for memory."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     windows = sorted({row["window"] for row in rows})
     timed = [row for row in rows if "ms" in row]
@@ -49,7 +49,7 @@ def main(path: Path) -> None:
 
 
 def draw(axis: Axes, rows: list[dict[str, Any]], windows: list[int], of: Callable[[dict[str, Any]], dict]) -> None:
-    """Draw a line for each way; those without a window do not depend on it, and are taken from the first."""
+    """Draw a line for each way; `of` returns the figures of a row. Ways without a window are drawn once."""
     for way, (label, colour, mark) in NAMES.items():
         for number, window in enumerate(windows if way == "ours" else windows[:1]):
             line = sorted(
@@ -66,13 +66,13 @@ def draw(axis: Axes, rows: list[dict[str, Any]], windows: list[int], of: Callabl
 
 
 def finish(figure: Any, axes: Any, unit: str, name: str) -> None:
-    """Label the outer axes, put one legend below, write the image."""
+    """Label the outer axes, put one legend below, save the figure."""
     for row in axes:
         row[0].set_ylabel(unit)
     for axis in axes[-1]:
         axis.set_xlabel("patches N")
-    known = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="lower center", ncols=2, fontsize=9, frameon=False)
+    lines = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=2, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.16 if len(axes) == 1 else 0.1, 1, 1))
     IMAGES.mkdir(exist_ok=True)
     figure.savefig(IMAGES / name, dpi=110)

@@ -1,7 +1,7 @@
 """Sides of a tile and sizes of a chunk for local attention on the CPU (`vitrail/kernels/tiles.py`), on this machine.
 
 Forward + backward of one image, 3 heads of 64, window 7: every tile with the chunk as it is, then every chunk with the
-tile as it is. Each round lets all take one turn; prints milliseconds, the median with minimum and maximum.
+tile as it is. In each round all are timed once; prints milliseconds, the median with minimum and maximum.
 
     python -m benchmarks.tile_sizes [--rounds 7] [--grids 28 56 112] [--window 7]
 """
@@ -48,7 +48,7 @@ def main() -> None:
 def compare(
     what: str, ways: dict[str, tuple[Tiling, int]], dtype: torch.dtype, grid: int, args: argparse.Namespace
 ) -> None:
-    """Let the ways take turns, and print what came out."""
+    """Time the ways in turn, round by round, and print medians and ranges."""
     qkv = tensors(dtype, True, grid)
     taken: dict[str, list[float]] = {name: [] for name in ways}
     before = tiles._CHUNK_BYTES, tiles.tiling_of

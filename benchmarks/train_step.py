@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device, bf16: bool) -> None:
-    """Let the libraries take turns, and print what came out."""
+    """Time the libraries in turn, round by round, and print medians and ratios."""
     steps = {
         library: make_step(build(args).to(device).train(), library, args, device, bf16)
         for library, build in PEERS.items()
@@ -104,7 +104,7 @@ def make_step(
 
 
 def vitrail(args: argparse.Namespace) -> nn.Module:
-    """Ours."""
+    """Return Vitrail's ViT."""
     return ViT(
         ViTConfig(
             image_size=args.size, patch_size=args.patch, embed_dim=args.width, depth=args.depth, num_heads=args.heads,
@@ -114,7 +114,7 @@ def vitrail(args: argparse.Namespace) -> nn.Module:
 
 
 def timm(args: argparse.Namespace) -> nn.Module:
-    """timm's VisionTransformer."""
+    """Return timm's VisionTransformer."""
     import timm
 
     return timm.models.VisionTransformer(
@@ -124,7 +124,7 @@ def timm(args: argparse.Namespace) -> nn.Module:
 
 
 def transformers(args: argparse.Namespace) -> nn.Module:
-    """transformers' ViTForImageClassification, with its default attention."""
+    """Return transformers' ViTForImageClassification, with its default attention."""
     from transformers import ViTConfig as Config
     from transformers import ViTForImageClassification
 
@@ -136,7 +136,7 @@ def transformers(args: argparse.Namespace) -> nn.Module:
 
 
 def vit_pytorch(args: argparse.Namespace) -> nn.Module:
-    """vit-pytorch's ViT."""
+    """Return vit-pytorch's ViT."""
     from vit_pytorch import ViT as Peer
 
     return Peer(

@@ -9,8 +9,8 @@ a recipe would choose is given explicitly: fp32 on the CPU, one thread, a fixed 
 - `digits`: images in memory, global attention, a class token.
 - `folder`: JPEG and PNG files, random resized crops, flips, rotations, colours, EMA.
 - `table`: the same files with a split and a group column, local attention, registers, the decoder `concat`, a policy.
-- `shards`: the same images in tar files, decoded smaller, several patch sizes, mixup and CutMix.
-- `finetuned`: starts from `folder`'s run, with layer decay, a head warm-up and weights of classes.
+- `shards`: the same images in tar files, decoded smaller, several patch sizes, mixup and cutmix.
+- `finetuned`: starts from `folder`'s run, with layer decay, a head warm-up and class weights.
 - `two-processes`: the folder again, over two processes (gloo), with accumulation and repeated augmentation.
 
 The first hash is over the names, types, shapes and bytes of the tensors in `model.safetensors`, without its metadata. The
@@ -92,7 +92,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Make the data, train, print the hashes."""
+    """Make the datasets, train, print the hashes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the hashes here")
     parser.add_argument("--against", type=Path, help="hashes of an earlier --json; exit code 1 unless these are equal")
@@ -120,10 +120,10 @@ def run_all(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
     for name in (name for name in SETTINGS if name in needed):
         started = time.perf_counter()
         run = folder / "runs" / name
-        words = ["train", sources[name], "--out", str(run), *COMMON.split(), *SETTINGS[name].split()]
+        arguments = ["train", sources[name], "--out", str(run), *COMMON.split(), *SETTINGS[name].split()]
         if name == "finetuned":
-            words += ["--model", str(folder / "runs" / "folder")]
-        vitrail(words, folder, num_processes=2 if name == "two-processes" else 1)
+            arguments += ["--model", str(folder / "runs" / "folder")]
+        vitrail(arguments, folder, num_processes=2 if name == "two-processes" else 1)
         hashes[name] = {"weights": hash_weights(run / "model.safetensors"), "metrics": hash_metrics(run)}
         seconds = time.perf_counter() - started
         print(f"{name:<15}{hashes[name]['weights']:<18}{hashes[name]['metrics']}   {seconds:.0f} s", flush=True)
@@ -131,7 +131,7 @@ def run_all(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def make_sources(folder: Path) -> dict[str, str]:
-    """Write a folder of images, a table and shards of them; returns DATA of every training."""
+    """Write a folder of images, a table and shards of them; returns the DATA argument of every training."""
     photos = folder / "photos"
     rows = list(write_images(photos))
     table = folder / "photos.csv"
@@ -151,7 +151,7 @@ def write_images(folder: Path) -> Iterator[dict[str, Any]]:
     """Write images of three classes, and yield the table's row of each.
 
     A class is the angle of bright bars in noise. Sides are 40 to 120 pixels; two of three images are JPEG, the others PNG;
-    every fifth is grey, and every seventh is stored turned, with an EXIF orientation that turns it back.
+    every fifth is grey, and every seventh is stored rotated, with an EXIF orientation that rotates it back.
     """
     for label, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
@@ -162,7 +162,7 @@ def write_images(folder: Path) -> Iterator[dict[str, Any]]:
             exif = PIL.Image.Exif()
             if number % 7 == 6:
                 image = image.transpose(PIL.Image.Transpose.ROTATE_90)
-                exif[274] = 6  # shown after a quarter turn clockwise
+                exif[274] = 6  # shown after a clockwise rotation by 90°
             path = folder / name / f"{number:02d}.{'png' if number % 3 == 2 else 'jpg'}"
             image.save(path, exif=exif, **({"quality": 90} if path.suffix == ".jpg" else {}))
             yield {
@@ -184,14 +184,14 @@ def draw(label: int, random: np.random.Generator) -> np.ndarray:
     return pixels
 
 
-def vitrail(words: list[str], folder: Path, *, num_processes: int = 1) -> None:
+def vitrail(arguments: list[str], folder: Path, *, num_processes: int = 1) -> None:
     """Run a command of Vitrail with one thread a process and nothing cached from elsewhere.
 
     Raises:
         SystemExit: it failed; its output is printed.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "vitrail", *words]
+    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "vitrail", *arguments]
     own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tree())}
     environment = {**os.environ, **own, "VITRAIL_CACHE": str(folder / "cache")}
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
@@ -202,10 +202,10 @@ def vitrail(words: list[str], folder: Path, *, num_processes: int = 1) -> None:
 
 def tree() -> Path:
     """Return the folder that `vitrail` is imported from here; the commands run in another folder, but from that tree."""
-    found = importlib.util.find_spec("vitrail")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("vitrail")
+    if spec is None or spec.origin is None:
         sys.exit("vitrail cannot be imported; set PYTHONPATH to the tree to be hashed")
-    return Path(found.origin).resolve().parents[1]
+    return Path(spec.origin).resolve().parents[1]
 
 
 def hash_weights(path: Path) -> str:
@@ -214,22 +214,22 @@ def hash_weights(path: Path) -> str:
     begin = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:begin])
     header.pop("__metadata__", None)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(header):
         first, last = header[name]["data_offsets"]
-        found.update(f"{name} {header[name]['dtype']} {header[name]['shape']}\n".encode())
-        found.update(content[begin + first : begin + last])
-    return found.hexdigest()[:16]
+        digest.update(f"{name} {header[name]['dtype']} {header[name]['shape']}\n".encode())
+        digest.update(content[begin + first : begin + last])
+    return digest.hexdigest()[:16]
 
 
 def hash_metrics(run: Path) -> str:
     """Return a hash of what a run logged of its losses and evaluations, times left out."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
-        kept = {key: values[key] for key in sorted(values) if key == "train/loss" or key.startswith("eval/")}
-        found.update(f"{values['step']} {json.dumps(kept)}\n".encode())
-    return found.hexdigest()[:16]
+        hashed = {key: values[key] for key in sorted(values) if key == "train/loss" or key.startswith("eval/")}
+        digest.update(f"{values['step']} {json.dumps(hashed)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def compare(hashes: dict[str, dict[str, str]], earlier: dict[str, dict[str, str]]) -> int:

@@ -1,4 +1,4 @@
-"""docs/article.md: its Python runs, its commands are accepted, and what it says of Vitrail is so."""
+"""docs/article.md: its Python runs, its commands are accepted, and what it says of Vitrail is true."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from vitrail import ViT, ViTConfig
 from vitrail.cli import COMMANDS, train
 from vitrail.cli.options import given_settings
 from vitrail.config import RunConfig, ScheduleConfig
-from vitrail.config_schema import flatten
+from vitrail.config_schema import all_settings
 from vitrail.export.formats import FORMATS
 from vitrail.models.config import DECODER_NAMES, ENCODER_NAMES, POSITION_NAMES
 from vitrail.models.variants import variant_config
@@ -31,21 +31,21 @@ FACTS = DatasetFacts(50_000, 10, 256, False, 3, "", "cpu", False)
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """Return (number of the first line, text) of a page's blocks of code in a language."""
+    """Return (number of the first line, text) of each code block of a page in a language."""
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
+    matches = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in matches]
 
 
 def commands() -> list[str]:
-    """Return every `vitrail` command line that stands in a block of the pages."""
+    """Return every `vitrail` command line in a code block of the pages."""
     texts = [text.replace("\\\n", " ") for page in PAGES for _, text in blocks(page, "sh")]
     return list(dict.fromkeys(line for text in texts for line in text.splitlines() if line.startswith("vitrail ")))
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Return the names that are left when the article's blocks have run, top to bottom, in an empty folder."""
+    """Return the variables left after the article's Python blocks have run, top to bottom, in an empty folder."""
     torch.manual_seed(0)
     before, names = Path.cwd(), {"__name__": "article"}
     os.chdir(tmp_path_factory.mktemp("article"))
@@ -93,11 +93,11 @@ def test_encoders_and_decoders_are_the_ones_of_the_tables(page):
     assert ViTConfig().positions == "learned"
     config, _ = build_config("auto", FACTS, {})
     assert (config.model.decoder, config.model.positions) == ("mean", "sincos2d")
-    assert config.model.positions == build_config("auto", rich(199_999), {})[0].model.positions
-    assert build_config("auto", rich(200_000), {})[0].model.positions == "learned"
+    assert config.model.positions == build_config("auto", with_num_train(199_999), {})[0].model.positions
+    assert build_config("auto", with_num_train(200_000), {})[0].model.positions == "learned"
 
 
-def rich(num_train: int) -> DatasetFacts:
+def with_num_train(num_train: int) -> DatasetFacts:
     return dataclasses.replace(FACTS, num_train=num_train)
 
 
@@ -163,9 +163,9 @@ def test_with_silent_branches_the_transformer_is_the_identity(page):
 
 
 def test_dropout_and_stochastic_depth_are_where_the_text_says(page):
-    assert page["rates"] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert page["drop_rates"] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     model = ViT(ViTConfig(**page["small"], dropout=0.1))
-    dropouts = {name.removeprefix("blocks.0.") for name, each in model.named_modules() if is_dropout(each)}
+    dropouts = {name.removeprefix("blocks.0.") for name, module in model.named_modules() if is_dropout(module)}
     assert {"pos_drop", "attn.proj_drop", "mlp.drop", "head_drop"} <= dropouts
     assert RunConfig().optim.clip_norm == 1.0
 
@@ -181,21 +181,21 @@ def test_vit_b16_is_the_default_configuration(page):
     assert page["num_parameters"] == 85_806_346
 
 
-def test_rates_of_the_two_schedules(page):
+def test_learning_rates_of_the_two_schedules(page):
     assert len(page["losses"]) == 20
     assert all(torch.isfinite(torch.tensor(page["losses"])))
-    assert page["rate"] == pytest.approx(1.2e-6)
+    assert page["lr"] == pytest.approx(1.2e-6)
     linear = ScheduleConfig(decay="linear", warmup="500 steps", final_fraction=0.0)
     ours = Schedule(linear, total_steps=10_000, steps_per_epoch=100)
     assert [ours(step) for step in (1, 20, 499, 500, 5_000, 10_000)] == pytest.approx(
         [page["factor"](step) for step in (1, 20, 499, 500, 5_000, 10_000)]
     )
-    assert page["step_rates"] == pytest.approx([3e-5, 3e-6, 3e-7, 3e-8, 3e-9])
+    assert page["step_lrs"] == pytest.approx([3e-5, 3e-6, 3e-7, 3e-8, 3e-9])
     later, whole = (sum(0.1**epoch for epoch in range(start, 300)) for start in (3, 0))
     assert later / whole == pytest.approx(0.001)
     step = ScheduleConfig(decay="step", warmup="0 steps", step_every="1 epochs")
     stepped = Schedule(step, total_steps=500, steps_per_epoch=100)
-    assert [3e-5 * stepped(epoch * 100 + 1) for epoch in range(5)] == pytest.approx(page["step_rates"])
+    assert [3e-5 * stepped(epoch * 100 + 1) for epoch in range(5)] == pytest.approx(page["step_lrs"])
 
 
 def test_recipe_article_is_what_the_text_says():
@@ -212,8 +212,8 @@ def test_recipe_article_is_what_the_text_says():
     assert config.augment.rotation > 0
     mirrored = dataclasses.replace(FACTS, flip_reason="digits")
     assert all(build_config(recipe, mirrored, {})[0].augment.flip == 0 for recipe in ("auto", "article"))
-    rate = build_config("auto", FACTS, {"variant": "ti16", "batch_size": 128})[0].optim.lr
-    assert rate == pytest.approx(1e-3)
+    lr = build_config("auto", FACTS, {"variant": "ti16", "batch_size": 128})[0].optim.lr
+    assert lr == pytest.approx(1e-3)
 
 
 def test_timm_weights_fit_but_for_the_head(page):
@@ -225,7 +225,7 @@ def test_timm_weights_fit_but_for_the_head(page):
         assert_close(page["ours"].features(image)["pooled"], theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_run_keeps_the_best_of_validation_only(page):
+def test_the_run_keeps_the_best_model_by_validation_only(page):
     lines = [json.loads(line) for line in page["lines_of_run"]]
     trained = [line["step"] for line in lines if "train/loss" in line]
     assert trained[:3] == [5, 10, 15]
@@ -238,21 +238,21 @@ def test_the_run_keeps_the_best_of_validation_only(page):
 
 @pytest.mark.parametrize("line", commands())
 def test_commands_on_the_pages_are_accepted(line, monkeypatch):
-    words = shlex.split(line, comments=True)[1:]
-    seen = []
+    arguments = shlex.split(line, comments=True)[1:]
+    calls = []
     for command in COMMANDS.values():
-        monkeypatch.setattr(command, "run", lambda options: seen.append(options) or 0)
-    assert vitrail.cli.run(words) == 0
-    if words[0] == "train":
-        given = given_settings(seen[0], own=train.OwnOptions)
-        given |= parse_model_spec(seen[0].model_name) if seen[0].model_name else {}
+        monkeypatch.setattr(command, "run", lambda options: calls.append(options) or 0)
+    assert vitrail.cli.run(arguments) == 0
+    if arguments[0] == "train":
+        given = given_settings(calls[0], own=train.OwnOptions)
+        given |= parse_model_spec(calls[0].model_name) if calls[0].model_name else {}
         if "pretrained" not in given:  # those weights are the reader's
-            build_config(seen[0].recipe or "auto", FACTS, given)
+            build_config(calls[0].recipe or "auto", FACTS, given)
 
 
 def test_settings_on_the_pages_exist():
     own = {field.name for field in dataclasses.fields(train.Options)} | {"model", "help"}
-    known = own | {name for name, _ in flatten(RunConfig)}
+    known = own | {name for name, _ in all_settings(RunConfig)}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])", page.read_text(encoding="utf-8")))
         # Those of predict, eval, export, check and shard.

@@ -1,4 +1,4 @@
-"""Configuration: JSON in and out, dotted overrides, refusals; what `auto` chooses."""
+"""Configuration: writing and reading JSON, dotted overrides, refusals; what `auto` chooses."""
 
 import dataclasses
 import json
@@ -133,7 +133,7 @@ def test_what_the_user_fixes_is_never_changed(given, facts):
     assert config.model.decoder == ("concat" if "concat" in config.variant else given.get("model.decoder", "mean"))
 
 
-def test_uneven_classes_are_sampled_by_the_root_of_their_size_unless_the_user_corrects_them_otherwise():
+def test_uneven_classes_are_sampled_by_the_square_root_of_their_size_unless_the_user_corrects_them_otherwise():
     uneven = dataclasses.replace(CIFAR, class_sizes=(50, 500))
     config, choices = build_config("auto", uneven, {"data.source": "x"})
     assert config.data.sampling == "sqrt"
@@ -149,7 +149,7 @@ def test_uneven_classes_are_sampled_by_the_root_of_their_size_unless_the_user_co
         assert "data.sampling" not in {choice.setting for choice in choices}
 
 
-def test_weights_of_classes_that_nothing_uses_are_refused():
+def test_class_weights_without_effect_are_refused():
     with pytest.raises(ValueError, match="optim.effective_beta 0.9 has no effect with optim.class_weights 'none'"):
         build_config("auto", CIFAR, {"data.source": "x", "optim.effective_beta": 0.9})
     config = build_config("auto", CIFAR, {"optim.effective_beta": 0.9, "optim.class_weights": "effective"})[0]
@@ -168,6 +168,6 @@ def test_auto_decodes_large_images_smaller_from_scratch():
 
 
 @pytest.mark.parametrize("name", ["augment.mixup", "augment.cutmix", "log.save_minutes"])
-def test_what_is_no_number_is_refused(name):
+def test_nan_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} is nan; expected 0 or more"):
         override(RunConfig(), {name: float("nan")})

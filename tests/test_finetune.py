@@ -1,4 +1,4 @@
-"""Fine-tuning: from any weights, gently, exactly; and better than from scratch."""
+"""Fine-tuning: any weights to start from, layer by layer, resumed exactly, and better than from scratch."""
 
 import dataclasses
 import json
@@ -36,14 +36,14 @@ QUICK = {"epochs": 3.0, "batch_size": 16}
 GENTLE = {"optim.layer_decay": 0.5, "optim.head_warmup": "4 steps", "schedule.warmup": "2 steps"}
 
 
-def write_digits(root: Path, digits: tuple[int, ...], each: int, *, skip: int = 0) -> Path:
+def write_digits(root: Path, digits: tuple[int, ...], per_class: int, *, skip: int = 0) -> Path:
     """Write scikit-learn's digits as class folders of 8-pixel images."""
-    found = load_digits()
+    stored = load_digits()
     for digit in digits:
         folder = root / str(digit)
         folder.mkdir(parents=True)
-        for number in np.flatnonzero(found.target == digit)[skip : skip + each]:
-            pixels = (found.images[number] * 255 / 16).round().astype(np.uint8)
+        for number in np.flatnonzero(stored.target == digit)[skip : skip + per_class]:
+            pixels = (stored.images[number] * 255 / 16).round().astype(np.uint8)
             PIL.Image.fromarray(pixels).save(folder / f"{number}.png")
     return root
 
@@ -51,9 +51,9 @@ def write_digits(root: Path, digits: tuple[int, ...], each: int, *, skip: int = 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory) -> Path:
     """Return a run on the digits 0 to 6."""
-    place = tmp_path_factory.mktemp("digits")
-    data = write_digits(place / "data", tuple(range(7)), 150)
-    return train(data, out=place / "run", console=QUIET, epochs=12.0, model="nano4").folder
+    folder = tmp_path_factory.mktemp("digits")
+    data = write_digits(folder / "data", tuple(range(7)), 150)
+    return train(data, out=folder / "run", console=QUIET, epochs=12.0, model="nano4").folder
 
 
 def test_a_subset_of_the_classes_is_known_before_any_step(digits_run, tmp_path):
@@ -87,21 +87,21 @@ def test_new_classes_are_learned_faster_than_from_scratch(digits_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def tuned(tiny_run, tmp_path_factory) -> Path:
-    """Return a run that goes on from a small run, with other rates for each layer and the head first."""
+    """Return a run that starts from a small run, with a learning rate for each layer and the head first."""
     base, data = tiny_run
     out = tmp_path_factory.mktemp("tuned") / "run"
     return train(data, out=out, model=str(base), console=QUIET, **QUICK, **GENTLE).folder
 
 
-def test_a_run_says_what_it_started_from(tuned, tiny_run, make_folder, tmp_path, capsys):
+def test_a_run_records_what_it_started_from(tuned, tiny_run, make_folder, tmp_path, capsys):
     base, _ = tiny_run
     config = load_config(tuned / "config.json")
     assert (config.pretrained, config.variant) == (str(base), "")
     assert json.loads((tuned / "run.json").read_text())["start"]["origin"] == str(base)
     data = make_folder(tmp_path / "data", classes=("steep", "flat", "zigzag"), count=8)
-    words = ["train", str(data), "--out", str(tmp_path / "run"), "--model", str(base), "--epochs", "1"]
-    assert vitrail([*words, "--model.image-size", "24", "--model.num-registers", "1"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    arguments = ["train", str(data), "--out", str(tmp_path / "run"), "--model", str(base), "--epochs", "1"]
+    assert vitrail([*arguments, "--model.image-size", "24", "--model.num-registers", "1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
     start = json.loads((tmp_path / "run" / "run.json").read_text())["start"]
     page = (tmp_path / "run" / "report.html").read_text()
     for text in (
@@ -109,7 +109,7 @@ def test_a_run_says_what_it_started_from(tuned, tiny_run, make_folder, tmp_path,
         "pos_embed: 2×2 → 3×3 patches",
         "reg_token",
     ):
-        assert text in said
+        assert text in printed
         assert text.removeprefix("head: ") in page
     assert start["missing"] == ["reg_token"]
     assert set(start["random"]) == {"reg_token", "pos_embed", "head.weight", "head.bias"}
@@ -163,7 +163,7 @@ def test_what_starts_at_random_learns_with_the_head(tiny_run, tmp_path):
     assert names == {"head.weight", "head.bias", "reg_token", *joined}
 
 
-def test_a_name_on_a_hub_is_kept_with_its_revision():
+def test_a_hub_name_is_pinned_to_its_revision():
     assert pin_revision("hf:owner/name", "hf:owner/name@1234") == "hf:owner/name@1234"
     assert pin_revision("hf:owner/name@main", "hf:owner/name@1234") == "hf:owner/name@1234"
     assert pin_revision("runs/a@b", "runs/a@b") == "runs/a@b"
@@ -174,10 +174,10 @@ def test_a_name_on_a_hub_is_kept_with_its_revision():
 @pytest.mark.parametrize("more", [[], ["--lora.rank", "4"]])
 def test_two_processes_tune_as_one(more, make_folder, tiny_run, tmp_path):
     base, data = tiny_run[0], make_folder(tmp_path / "data", count=24)
-    words = ["-m", "vitrail", "train", str(data), "--model", str(base), "--epochs", "3", "--batch-size", "16"]
-    words += ["--model.drop-path", "0", "--optim.ema-decay", "0", "--optim.head-warmup", "5 steps", *more]
-    subprocess.run([sys.executable, *words, "--out", str(tmp_path / "one")], check=True, capture_output=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words]
+    arguments = ["-m", "vitrail", "train", str(data), "--model", str(base), "--epochs", "3", "--batch-size", "16"]
+    arguments += ["--model.drop-path", "0", "--optim.ema-decay", "0", "--optim.head-warmup", "5 steps", *more]
+    subprocess.run([sys.executable, *arguments, "--out", str(tmp_path / "one")], check=True, capture_output=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, "--out", str(tmp_path / "two")], capture_output=True, text=True, check=False, env=environment
@@ -194,7 +194,7 @@ def test_two_processes_tune_as_one(more, make_folder, tiny_run, tmp_path):
     )
 
 
-def test_rates_of_layers_by_hand():
+def test_learning_rates_of_layers_by_hand():
     model = ViT(ViTConfig(image_size=32, patch_size=8, num_classes=5, embed_dim=24, depth=3, num_heads=3))
     assert num_layers(model) == 4
     groups = build_optimizer(parameter_groups(model, layer_decay=0.5), OptimConfig(weight_decay=0.3)).param_groups
@@ -228,20 +228,20 @@ def test_batch_norms_that_do_not_learn_yet_keep_their_statistics():
     assert not torch.equal(norm.running_mean, before)
 
 
-def test_resume_takes_the_words_of_the_start_also_when_the_weights_have_gone(tiny_run, tmp_path, monkeypatch):
+def test_resume_takes_the_same_model_spec_also_when_the_weights_have_gone(tiny_run, tmp_path, monkeypatch):
     base, data = tiny_run
-    words = tmp_path / "weights"
-    shutil.copytree(base, words)
+    weights = tmp_path / "weights"
+    shutil.copytree(base, weights)
     monkeypatch.chdir(tmp_path)
     train(data, model="weights", out="run", epochs=1, console=QUIET)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["pretrained"] == str(words)
-    shutil.rmtree(words)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["pretrained"] == str(weights)
+    shutil.rmtree(weights)
     train(data, model="weights", out="run", resume=True, console=QUIET)
     with pytest.raises(ValueError, match=r"with pretrained '.*weights', not '.*others'"):
         train(data, model="others", out="run", resume=True, console=QUIET)
 
 
-def test_what_is_frozen_at_the_front_is_not_prepared_for_a_backward_pass():
+def test_layers_frozen_at_the_front_keep_nothing_for_the_backward_pass():
     front = ("patch_embed", "cls_token", "pos_embed", "blocks.0")
     model = start_model(override(RunConfig(model=SMALL), {"optim.freeze": front}), fresh=True)
     features = model.features(torch.rand(2, 3, 32, 32))
@@ -252,7 +252,7 @@ def test_what_is_frozen_at_the_front_is_not_prepared_for_a_backward_pass():
     assert model.blocks[0].attn.qkv.weight.grad is None
 
 
-def test_auto_keeps_what_the_weights_bring(tuned):
+def test_auto_keeps_the_architecture_and_preprocessing_of_the_weights(tuned):
     header = load(tuned).header
     config, choices = build_config("auto", FACTS, {"pretrained": str(tuned)}, header)
     assert (
@@ -272,15 +272,17 @@ def test_auto_keeps_what_the_weights_bring(tuned):
     values = dict(leaves(build_config("auto", FACTS, given, header)[0]))
     assert {name: values[name] for name in given} == given
     uneven = dataclasses.replace(FACTS, class_sizes=(20, 900))
-    left, told = build_config("auto", uneven, {"pretrained": str(tuned)}, header)
-    assert left.data.sampling == "natural"
-    assert [each.reason[:27] for each in told if each.setting == "data.sampling"] == ["classes have 20 to 900 imag"]
+    config, choices = build_config("auto", uneven, {"pretrained": str(tuned)}, header)
+    assert config.data.sampling == "natural"
+    assert [choice.reason[:27] for choice in choices if choice.setting == "data.sampling"] == [
+        "classes have 20 to 900 imag"
+    ]
     article, _ = build_config("article", FACTS, {"pretrained": str(tuned)}, header)
     assert (article.optim.lr, article.model.depth, article.preprocess.mean) == (3e-5, 2, (0.5, 0.5, 0.5))
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("settings", "message"),
     [
         ({"model.embed_dim": 48}, r"model\.embed_dim 48 \(they have 24\)"),
         ({"model.depth": 9}, r"model\.depth 9 \(they have 2\)"),
@@ -295,14 +297,14 @@ def test_auto_keeps_what_the_weights_bring(tuned):
         ({"preprocess.mean": [0.5, 0.5, 0.5]}, "belong together"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_folder_is_made(words, message, tiny_run, tmp_path):
+def test_what_does_not_fit_is_refused_before_a_folder_is_made(settings, message, tiny_run, tmp_path):
     base, data = tiny_run
     with pytest.raises(ValueError, match=message):
-        train(data, out=tmp_path / "run", pretrained=str(base), console=QUIET, **words)
+        train(data, out=tmp_path / "run", pretrained=str(base), console=QUIET, **settings)
     assert not (tmp_path / "run").exists()
 
 
-def test_trained_weights_are_needed_to_hold_them(make_folder, tmp_path):
+def test_a_head_warmup_needs_trained_weights(make_folder, tmp_path):
     data = make_folder(tmp_path / "data", count=5)
     with pytest.raises(ValueError, match="all of these start at random"):
         train(data, out=tmp_path / "run", console=QUIET, **{"optim.head_warmup": "1 epochs"})

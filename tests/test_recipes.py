@@ -1,4 +1,4 @@
-"""Recipes: each builds a configuration for every kind of data, and each page says what to type and what to expect."""
+"""Recipes: each builds a configuration for every kind of dataset; each page says what to type and what to expect."""
 
 import dataclasses
 import re
@@ -33,13 +33,13 @@ FROM_SCRATCH = ("digits", "cifar10", "s16_in1k", "deit3_s16")
 
 
 def start_of(recipe: str) -> tuple[dict, ModelHeader | None]:
-    """Return what `--model` gives a recipe that wants trained weights, and nothing for the others."""
+    """Return the settings and the header that `--model` gives a recipe that needs trained weights; empty for the others."""
     return ({"pretrained": "runs/photos"}, WEIGHTS) if recipe == "fine_tune" else ({}, None)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("facts", FACTS)
-def test_every_recipe_builds_a_config_for_every_kind_of_data(recipe, facts):
+def test_every_recipe_builds_a_config_for_every_kind_of_dataset(recipe, facts):
     known = FACTS[facts]
     config, choices = build_config(recipe, known, *start_of(recipe))
     assert config.recipe == recipe
@@ -69,8 +69,8 @@ def test_every_recipe_builds_a_config_for_every_kind_of_data(recipe, facts):
 )
 @pytest.mark.parametrize("facts", ["digits", "photos"])
 def test_what_the_user_fixes_stays_in_every_recipe(recipe, given, facts):
-    start, source = start_of(recipe)
-    config, choices = build_config(recipe, FACTS[facts], {**start, **given}, source)
+    start, pretrained = start_of(recipe)
+    config, choices = build_config(recipe, FACTS[facts], {**start, **given}, pretrained)
     values = dict(leaves(config))
     assert {name: values[name] for name in given} == given
     assert not {choice.setting for choice in choices} & set(given)
@@ -79,7 +79,7 @@ def test_what_the_user_fixes_stays_in_every_recipe(recipe, given, facts):
 
 @pytest.mark.parametrize("recipe", FROM_SCRATCH)
 @pytest.mark.parametrize("given", [{"variant": "ti16-token"}, {"variant": "micro8-concat"}, {"model.decoder": "token"}])
-def test_another_model_takes_its_class_token_along(recipe, given):
+def test_another_model_has_the_class_token_that_its_decoder_needs(recipe, given):
     model = build_config(recipe, CIFAR, given)[0].model
     assert model.decoder == ("concat" if "concat" in str(given) else "token")
     assert model.class_token is (model.decoder == "token")
@@ -110,29 +110,30 @@ def test_the_fixed_recipes_are_what_their_pages_say():
 def test_every_page_says_what_to_type_and_what_to_expect(recipe, monkeypatch):
     text = sys.modules[RECIPES[recipe].__module__].__doc__ or ""
     assert text.startswith(f"`{recipe}`")
-    found = {
+    entries = {
         name: re.search(rf"^{name}: (.*?)(?=^[A-Z]\w+: |\n\n|\Z)", text, re.M | re.S)
         for name in ("Hardware", "Time", "Expect")
     }
-    assert all(found.values()), f"the page of {recipe} says nothing of {[name for name in found if not found[name]]}"
-    assert re.search(r"\bnot measured\b|\d %", found["Expect"][1])
-    assert re.search(r"\bnot measured\b|\d (s|min|h)\b", found["Time"][1])
+    missing = [name for name, entry in entries.items() if not entry]
+    assert not missing, f"the page of {recipe} says nothing of {missing}"
+    assert re.search(r"\bnot measured\b|\d %", entries["Expect"][1])
+    assert re.search(r"\bnot measured\b|\d (s|min|h)\b", entries["Time"][1])
     (line,) = re.findall(r"^    (?:torchrun .* -m )?(vitrail train .*)$", text, re.M)
 
-    class Seen(Exception):
+    class CalledError(Exception):
         pass
 
-    def fake(source: str, *, out, model, recipe, resume, console, **settings):
-        raise Seen(model, recipe, settings)
+    def record_call(source: str, *, out, model, recipe, resume, console, **settings):
+        raise CalledError(model, recipe, settings)
 
-    monkeypatch.setattr("vitrail.api.train", fake)
-    with pytest.raises(Seen) as seen:
+    monkeypatch.setattr("vitrail.api.train", record_call)
+    with pytest.raises(CalledError) as called:
         vitrail.cli.run(shlex.split(line)[1:])
-    model, named, settings = seen.value.args
+    model, named, settings = called.value.args
     assert (named or "auto") == recipe
-    start, source = start_of(recipe)
-    assert (model is not None) == (source is not None)
-    assert build_config(recipe, PHOTOS, {**settings, **start}, source)[0].recipe == recipe
+    start, pretrained = start_of(recipe)
+    assert (model is not None) == (pretrained is not None)
+    assert build_config(recipe, PHOTOS, {**settings, **start}, pretrained)[0].recipe == recipe
 
 
 def test_recipes_need_no_torch():
@@ -141,7 +142,7 @@ def test_recipes_need_no_torch():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "given", "source", "message"),
+    ("recipe", "given", "pretrained", "message"),
     [
         ("cifar", {}, None, "unknown recipe 'cifar'; did you mean 'cifar10'"),
         ("no/such/config.json", {}, None, "no such file; expected a config.json of an earlier run, or a recipe's name"),
@@ -158,9 +159,9 @@ def test_recipes_need_no_torch():
         ("auto", {"variant": "tii16"}, None, "did you mean 'ti'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_built_is_one_error_with_a_remedy(recipe, given, source, message):
+def test_what_cannot_be_built_is_one_error_with_a_remedy(recipe, given, pretrained, message):
     with pytest.raises(ValueError, match=message):
-        build_config(recipe, CIFAR, given, source)
+        build_config(recipe, CIFAR, given, pretrained)
 
 
 def test_too_few_images_for_a_published_warm_up_are_refused_before_a_folder_is_made(tmp_path):

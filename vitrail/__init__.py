@@ -1,6 +1,6 @@
-"""Vitrail trains, evaluates, explains and ships Vision Transformers on your own images.
+"""Vitrail trains, evaluates and uses Vision Transformers on your own images.
 
-Names are loaded when they are first used: `import vitrail` takes milliseconds, not the seconds that PyTorch needs.
+Names are imported when they are first used: `import vitrail` takes milliseconds, not the seconds that PyTorch needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from vitrail.models.config import ViTConfig
     from vitrail.models.vit import ViT
 
-_PLACES = {
+# Public name → the module that it is imported from.
+_MODULES = {
     "ViT": "vitrail.models.vit",
     "ViTConfig": "vitrail.models.config",
     "RunConfig": "vitrail.config",
@@ -31,12 +32,12 @@ __all__ = ["Classifier", "Prediction", "RunConfig", "ViT", "ViTConfig", "__versi
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'vitrail' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PLACES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_MODULES})

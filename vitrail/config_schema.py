@@ -1,4 +1,4 @@
-"""Frozen dataclasses as configuration: help texts, JSON in and out, dotted overrides.
+"""Frozen dataclasses as configuration: help texts, reading and writing JSON, dotted overrides, checks of values.
 
 Every configuration class of Vitrail is a frozen dataclass whose fields carry their help text. This file is the only
 one that walks such trees. It imports nothing heavy: `vitrail --help` runs through it.
@@ -7,11 +7,14 @@ one that walks such trees. It imports nothing heavy: `vitrail --help` runs throu
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+from vitrail.files import write_text
 from vitrail.lookup import unknown
 
 T = TypeVar("T")
@@ -23,12 +26,12 @@ def setting(default: T, help: str) -> T:
 
 
 def section(kind: type[T], help: str) -> T:
-    """Declare a nested configuration section."""
+    """Declare a dataclass field that holds another configuration class, and its help text."""
     return dataclasses.field(default_factory=kind, metadata={"help": help})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return the tree as plain dictionaries and lists, ready for JSON."""
+    """Return a configuration as plain dictionaries and lists, ready for JSON."""
     out = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -39,10 +42,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build a configuration from the dictionaries that `to_dict` made.
+    """Build a configuration from dictionaries as `to_dict` makes them.
 
     Args:
-        where: dotted place of `values` in the whole tree, for messages.
+        where: dotted name of `values` in the whole tree, for messages; empty for the whole.
 
     Raises:
         ValueError: a key is unknown, or a value has the wrong type or is refused by its class.
@@ -62,37 +65,37 @@ def from_dict(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def override(config: T, changes: Mapping[str, Any]) -> T:
-    """Return `config` with dotted settings such as `{"optim.lr": 1e-3}` replaced, all checked at once.
+    """Return a configuration with dotted settings such as `{"optim.lr": 1e-3}` replaced, all checked at once.
 
     Raises:
         ValueError: a setting is unknown, has the wrong type, or the combination is refused.
     """
     tree = to_dict(config)
-    known = dict(flatten(type(config)))
+    known = dict(all_settings(type(config)))
     for name, value in changes.items():
         if name not in known:
             raise ValueError(unknown("setting", name, known))
-        place = tree
+        branch = tree
         *parents, last = name.split(".")
         for parent in parents:
-            place = place[parent]
-        place[last] = value
+            branch = branch[parent]
+        branch[last] = value
     return from_dict(type(config), tree)
 
 
-def flatten(kind: Any, where: str = "") -> Iterator[tuple[str, tuple[Any, dataclasses.Field[Any]]]]:
-    """Yield `(dotted name, (type, field))` for every leaf setting of a configuration class."""
+def all_settings(kind: Any, where: str = "") -> Iterator[tuple[str, tuple[Any, dataclasses.Field[Any]]]]:
+    """Yield `(dotted name, (type, field))` of every setting of a configuration class, nested ones included."""
     kinds = field_types(kind)
     for field in dataclasses.fields(kind):
         name = join(where, field.name)
         if dataclasses.is_dataclass(kinds[field.name]):
-            yield from flatten(kinds[field.name], name)
+            yield from all_settings(kinds[field.name], name)
         else:
             yield name, (kinds[field.name], field)
 
 
 def leaves(config: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield `(dotted name, value)` for every leaf of a configuration."""
+    """Yield `(dotted name, value)` of every setting of a configuration, nested ones included."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -108,7 +111,7 @@ def field_types(kind: Any) -> dict[str, Any]:
 
 
 def to_type(kind: Any, value: Any, name: str) -> Any:
-    """Return `value` as `kind` (a scalar or a tuple of scalars); an int passes for a float, nothing else converts."""
+    """Return `value` as the type `kind`, a scalar or a tuple of scalars; only an int where a float is due is converted."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -117,7 +120,7 @@ def to_type(kind: Any, value: Any, name: str) -> Any:
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise ValueError(f"{name}: expected a list of {args[0].__name__}, got {value!r}")
-        return tuple(to_type(args[0], each, name) for each in value)
+        return tuple(to_type(args[0], entry, name) for entry in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -126,12 +129,33 @@ def to_type(kind: Any, value: Any, name: str) -> Any:
 
 
 def join(where: str, name: str) -> str:
-    """Return the dotted name of `name` inside `where`."""
+    """Return the dotted name of a setting inside `where`; `where` may be empty."""
     return f"{where}.{name}" if where else name
 
 
+def write_json(config: Any, path: Path) -> None:
+    """Write a configuration as JSON that `read_json` reads back equal."""
+    write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def read_json(kind: type[T], path: Path) -> T:
+    """Read a configuration of class `kind` that `write_json` wrote.
+
+    Raises:
+        ValueError: the file is no JSON, or has an unknown setting or a refused value.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON configuration ({error})") from None
+    try:
+        return from_dict(kind, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise a ValueError that suggests the nearest known value unless `value` is one."""
+    """Raise a ValueError that suggests the nearest known value, unless `value` is known."""
     if value not in known:
         raise ValueError(unknown(name, value, known))
 
@@ -144,5 +168,29 @@ def seed_range(name: str, value: int) -> None:
 
 def at_least(name: str, value: float, least: float) -> None:
     """Raise a ValueError unless `value` is `least` or more."""
-    if not value >= least:  # so that what is no number is refused too
+    if not value >= least:  # not `value < least`: NaN is refused too
         raise ValueError(f"{name} is {value}; expected {least} or more")
+
+
+def between(name: str, value: float, least: float, most: float, unit: str = "") -> None:
+    """Raise a ValueError unless `value` lies between `least` and `most`, both included."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value}; expected {least} to {most} {unit}".rstrip())
+
+
+def positive(name: str, value: float) -> None:
+    """Raise a ValueError when `value` is 0 or less."""
+    if value <= 0:
+        raise ValueError(f"{name} is {value}; expected above 0")
+
+
+def below_one(name: str, value: float) -> None:
+    """Raise a ValueError unless `value` is 0 or more, and less than 1."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; expected from 0 up to, not including, 1")
+
+
+def one_at_most(name: str, value: float, note: str = "") -> None:
+    """Raise a ValueError unless `value` is above 0, and 1 or less; `note` says what a special value means."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} is {value}; expected above 0, at most 1 {note}".rstrip())

@@ -43,37 +43,37 @@ def test_every_nasty_file_gets_its_verdict(shared_data, tmp_path):
     assert len(rows) == 136
     out, page = tmp_path / "check.json", tmp_path / "check.html"
     assert run(["check", str(shared_data / "nasty"), "--out", str(out), "--html", str(page)]) == 1
-    found = json.loads(out.read_text())
-    given = {path: problem for problem in found["problems"] for path in problem["paths"]}
+    report = json.loads(out.read_text())
+    named = {path for problem in report["problems"] for path in problem["paths"]}
     verdicts = {
         path: problem["kind"]
-        for problem in found["problems"]
+        for problem in report["problems"]
         if problem["kind"] in ("unreadable", "damaged", "refused")
         for path in problem["paths"]
     }
-    skipped = {path for problem in found["problems"] if "skipped" in problem["message"] for path in problem["paths"]}
+    skipped = {path for problem in report["problems"] if "skipped" in problem["message"] for path in problem["paths"]}
     for row in rows:
         name = row["file"]
         wanted = CORRECTED.get(name, row["verdict"])
         if Path(name).name.startswith("."):
-            assert name not in given  # hidden files are passed over without a word
+            assert name not in named  # hidden files are passed over without a message
         elif name in skipped:
             assert wanted == "unreadable" and not is_image_name(name)
         else:
             assert verdicts.get(name, "ok") == wanted, name
-        turned = row["verdict"] == "ok" and any(f"EXIF orientation {turn}" in row["notes"] for turn in range(2, 9))
-        if turned:
-            assert any(name in paths for paths in kinds(found, "orientation")), name
+        rotated = row["verdict"] == "ok" and any(f"EXIF orientation {value}" in row["notes"] for value in range(2, 9))
+        if rotated:
+            assert any(name in paths for paths in paths_of_kind(report, "orientation")), name
         if "frames" in row["notes"] or "mode P" in row["notes"] or "CMYK" in row["notes"] or "16" in row["notes"]:
-            assert any(name in paths for paths in kinds(found, "mode")), name
-    misnamed = [paths for paths in kinds(found, "name") if "made/ext_gif_named_jpg.jpg" in paths]
+            assert any(name in paths for paths in paths_of_kind(report, "mode")), name
+    misnamed = [paths for paths in paths_of_kind(report, "name") if "made/ext_gif_named_jpg.jpg" in paths]
     assert misnamed == [{"made/ext_gif_named_jpg.jpg", "made/ext_jpg_named_png.png"}]
-    assert not found["ok"]
+    assert not report["ok"]
     assert page.stat().st_size < 2_000_000
 
 
-def kinds(found: dict, kind: str) -> list[set[str]]:
-    return [set(problem["paths"]) for problem in found["problems"] if problem["kind"] == kind]
+def paths_of_kind(report: dict, kind: str) -> list[set[str]]:
+    return [set(problem["paths"]) for problem in report["problems"] if problem["kind"] == kind]
 
 
 def test_untouched_photographs_raise_no_false_alarm(photographs, shared_data, tmp_path):
@@ -92,7 +92,7 @@ def test_untouched_photographs_raise_no_false_alarm(photographs, shared_data, tm
 
 
 def changed(image: PIL.Image.Image, number: int) -> tuple[str, PIL.Image.Image, dict]:
-    """One of the ways in which a copy of an image comes back."""
+    """Return one of the ways in which a copy of an image may differ from it: name, image, options for saving."""
     width, height = image.size
     cuts = [(0.05, 0.05, 0.95, 0.95), (0.1, 0, 1, 1), (0, 0, 0.9, 0.9), (0.03, 0.06, 0.96, 1), (0.1, 0.1, 0.9, 0.9)]
     cut = [round(share * side) for share, side in zip(cuts[number % 5], (width, height) * 2, strict=True)]
@@ -118,7 +118,7 @@ def test_planted_faults_are_all_found(photographs, tmp_path):
         how, image, options = changed(PIL.Image.open(path).convert("RGB"), number)
         copy = root / "val" / path.parent.name / f"copy_{number}.jpg"
         image.save(copy, **options)
-        leaks.append((how, {str(each.relative_to(root)) for each in (path, copy)}))
+        leaks.append((how, {str(file.relative_to(root)) for file in (path, copy)}))
     for number, path in enumerate(chosen[75:95]):  # the same image under a wrong label too
         wrong = labels[(labels.index(path.parent.name) + 1 + number % 8) % 10]
         copy = root / "train" / wrong / f"swapped_{number}.jpg"
@@ -126,7 +126,7 @@ def test_planted_faults_are_all_found(photographs, tmp_path):
             changed(PIL.Image.open(path).convert("RGB"), number)[1].save(copy, quality=75)
         else:
             shutil.copy(path, copy)
-        conflicts.append({str(each.relative_to(root)) for each in (path, copy)})
+        conflicts.append({str(file.relative_to(root)) for file in (path, copy)})
     broken = {}
     for number, path in enumerate(chosen[95:]):
         content = path.read_bytes()
@@ -141,11 +141,11 @@ def test_planted_faults_are_all_found(photographs, tmp_path):
     missed = [
         (how, pair)
         for how, pair in leaks
-        if not any(path.startswith(gone) for path in pair) and not any(pair <= each for each in found)
+        if not any(path.startswith(gone) for path in pair) and not any(pair <= paths for paths in found)
     ]
     assert missed == []
     swapped = paths_of(checked, "label-conflict")
-    assert [pair for pair in conflicts if not any(pair <= each for each in swapped)] == []
+    assert [pair for pair in conflicts if not any(pair <= paths for paths in swapped)] == []
     given = {path: p.kind for p in checked.problems if p.kind in ("damaged", "unreadable") for path in p.paths}
     assert given == broken
     assert {f"val/{labels[3]}"} in paths_of(checked, "missing-class")

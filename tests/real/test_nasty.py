@@ -33,12 +33,12 @@ def rows(shared_data) -> list[dict[str, str]]:
 
 
 def noted(row: dict[str, str], pattern: str, default: str) -> str:
-    found = re.search(pattern, row["notes"])
-    return found[1] if found else default
+    match = re.search(pattern, row["notes"])
+    return match[1] if match else default
 
 
 def expected(row: dict[str, str]) -> dict[str, object]:
-    """What `inspect_image` must find; sizes in the list are as stored, ours are after turning."""
+    """Return what `inspect_image` must find; sizes in the list are as stored, ours are after rotation by EXIF."""
     facts: dict[str, object] = {"verdict": CORRECTED.get(row["file"], row["verdict"])}
     if not row["format"]:
         return facts
@@ -64,7 +64,7 @@ def test_every_file_gets_its_verdict_and_its_facts(shared_data, rows):
     assert wrong == []
 
 
-def test_good_files_read_the_same_from_bytes_and_give_the_size_told(shared_data, rows):
+def test_good_files_read_the_same_from_bytes_and_have_the_reported_size(shared_data, rows):
     for row in rows:
         path = shared_data / "nasty" / row["file"]
         if (verdict := expected(row)["verdict"]) == "ok":
@@ -77,7 +77,7 @@ def test_good_files_read_the_same_from_bytes_and_give_the_size_told(shared_data,
             assert (caught.value.verdict, caught.value.path) == (verdict, str(path))
 
 
-def test_what_is_damaged_can_be_kept_and_the_rest_cannot(shared_data, rows):
+def test_damaged_files_can_be_kept_and_other_broken_files_cannot(shared_data, rows):
     for row in rows:
         path, wanted = shared_data / "nasty" / row["file"], expected(row)
         if wanted["verdict"] == "damaged":
@@ -105,12 +105,12 @@ def test_hidden_files_are_not_images_by_name(rows):
     }
 
 
-def test_oriented_series_look_the_same(shared_data, rows):
+def test_images_of_all_orientations_are_the_same_after_rotation(shared_data, rows):
     """The eight landscapes (and portraits) are one photograph, stored in eight ways."""
     for series in ("Landscape", "Portrait"):
         names = [row["file"] for row in rows if f"/{series}_" in row["file"]]
         small = [read_image(shared_data / "nasty" / name, mode="L").resize((18, 12)).tobytes() for name in names]
         assert len(small) >= 5
-        for each in small[1:]:
-            apart = sum(abs(a - b) for a, b in zip(small[0], each, strict=True)) / len(each)
-            assert apart < 12, (series, apart)
+        for pixels in small[1:]:
+            difference = sum(abs(a - b) for a, b in zip(small[0], pixels, strict=True)) / len(pixels)
+            assert difference < 12, (series, difference)

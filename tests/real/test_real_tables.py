@@ -37,9 +37,9 @@ def test_fashion_mnist_as_a_table_with_groups(shared_data, tmp_path, capsys):
     assert result["labels"] == sorted(NAMES)
     assert abs(result["num_images"] - 600) <= 20
     assert result["top1"] > 0.4
-    split = json.loads((out / "split.json").read_text())["splits"]
-    sides = [{int(Path(path).stem) // 7 for path in part} for part in split.values()]
-    assert not sides[0] & sides[1]
+    splits = json.loads((out / "split.json").read_text())["splits"]
+    groups = [{int(Path(path).stem) // 7 for path in paths} for paths in splits.values()]
+    assert not groups[0] & groups[1]
 
 
 @pytest.mark.slow
@@ -52,19 +52,22 @@ def test_cifar_as_table_and_as_parquet_with_images_gives_the_same_figures(shared
                 tar.extract(member, tmp_path / "cifar", filter="data")
     root = next(path for path in (tmp_path / "cifar").rglob("train") if path.is_dir()).parent
     files = sorted(path.relative_to(root) for path in root.rglob("*.jpg"))
-    rows = [{"path": str(each), "label": each.parts[1], "split": each.parts[0]} for each in files]
+    rows = [{"path": str(file), "label": file.parts[1], "split": file.parts[0]} for file in files]
     (root / "cifar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "hub").mkdir()
-    for part in ("train", "test"):
-        here = [each for each in files if each.parts[0] == part]
-        columns = {"image": [(root / each).read_bytes() for each in here], "label": [each.parts[1] for each in here]}
-        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "hub" / f"{part}-00000-of-00001.parquet")
+    for split in ("train", "test"):
+        chosen = [file for file in files if file.parts[0] == split]
+        columns = {
+            "image": [(root / file).read_bytes() for file in chosen],
+            "label": [file.parts[1] for file in chosen],
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
     out = tmp_path / "run"
     assert run(["train", str(root / "cifar.jsonl"), "--out", str(out), "--epochs", "1", "--model", "nano8"]) == 0
     own = json.loads((out / "evaluation.json").read_text())["test"]
     assert own["num_images"] == 300
-    for word in (str(root / "cifar.jsonl"), str(root), f"hf:{tmp_path / 'hub'}"):
-        assert run(["eval", str(out), word, "--split", "test", "--out", str(tmp_path / "e.json")]) == 0
-        judged = json.loads((tmp_path / "e.json").read_text())
-        assert judged["confusion"] == own["confusion"]
-        assert judged["loss"] == pytest.approx(own["loss"], rel=1e-5)
+    for source in (str(root / "cifar.jsonl"), str(root), f"hf:{tmp_path / 'hub'}"):
+        assert run(["eval", str(out), source, "--split", "test", "--out", str(tmp_path / "e.json")]) == 0
+        evaluation = json.loads((tmp_path / "e.json").read_text())
+        assert evaluation["confusion"] == own["confusion"]
+        assert evaluation["loss"] == pytest.approx(own["loss"], rel=1e-5)

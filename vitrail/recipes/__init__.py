@@ -1,9 +1,10 @@
 """Recipes: named, complete training configurations, a page of values each.
 
-A recipe is a function of the dataset's facts, of what the user gave, and of the weights that the run starts from; it
-returns settings with a reason each. What the user gave is never changed, and what depends on it follows it.
+A recipe is a function of facts about the dataset, of the settings that the user gave, and of the trained weights that the
+run starts from, if any; it returns settings, each with its reason. What the user gave is never changed, and what depends
+on it follows it.
 
-Read `engine.py` for how a configuration is built, and any page (`auto.py`, `digits.py`, …) for what it says.
+`engine.py` builds a configuration from a recipe; each other page (`auto.py`, `digits.py`, …) is one recipe.
 """
 
 from vitrail.recipes.choices import Choice

@@ -16,15 +16,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vitrail.recipes.choices import Choice, Given, mirror
+from vitrail.recipes.choices import Choice, Given, horizontal_flip
 from vitrail.recipes.facts import DatasetFacts
 
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
     from vitrail.weights.model_file import ModelHeader
 
 
-def article(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> list[Choice]:
-    """Choose the article's own settings, the same from scratch and from trained weights."""
+def article(facts: DatasetFacts, given: Given, pretrained: ModelHeader | None) -> list[Choice]:
+    """Choose the article's settings, the same from scratch and from trained weights."""
     why = "as in the article"
     seen = 10_000 * int(given.get("batch_size", 128))
     channels = int(given.get("model.in_channels", 3))
@@ -43,6 +43,6 @@ def article(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> li
         Choice("preprocess.std", (0.229, 0.224, 0.225)[:channels], why),
         Choice("preprocess.crop_fraction", 224 / 256, why),
         Choice("augment.crop_scale", 0.25, why),
-        mirror(facts, why),
+        horizontal_flip(facts, why),
         Choice("augment.rotation", 15.0, why),
     ]

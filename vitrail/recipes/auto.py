@@ -1,4 +1,4 @@
-"""`auto`, the default: chosen from the data and the machine.
+"""`auto`, the default: values chosen for the dataset and the machine.
 
     vitrail train photos/
 
@@ -37,24 +37,24 @@ if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
     from vitrail.weights.model_file import ModelHeader
 
 
-def auto(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> list[Choice]:
-    """Choose for any dataset: from scratch a ViT that fits it and this machine, else how trained weights learn it."""
-    if source is not None:
-        return fine_tune(facts, given, source)
-    model = architecture(facts, given)
+def auto(facts: DatasetFacts, given: Given, pretrained: ModelHeader | None) -> list[Choice]:
+    """Choose settings for any dataset: a ViT that fits it and this machine, or what `fine_tune` chooses for trained weights."""
+    if pretrained is not None:
+        return fine_tune(facts, given, pretrained)
+    model = size_choices(facts, given)
     known = {choice.setting: choice.value for choice in model} | dict(given)
     return [
         *model,
-        *training_length(facts, known),
-        *augmentation(facts),
+        *length_from_scratch(facts, known),
+        *augmentation_from_scratch(facts),
         *sampling(facts, given, from_scratch=True),
         *decoding(facts, known),
         *speed(facts),
     ]
 
 
-def architecture(facts: DatasetFacts, given: Given) -> list[Choice]:
-    """Choose image size, patch size, width and depth, and what follows from them."""
+def size_choices(facts: DatasetFacts, given: Given) -> list[Choice]:
+    """Choose image size, patch size and variant, and the preprocessing that follows from them."""
     if "variant" in given:
         size, reason = size_for_variant(facts, given)
         return [Choice("model.image_size", size, reason), *preprocessing(facts, size, given)]
@@ -77,7 +77,7 @@ def architecture(facts: DatasetFacts, given: Given) -> list[Choice]:
 
 
 def size_for_variant(facts: DatasetFacts, given: Given) -> tuple[int, str]:
-    """Return the image size for a variant that the user chose, and why: its own, or the images' where they are small."""
+    """Return the image size for the variant that the user chose, and why: its own, or the images' where they are smaller."""
     variant = variant_config(str(given["variant"]))
     patch = int(given.get("model.patch_size", variant.patch_size))
     size, reason = variant.image_size, f"the size of model {given['variant']}"
@@ -91,7 +91,7 @@ def size_for_variant(facts: DatasetFacts, given: Given) -> tuple[int, str]:
 
 
 def common_multiple(patch: int, patch_sizes: tuple[int, ...], side: int) -> int:
-    """Return the smallest side that all patch sizes divide.
+    """Return the smallest side in pixels that is a multiple of all patch sizes.
 
     Raises:
         ValueError: it is much larger than the images.
@@ -99,8 +99,8 @@ def common_multiple(patch: int, patch_sizes: tuple[int, ...], side: int) -> int:
     unit = math.lcm(patch, *patch_sizes)
     if unit > 2 * max(side, patch):
         raise ValueError(
-            f"model.patch_sizes {' '.join(map(str, patch_sizes))}: the smallest image that patches of {patch} and these all "
-            f"divide has {unit} px, but the images have about {side}; choose sizes that are multiples of each other"
+            f"model.patch_sizes {' '.join(map(str, patch_sizes))}: the smallest side that is a multiple of {patch} and of all "
+            f"these is {unit} px, but the images have about {side}; choose sizes that are multiples of each other"
         )
     return unit
 
@@ -120,21 +120,21 @@ def image_and_patch(facts: DatasetFacts) -> tuple[int, int, str]:
 
 
 def model_size(facts: DatasetFacts) -> str:
-    """Return the first part of a variant's name, such as `micro`: as large as the data and the device can feed."""
+    """Return the size in a variant's name, such as `micro`: as large as the dataset and the device allow."""
     if facts.device == "cpu":
         return "nano" if facts.num_train < 10_000 and facts.side <= 48 else "micro"
     return "ti" if facts.num_train < 100_000 else "s"
 
 
 def preprocessing(facts: DatasetFacts, size: int, given: Given) -> list[Choice]:
-    """Choose channels, decoder, positions, and how images are brought to the model's size and range."""
+    """Choose channels, decoder, positions, mean and std, and how much of an image is cut off."""
     channels = int(given.get("model.in_channels", facts.channels))
     colour = "no colour in a sample of the images" if channels == 1 else "colour images"
     named = suffix_fields(str(given.get("variant", "")))
     mean, std, reason = normalisation_for(str(given.get("model.encoder", named.get("encoder", "patch"))), channels)
     choices = [
         Choice("model.in_channels", channels, colour),
-        *decoder(given, "mean", "small sets learn it faster than a class token"),
+        *decoder(given, "mean", "small datasets learn it faster than a class token"),
         positions(facts),
         Choice("preprocess.mean", mean, reason),
         Choice("preprocess.std", std, reason),
@@ -150,22 +150,21 @@ def normalisation_for(encoder: str, channels: int) -> tuple[tuple[float, ...], t
         return (0.5,) * channels, (0.5,) * channels, "the usual for ViTs"
     from vitrail.models.cnns import normalisation
 
-    mean, std = (each if channels == 3 else (fmean(each),) for each in normalisation(encoder))
+    mean, std = (value if channels == 3 else (fmean(value),) for value in normalisation(encoder))
     return mean, std, f"as {encoder}'s published weights expect"
 
 
 def positions(facts: DatasetFacts) -> Choice:
-    """Choose how the model knows where a patch is."""
+    """Choose how patches are given their positions."""
     if facts.num_train < 200_000:
         why = "a fixed table tells positions apart from the first step; learning one takes long"
         return Choice("model.positions", "sincos2d", why)
     return Choice("model.positions", "learned", "enough images to learn a table of positions")
 
 
-def training_length(facts: DatasetFacts, known: Given) -> list[Choice]:
-    """Choose batch, epochs and learning rate."""
-    # About so many images are seen in all: what a small ViT needs to converge from scratch, less where a CPU would need
-    # hours.
+def length_from_scratch(facts: DatasetFacts, known: Given) -> list[Choice]:
+    """Choose batch size, epochs, learning rate and regularisation."""
+    # Images seen in all: about what a small ViT needs to converge from scratch; fewer where a CPU would need hours.
     seen = by_scale(facts, few=120_000, cpu=900_000, gpu=5_000_000)
     choices, batch, epochs = batch_and_epochs(facts, known, seen=seen, least=10, most=400)
     size = str(known.get("variant", "ti16")).split("-")[0].rstrip("0123456789")
@@ -178,8 +177,8 @@ def training_length(facts: DatasetFacts, known: Given) -> list[Choice]:
     ]
 
 
-def augmentation(facts: DatasetFacts) -> list[Choice]:
-    """Choose random changes that leave the label right."""
+def augmentation_from_scratch(facts: DatasetFacts) -> list[Choice]:
+    """Choose random changes that do not change the label."""
     if facts.flip_reason:
         return augmentation_of_signs(facts.flip_reason)
     crop = (
@@ -203,7 +202,7 @@ def augmentation(facts: DatasetFacts) -> list[Choice]:
 
 
 def decoding(facts: DatasetFacts, known: Given) -> list[Choice]:
-    """Choose to leave out of large JPEGs what the model's input has no room for."""
+    """Choose to decode large JPEGs smaller, where the images are at least twice as large as the model's input."""
     size = int(known["model.image_size"])
     if facts.side < 2 * size or known.get("augment.crop_scale") == 1:
         return []

@@ -1,4 +1,4 @@
-"""A recipe's choice with its reason, and the choices that several recipes make in the same way."""
+"""The `Choice` of a setting with its reason, and the choices that several recipes share."""
 
 from __future__ import annotations
 
@@ -7,52 +7,53 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from vitrail.config import UNEVEN, at_least
+from vitrail.config import UNEVEN
+from vitrail.config_schema import at_least
 from vitrail.models.variants import suffix_fields
 from vitrail.recipes.facts import DatasetFacts
 
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
     from vitrail.weights.model_file import ModelHeader
 
-FEW = 5_000  # images: below this a set counts as small
+FEW = 5_000  # training images: below this a dataset counts as small
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One setting that a recipe made, and why."""
+    """The value that a recipe gives to one setting, and why."""
 
     setting: str
     value: Any
     reason: str
 
 
-# The settings that the user fixed, by dotted name, and `variant` or `pretrained`.
+# The settings that the user fixed, by dotted name, `variant` and `pretrained` included.
 Given = Mapping[str, Any]
-# (facts, given, what the weights that the run starts from say of themselves) → choices.
+# (facts, given, header of the trained weights that the run starts from, or None) → choices.
 Recipe = Callable[[DatasetFacts, Given, "ModelHeader | None"], list[Choice]]
 
 
-def refuse_weights(recipe: str, source: ModelHeader | None) -> None:
-    """Raise a ValueError when a run of a recipe that trains from scratch is to start from trained weights."""
-    if source is not None:
+def refuse_weights(recipe: str, pretrained: ModelHeader | None) -> None:
+    """Raise a ValueError when there are trained weights to start from: this recipe trains from scratch."""
+    if pretrained is not None:
         raise ValueError(
-            f"recipe {recipe!r} trains from scratch, but the model given is trained weights; use --recipe fine_tune with "
+            f"recipe {recipe!r} trains from scratch, but --model names trained weights; use --recipe fine_tune with "
             "them, or a variant's name as --model, or none"
         )
 
 
 def by_scale(facts: DatasetFacts, *, few: int, cpu: int, gpu: int) -> int:
-    """Return the first number for a small set, else the one of the device."""
+    """Return `few` for a small dataset, else the number for the device."""
     return few if facts.num_train < FEW else cpu if facts.device == "cpu" else gpu
 
 
 def batch_and_epochs(
     facts: DatasetFacts, known: Given, *, seen: int, least: int, most: int
 ) -> tuple[list[Choice], int, float]:
-    """Return the choices of batch size and epochs, and the two that will be used, the user's where there are any.
+    """Return the choices of batch size and epochs, and the two values that the run will have, the user's if given.
 
     Args:
-        seen: training images to show in all.
+        seen: number of training images to show in all, repeats included.
         least: smallest number of epochs.
         most: largest number of epochs.
     """
@@ -61,21 +62,21 @@ def batch_and_epochs(
     at_least("batch_size", batch, 1)
     epochs = float(min(most, max(least, round(seen / facts.num_train))))
     choices = [
-        Choice("batch_size", batch, "small sets want more steps" if batch <= 64 else "keeps the device busy"),
+        Choice("batch_size", batch, "small datasets want more steps" if batch <= 64 else "keeps the device busy"),
         Choice("epochs", epochs, f"{facts.num_train:,} images, about {epochs * facts.num_train:,.0f} seen in all"),
     ]
     return choices, batch, float(known.get("epochs", epochs))
 
 
 def regularisation(steps: float, epochs: float) -> list[Choice]:
-    """Choose what keeps a small net from learning its images by heart, and how often it is evaluated."""
+    """Choose what keeps a small network from learning its images by heart, and how often it is evaluated."""
     choices = [
         Choice(
             "optim.ema_decay",
             ema_decay(steps),
             "the average of about the last 2 % of steps is evaluated: it generalises better",
         ),
-        Choice("optim.label_smoothing", 0.1, "keeps a net that can learn its images by heart from being too sure"),
+        Choice("optim.label_smoothing", 0.1, "keeps a network that can learn its images by heart from being too sure"),
         Choice("model.drop_path", 0.1, "stochastic depth, against learning by heart"),
     ]
     if epochs > 100:
@@ -84,14 +85,14 @@ def regularisation(steps: float, epochs: float) -> list[Choice]:
 
 
 def ema_decay(steps: float) -> float:
-    """Return the decay that averages over about the last 2 % of a run."""
+    """Return the decay of a moving average over about the last 2 % of a run's steps."""
     return round(min(0.9998, max(0.5, 1 - 50 / steps)), 4)
 
 
 def sampling(facts: DatasetFacts, given: Given, *, from_scratch: bool) -> list[Choice]:
-    """Show rare classes more often where classes are uneven, unless the user corrects that in the loss.
+    """Choose to show rare classes more often where classes are uneven, unless the user corrects that in the loss.
 
-    From trained weights they are left as they are, since nothing was measured there, and that is said.
+    From trained weights sampling stays natural, since nothing was measured there, and the reason says so.
     """
     smallest, largest = facts.class_sizes
     if largest < UNEVEN * smallest or given.get("optim.class_weights", "none") != "none":
@@ -105,7 +106,7 @@ def sampling(facts: DatasetFacts, given: Given, *, from_scratch: bool) -> list[C
 
 
 def speed(facts: DatasetFacts) -> list[Choice]:
-    """Choose number format and compilation where they pay on this machine."""
+    """Choose number format and compilation by what pays on this machine."""
     if facts.device == "cuda":
         choices = [Choice("compile", True, "compiled training is faster on a GPU; the first steps take a minute")]
         if facts.bf16:
@@ -118,7 +119,7 @@ def speed(facts: DatasetFacts) -> list[Choice]:
 
 
 def decoder(given: Given, name: str, reason: str) -> list[Choice]:
-    """Choose the decoder, unless the user did, and the class token that this one needs or does without."""
+    """Choose the decoder, unless the user did, and whether there is a class token, as that decoder needs."""
     named = suffix_fields(str(given.get("variant", "")))
     name = str(given.get("model.decoder", named.get("decoder", name)))
     has_token = name in ("token", "token_mean", "token_pair")
@@ -131,7 +132,7 @@ def decoder(given: Given, name: str, reason: str) -> list[Choice]:
 def input_channels(
     facts: DatasetFacts, given: Given, mean: tuple[float, ...], std: tuple[float, ...], reason: str
 ) -> list[Choice]:
-    """Choose the channels that the images have, unless the user did, and a mean and a std for each of them."""
+    """Choose the number of channels of the images, unless the user did, and a mean and a std for each channel."""
     channels = int(given.get("model.in_channels", facts.channels))
     if channels == 1:
         mean, std = (fmean(mean),), (fmean(std),)
@@ -149,13 +150,13 @@ def colour_jitter(facts: DatasetFacts, given: Given, strength: float, reason: st
     return [Choice(f"augment.{name}", strength, reason) for name in names]
 
 
-def mirror(facts: DatasetFacts, reason: str) -> Choice:
-    """Choose a mirror for every second image, unless that would change what an image means."""
+def horizontal_flip(facts: DatasetFacts, reason: str) -> Choice:
+    """Choose to mirror half of the images, unless that would change what an image means."""
     return Choice("augment.flip", 0.0 if facts.flip_reason else 0.5, facts.flip_reason or reason)
 
 
 def augmentation_of_signs(flip_reason: str) -> list[Choice]:
-    """Choose small moves for images that must not be mirrored, such as digits and letters."""
+    """Choose small moves and rotations for images that must not be mirrored, such as digits and letters."""
     return [
         Choice("augment.flip", 0.0, flip_reason),
         Choice("augment.rotation", 12.0, "hand-made signs lean"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vitrail.recipes.choices import Choice, Given, decoder, input_channels, mirror, refuse_weights, speed
+from vitrail.recipes.choices import Choice, Given, decoder, horizontal_flip, input_channels, refuse_weights, speed
 from vitrail.recipes.facts import DatasetFacts
 
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
@@ -34,24 +34,24 @@ VALUES = (
     Choice("epochs", 5.0, "ten minutes at the 400 images/s of 2 undisturbed cores"),
     Choice("optim.lr", 2e-3, "for width 128 and batch 128, a short run"),
     Choice("optim.ema_decay", 0.97, "the average of about the last 2 % of 1,760 steps is evaluated"),
-    Choice("optim.label_smoothing", 0.1, "keeps a small net from being too sure"),
+    Choice("optim.label_smoothing", 0.1, "keeps a small network from being too sure"),
     Choice("schedule.decay", "linear", "to zero: the usual of short runs"),
     Choice("schedule.final_fraction", 0.0, "to zero: the usual of short runs"),
     Choice("augment.crop_scale", 0.5, "random resized crops, mild: small images lose detail soon"),
 )
 
 
-def cifar10(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> list[Choice]:
+def cifar10(facts: DatasetFacts, given: Given, pretrained: ModelHeader | None) -> list[Choice]:
     """Choose the fixed values above; other images are brought to 32×32 pixels and keep their channels.
 
     Raises:
         ValueError: the run starts from trained weights.
     """
-    refuse_weights("cifar10", source)
+    refuse_weights("cifar10", pretrained)
     return [
         *VALUES,
         *decoder(given, "attention", "a learned query weighs the patches"),
         *input_channels(facts, given, (0.5,) * 3, (0.5,) * 3, "from 0 to 1 into -1 to 1"),
-        mirror(facts, "cars and cats look alike in a mirror"),
+        horizontal_flip(facts, "cars and cats look alike in a mirror"),
         *speed(facts),
     ]

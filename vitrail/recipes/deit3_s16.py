@@ -13,7 +13,7 @@ Source: facebookresearch/deit, README_revenge.md (the training command of deit_s
 What differs from theirs:
 - Optimizer: LAMB at 4e-3 in theirs; here AdamW, at DeiT's learning rate of 5e-4 · batch / 512 (Touvron et al. 2021).
 - Loss: binary cross-entropy of every class in theirs; here cross-entropy with both labels by share.
-- Batch: 2,048 in theirs, which three repeats of each image do not divide; here 2,016.
+- Batch: 2,048 in theirs, which is no multiple of three repeats of each image; here 2,016.
 - Stochastic depth: 0.05 in every block in theirs; here it grows linearly to 0.1, on average the same.
 - The class token has a row in the table of positions; theirs has none.
 - Vitrail keeps the best weights of the validation split.
@@ -28,8 +28,8 @@ from vitrail.recipes.choices import (
     Given,
     colour_jitter,
     decoder,
+    horizontal_flip,
     input_channels,
-    mirror,
     refuse_weights,
     speed,
 )
@@ -62,18 +62,18 @@ VALUES = (
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def deit3_s16(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> list[Choice]:
-    """Choose the published values above, and what stands in for those that Vitrail has not.
+def deit3_s16(facts: DatasetFacts, given: Given, pretrained: ModelHeader | None) -> list[Choice]:
+    """Choose the published values above, and replacements for those that Vitrail does not have.
 
     Raises:
         ValueError: the run starts from trained weights.
     """
-    refuse_weights("deit3_s16", source)
+    refuse_weights("deit3_s16", pretrained)
     return [
         *VALUES,
         *decoder(given, "token", "as published: the class token"),
         *input_channels(facts, given, IMAGENET_MEAN, IMAGENET_STD, "as published: ImageNet's"),
-        mirror(facts, "as published"),
+        horizontal_flip(facts, "as published"),
         *colour_jitter(facts, given, 0.3, "as published"),
         *speed(facts),
     ]

@@ -32,22 +32,22 @@ VALUES = (
     Choice("epochs", 83.0, "about 120,000 images seen in all"),
     Choice("optim.lr", 1e-3, "for width 96 and batch 64"),
     Choice("optim.ema_decay", 0.9732, "the average of about the last 2 % of 1,865 steps is evaluated"),
-    Choice("optim.label_smoothing", 0.1, "keeps a net that can learn its images by heart from being too sure"),
+    Choice("optim.label_smoothing", 0.1, "keeps a network that can learn its images by heart from being too sure"),
     Choice("model.drop_path", 0.1, "stochastic depth, against learning by heart"),
     Choice("precision", "fp32", "too little work an image for bfloat16 to pay"),
 )
 
 
-def digits(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> list[Choice]:
+def digits(facts: DatasetFacts, given: Given, pretrained: ModelHeader | None) -> list[Choice]:
     """Choose the fixed values above; other images are brought to 8×8 pixels and keep their channels.
 
     Raises:
         ValueError: the run starts from trained weights.
     """
-    refuse_weights("digits", source)
+    refuse_weights("digits", pretrained)
     return [
         *VALUES,
-        *decoder(given, "mean", "small sets learn it faster than a class token"),
+        *decoder(given, "mean", "small datasets learn it faster than a class token"),
         *input_channels(facts, given, (0.5,) * 3, (0.5,) * 3, "from 0 to 1 into -1 to 1"),
         *augmentation_of_signs("a mirrored digit is another sign"),
     ]

@@ -1,4 +1,4 @@
-"""From a recipe's name, the facts and what the user gave to the configuration of a run."""
+"""Build the configuration of a run from a recipe, facts about the dataset, and the settings that the user gave."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from vitrail.config import RunConfig, at_least, load_config
-from vitrail.config_schema import leaves, override
+from vitrail.config import RunConfig, load_config
+from vitrail.config_schema import at_least, leaves, override, positive
 from vitrail.lookup import pick
 from vitrail.models.variants import suffix_fields, variant_config
 from vitrail.recipes.article import article
@@ -19,7 +19,7 @@ from vitrail.recipes.digits import digits
 from vitrail.recipes.facts import DatasetFacts
 from vitrail.recipes.fine_tune import fine_tune
 from vitrail.recipes.idle import refuse_idle
-from vitrail.recipes.pretrained import keep_source
+from vitrail.recipes.pretrained import keep_pretrained
 from vitrail.recipes.s16_in1k import s16_in1k
 
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
@@ -37,28 +37,28 @@ RECIPES: dict[str, Recipe] = {
 
 
 def build_config(
-    recipe: str, facts: DatasetFacts, given: Given, source: ModelHeader | None = None
+    recipe: str, facts: DatasetFacts, given: Given, pretrained: ModelHeader | None = None
 ) -> tuple[RunConfig, list[Choice]]:
     """Return the resolved configuration of a run and the recipe's choices.
 
     Args:
         recipe: a recipe's name, or the path of an earlier run's config.json.
-        given: what the user has fixed: dotted settings, and `variant` or `pretrained`.
-        source: what the weights that the run starts from say of themselves.
+        given: the settings that the user fixed, by dotted name, `variant` and `pretrained` included.
+        pretrained: header of the trained weights that the run starts from, if any.
 
     Raises:
-        ValueError: the recipe is unknown or does not fit the start, or a setting is unknown or refused.
+        ValueError: the recipe is unknown or does not fit the weights to start from, or a setting is unknown or refused.
     """
     check_given(given)
     earlier = recipe_file(recipe)
     if earlier is None:
-        base, choices = RunConfig(), recipe_choices(recipe, facts, given, source)
+        base, choices = RunConfig(), recipe_choices(recipe, facts, given, pretrained)
     else:
         base, choices = override(earlier, reset_for_new_model(given)), choices_of_file(recipe, earlier, given)
-    if source is None:
+    if pretrained is None:
         architecture = variant_settings(base, choices, given)
     elif earlier is None or "pretrained" in given:
-        architecture, choices = keep_source(choices, facts, given, source)
+        architecture, choices = keep_pretrained(choices, facts, given, pretrained)
     else:
         architecture = {}  # the file says all of it
     choices = without_given(choices, given)
@@ -72,17 +72,16 @@ def build_config(
 
 
 def check_given(given: Given) -> None:
-    """Raise a ValueError when a number that recipes compute with is out of range."""
+    """Raise a ValueError when a number that recipes compute with is out of range, before they do."""
     for name in ("batch_size", "model.patch_size", "model.image_size"):
         at_least(name, given.get(name, 1), 1)
     for size in given.get("model.patch_sizes", ()):
         at_least("model.patch_sizes", size, 1)
-    if given.get("epochs", 1) <= 0:
-        raise ValueError(f"epochs is {given['epochs']}; expected above 0")
+    positive("epochs", given.get("epochs", 1))
 
 
 def recipe_file(recipe: str) -> RunConfig | None:
-    """Return the configuration of an earlier run that a recipe names, or None when it names a recipe.
+    """Return the configuration of an earlier run when `recipe` is the path of one, or None when it is a recipe's name.
 
     Raises:
         ValueError: the file is missing or cannot be read.
@@ -94,18 +93,18 @@ def recipe_file(recipe: str) -> RunConfig | None:
     return load_config(Path(recipe))
 
 
-def recipe_choices(recipe: str, facts: DatasetFacts, given: Given, source: ModelHeader | None) -> list[Choice]:
+def recipe_choices(recipe: str, facts: DatasetFacts, given: Given, pretrained: ModelHeader | None) -> list[Choice]:
     """Return the choices of a named recipe.
 
     Raises:
-        ValueError: there is no such recipe, or it does not fit what the run starts from.
+        ValueError: there is no such recipe, or it does not fit the weights that the run starts from.
     """
-    return pick(RECIPES, recipe, "recipe")(facts, given, source)
+    return pick(RECIPES, recipe, "recipe")(facts, given, pretrained)
 
 
 def choices_of_file(recipe: str, earlier: RunConfig, given: Given) -> list[Choice]:
-    """Return the settings of an earlier run as choices, but for those of the other data and of a model that is replaced."""
-    new_model = "variant" in given or "pretrained" in given  # then only what the images decide stays
+    """Return the settings of an earlier run as choices, without those of its dataset and of a model that is replaced."""
+    new_model = "variant" in given or "pretrained" in given  # then only the channels, which the images decide, stay
     replaced = {"recipe", "data.source", "model.num_classes", *reset_for_new_model(given)}
     return [
         Choice(name, value, f"from {recipe}")
@@ -115,7 +114,7 @@ def choices_of_file(recipe: str, earlier: RunConfig, given: Given) -> list[Choic
 
 
 def reset_for_new_model(given: Given) -> dict[str, Any]:
-    """Return the settings of an earlier run that name parts or files of a model that is replaced, each switched off."""
+    """Return the settings of an earlier run that belong to a model that is replaced, each switched off."""
     reset: dict[str, Any] = {}
     if "variant" in given or "pretrained" in given or "model.encoder" in given:
         reset |= {"encoder_weights": "", "optim.freeze": ()}
@@ -125,10 +124,10 @@ def reset_for_new_model(given: Given) -> dict[str, Any]:
 
 
 def variant_settings(base: RunConfig, choices: list[Choice], given: Given) -> dict[str, Any]:
-    """Return the architecture that the variant's name means: the user's, else the recipe's.
+    """Return the architecture of the variant: the user's, else the recipe's, as settings.
 
     Raises:
-        ValueError: the name means none.
+        ValueError: there is no such variant.
     """
     chosen = {choice.setting: choice.value for choice in choices}
     variant = given.get("variant", chosen.get("variant", base.variant))
@@ -136,20 +135,20 @@ def variant_settings(base: RunConfig, choices: list[Choice], given: Given) -> di
 
 
 def without_given(choices: list[Choice], given: Given) -> list[Choice]:
-    """Return the choices that the user has left open; what a variant's suffixes say is as good as given."""
+    """Return the choices that the user left open; what a variant's suffixes fix counts as given."""
     named = {f"model.{field}" for field in suffix_fields(str(given.get("variant", "")))}
     return [choice for choice in choices if choice.setting not in {*given, *named}]
 
 
 def changes_encoder(given: Given) -> bool:
-    """Whether the user gave another encoder, or its weights, than an earlier run had."""
+    """Whether the user gave another encoder, or other encoder weights, than an earlier run had."""
     return "variant" in given or "model.encoder" in given or "encoder_weights" in given
 
 
 def with_encoder_normalisation(
     config: RunConfig, choices: list[Choice], given: Given
 ) -> tuple[RunConfig, list[Choice]]:
-    """Give a trained encoder the normalisation that it was trained with, whatever the recipe says of others.
+    """Return the configuration and choices with the mean and std that a trained encoder was trained with.
 
     Raises:
         ValueError: the user fixed one of mean and std, which would mix two normalisations.
@@ -162,7 +161,7 @@ def with_encoder_normalisation(
     if names[0] in given:
         return config, choices
     channels, why = config.model.in_channels, f"as {config.model.encoder}'s weights expect"
-    values = [each if channels == 3 else (fmean(each),) for each in normalisation(config.model.encoder)]
+    values = [value if channels == 3 else (fmean(value),) for value in normalisation(config.model.encoder)]
     made: dict[str, Any] = dict(zip(names, values, strict=True))
     others = [choice for choice in choices if choice.setting not in made]
     return override(config, made), [*others, *(Choice(name, value, why) for name, value in made.items())]

@@ -1,4 +1,4 @@
-"""What a recipe may look at of the data and of the machine."""
+"""Facts about a dataset and a machine: all that a recipe may decide by."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What is known of a dataset and of the device that learns it, before anything is chosen.
+    """What is known of a dataset and of the training device before anything is chosen.
 
     Attributes:
         num_train: images in the training split.
-        num_classes: labels.
+        num_classes: number of labels.
         side: median short side of the images, pixels.
         uniform: whether all images have one size.
         channels: 1 when all images are grey, else 3.
-        flip_reason: why images must not be mirrored; empty when they may.
+        flip_reason: why images must not be mirrored; empty when they may be.
         device: cpu or cuda.
-        bf16: whether the device computes bfloat16 on its own instructions.
-        class_sizes: images in the smallest and in the largest class of the training split.
+        bf16: whether the device has instructions for bfloat16.
+        class_sizes: number of images in the smallest and in the largest class of the training split.
     """
 
     num_train: int
@@ -39,15 +39,15 @@ class DatasetFacts:
 
 
 def facts_of(checked: CheckedData, device: str) -> DatasetFacts:
-    """Return what recipes may look at."""
+    """Return the facts about a dataset that was scanned and split, and about the device that `device` names."""
     from vitrail.device import pick_device, supports_bf16  # the command line reads recipes, and needs no torch
 
-    train_part = checked.splits.indices["train"]
-    counts = np.bincount(checked.dataset.targets[train_part], minlength=len(checked.dataset.labels))
+    train_indices = checked.splits.indices["train"]
+    counts = np.bincount(checked.dataset.targets[train_indices], minlength=len(checked.dataset.labels))
     sizes = checked.scan.sizes[checked.scan.good]
     chosen = pick_device(device)
     return DatasetFacts(
-        num_train=len(train_part),
+        num_train=len(train_indices),
         num_classes=len(checked.dataset.labels),
         side=int(np.median(sizes.min(axis=1))),
         uniform=bool((sizes == sizes[0]).all()),

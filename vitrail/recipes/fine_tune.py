@@ -1,8 +1,8 @@
-"""`fine_tune`: trained weights learn new images gently, the head first, and the less the deeper a layer lies.
+"""`fine_tune`: trained weights learn new images, the head first, and earlier layers at lower learning rates.
 
     vitrail train photos/ --model runs/photos --recipe fine_tune
 
-`auto` chooses the same wherever `--model` names trained weights; this name says that they are wanted. Architecture, image
+`auto` chooses the same wherever `--model` names trained weights; this recipe refuses to start without them. Architecture, image
 size and preprocessing are the weights' own (`pretrained.py`).
 
 Hardware: a CPU of 2 cores for small models; a GPU for ViT-S and larger.
@@ -34,30 +34,30 @@ if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
     from vitrail.weights.model_file import ModelHeader
 
 
-def fine_tune(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> list[Choice]:
-    """Choose how trained weights learn new images.
+def fine_tune(facts: DatasetFacts, given: Given, pretrained: ModelHeader | None) -> list[Choice]:
+    """Choose the settings with which trained weights learn a new dataset.
 
     Raises:
-        ValueError: the run starts from no trained weights.
+        ValueError: there are no trained weights to start from.
     """
-    if source is None:
+    if pretrained is None:
         raise ValueError(
             "recipe 'fine_tune' starts from trained weights; give --model a run, a weights file, hf:… or timm:…, or take "
             "--recipe auto, which also trains from scratch"
         )
-    size = int(given.get("model.image_size", source.architecture.image_size))
+    size = int(given.get("model.image_size", pretrained.architecture.image_size))
     adapters = int(given.get("lora.rank", 0)) > 0
     return [
-        *training_length(facts, given, source.architecture.embed_dim, adapters=adapters),
-        *augmentation(facts),
+        *length_of_fine_tuning(facts, given, pretrained.architecture.embed_dim, adapters=adapters),
+        *gentle_augmentation(facts),
         *sampling(facts, given, from_scratch=False),
         *speed(dataclasses.replace(facts, side=size)),
     ]
 
 
-def training_length(facts: DatasetFacts, given: Given, width: int, *, adapters: bool) -> list[Choice]:
-    """Choose batch, epochs, and the learning rates of layers and head."""
-    seen = by_scale(facts, few=20_000, cpu=200_000, gpu=1_000_000)  # a sixth to a quarter of from scratch
+def length_of_fine_tuning(facts: DatasetFacts, given: Given, width: int, *, adapters: bool) -> list[Choice]:
+    """Choose batch size, epochs, the learning rates of layers and head, and regularisation."""
+    seen = by_scale(facts, few=20_000, cpu=200_000, gpu=1_000_000)  # a sixth to a quarter of `auto` from scratch
     choices, batch, epochs = batch_and_epochs(facts, given, seen=seen, least=3, most=60)
     lr = 2e-3 * math.sqrt(batch / 128) * (128 / width) * (3 if adapters else 1)
     return [
@@ -73,8 +73,8 @@ def training_length(facts: DatasetFacts, given: Given, width: int, *, adapters: 
     ]
 
 
-def augmentation(facts: DatasetFacts) -> list[Choice]:
-    """Choose milder random changes than from scratch: the weights have seen how images vary."""
+def gentle_augmentation(facts: DatasetFacts) -> list[Choice]:
+    """Choose milder random changes than for training from scratch: the weights have seen how images vary."""
     if facts.flip_reason:
         return augmentation_of_signs(facts.flip_reason)
     return [

@@ -1,4 +1,4 @@
-"""Settings that have no effect under some configurations; one that the user gave is refused, never ignored."""
+"""Settings that have no effect in some configurations; one that the user gave is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from vitrail.config import RunConfig
 from vitrail.config_schema import leaves
 
-# Setting → (setting that it depends on, whether it has an effect under this configuration).
+# Setting → (the setting that it depends on, whether it has an effect in a configuration).
 IDLE: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "schedule.step_every": ("schedule.decay", lambda config: config.schedule.decay == "step"),
     "schedule.step_gamma": ("schedule.decay", lambda config: config.schedule.decay == "step"),
@@ -35,7 +35,7 @@ IDLE: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
 
 
 def refuse_idle(config: RunConfig, given: Mapping[str, Any]) -> None:
-    """Raise a ValueError when a setting that the user gave has no effect under this configuration."""
+    """Raise a ValueError when a setting that the user gave has no effect in this configuration."""
     values = dict(leaves(config))
     for name, (other, has_effect) in IDLE.items():
         if given.get(name) and not has_effect(config):

@@ -1,4 +1,4 @@
-"""What a run keeps of the trained weights that it starts from, whatever its recipe says of others."""
+"""The settings that trained weights bring along, whatever the recipe: their architecture and their preprocessing."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from vitrail.recipes.facts import DatasetFacts
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
     from vitrail.weights.model_file import ModelHeader
 
-# Fields of the architecture that weights say nothing of: a recipe may choose them.
+# Fields of the architecture that do not depend on the weights: a recipe may choose them.
 FREE = ("model.dropout", "model.attention_dropout", "model.drop_path", "model.patch_dropout")
 
 
-def keep_source(
-    choices: list[Choice], facts: DatasetFacts, given: Given, source: ModelHeader
+def keep_pretrained(
+    choices: list[Choice], facts: DatasetFacts, given: Given, pretrained: ModelHeader
 ) -> tuple[dict[str, Any], list[Choice]]:
-    """Return the architecture of trained weights as settings, and a recipe's choices with theirs in place of its own."""
+    """Return the architecture of trained weights as settings, and a recipe's choices, replaced where the weights decide."""
     others = [choice for choice in choices if not is_of_weights(choice.setting)]
-    architecture = {f"model.{name}": value for name, value in leaves(source.architecture)}
-    return {**architecture, "variant": ""}, [*source_settings(facts, given, source), *others]
+    architecture = {f"model.{name}": value for name, value in leaves(pretrained.architecture)}
+    return {**architecture, "variant": ""}, [*pretrained_choices(facts, given, pretrained), *others]
 
 
 def is_of_weights(setting: str) -> bool:
-    """Whether trained weights decide a setting: the architecture and the preprocessing are theirs."""
+    """Whether trained weights decide a setting: those of the architecture and of the preprocessing."""
     if setting.startswith("model."):
         return setting not in FREE
     return setting.startswith("preprocess.") or setting in ("variant", "encoder_weights")
 
 
-def source_settings(facts: DatasetFacts, given: Given, source: ModelHeader) -> list[Choice]:
-    """Return what trained weights bring with them: image size, preprocessing, channels, positions.
+def pretrained_choices(facts: DatasetFacts, given: Given, pretrained: ModelHeader) -> list[Choice]:
+    """Return the choices that trained weights decide: image size, preprocessing, channels, positions.
 
     Raises:
         ValueError: the user fixed one of mean and std, which would mix two normalisations.
     """
     if ("preprocess.mean" in given) != ("preprocess.std" in given):
         raise ValueError("preprocess.mean and preprocess.std belong together; give both, or none for the weights' own")
-    model, why = source.architecture, "as the weights were trained"
+    model, why = pretrained.architecture, "as the weights were trained"
     size = int(given.get("model.image_size", model.image_size))
     patch = int(given.get("model.patch_size", model.patch_size))
     channels = int(given.get("model.in_channels", max(model.in_channels, facts.channels)))
     choices = [Choice("model.image_size", size, f"{why}; --model.image_size changes it, and positions follow")]
-    choices += preprocessing_of(source, channels, why)
+    choices += preprocessing_choices(pretrained, channels, why)
     if channels != model.in_channels:
         seen = "colour images" if channels == 3 else "grey images"
         choices.append(Choice("model.in_channels", channels, f"{seen}; the weights saw {model.in_channels}"))
@@ -58,11 +58,11 @@ def source_settings(facts: DatasetFacts, given: Given, source: ModelHeader) -> l
     return choices
 
 
-def preprocessing_of(source: ModelHeader, channels: int, reason: str) -> list[Choice]:
-    """Return the preprocessing of trained weights; for another number of channels, their mean and std averaged."""
+def preprocessing_choices(pretrained: ModelHeader, channels: int, reason: str) -> list[Choice]:
+    """Return the preprocessing of trained weights; mean and std are averaged for another number of channels."""
     choices = []
     for field in dataclasses.fields(PreprocessConfig):
-        value = getattr(source.preprocess, field.name)
+        value = getattr(pretrained.preprocess, field.name)
         if isinstance(value, tuple) and len(value) != channels:  # mean and std
             value = (fmean(value),) * channels
         choices.append(Choice(f"preprocess.{field.name}", value, reason))

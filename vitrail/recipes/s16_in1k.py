@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vitrail.recipes.choices import Choice, Given, decoder, input_channels, mirror, refuse_weights, speed
+from vitrail.recipes.choices import Choice, Given, decoder, horizontal_flip, input_channels, refuse_weights, speed
 from vitrail.recipes.facts import DatasetFacts
 
 if TYPE_CHECKING:  # the command line reads recipes, and needs no torch
@@ -52,13 +52,13 @@ VALUES = (
 )
 
 
-def s16_in1k(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> list[Choice]:
+def s16_in1k(facts: DatasetFacts, given: Given, pretrained: ModelHeader | None) -> list[Choice]:
     """Choose the published values above.
 
     Raises:
         ValueError: the run starts from trained weights.
     """
-    refuse_weights("s16_in1k", source)
+    refuse_weights("s16_in1k", pretrained)
     pooling = decoder(given, "mean", "as published: global average pooling, no class token")
     if pooling[0].value == "mean":  # another decoder has no such norm
         pooling.append(Choice("model.fc_norm", False, "as published: the layer norm comes before pooling"))
@@ -66,6 +66,6 @@ def s16_in1k(facts: DatasetFacts, given: Given, source: ModelHeader | None) -> l
         *VALUES,
         *pooling,
         *input_channels(facts, given, (0.5,) * 3, (0.5,) * 3, "as published: from -1 to 1"),
-        mirror(facts, "as published"),
+        horizontal_flip(facts, "as published"),
         *speed(facts),
     ]

@@ -1,8 +1,8 @@
-"""Dividing a million images and recording it: seconds and memory of each step.
+"""Splitting a million images and recording it: seconds and memory of each step.
 
-    python benchmarks/dividing.py [--rows N] [--classes C] [--grouped SHARE]
+    python benchmarks/splitting.py [--rows N] [--classes C] [--grouped SHARE]
 
-The listing is made up (no files); `--grouped` is the share of images that lie in groups of four. Memory is the peak of the
+The dataset is made up (no files); `--grouped` is the share of images that lie in groups of four. Memory is the peak of the
 process's resident set in each step, less what it was before the step.
 """
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def main() -> None:
-    """Print a line a step."""
+    """Print a line per step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--classes", type=int, default=1000)
@@ -39,7 +39,7 @@ def main() -> None:
     together = int(rows * args.grouped) // 4 * 4
     groups[:together] = np.repeat(np.arange(together // 4), 4)
     groups = groups[random.permutation(rows)]
-    source = ArrayDataset(
+    dataset = ArrayDataset(
         name="listing",
         labels=tuple(f"n{label:08d}" for label in range(args.classes)),
         paths=StringArray(f"n{label:08d}/n{label:08d}_{number}.JPEG" for number, label in enumerate(targets)),
@@ -48,18 +48,18 @@ def main() -> None:
     )
     good = np.ones(rows, dtype=bool)
     step("stratified", lambda: stratified(np.arange(rows), targets, groups, 0.2, 0))
-    splits = step("split_dataset", lambda: split_dataset(source, DataConfig(), good, groups))
-    print(splits.fingerprint, {part: len(indices) for part, indices in splits.indices.items()})
-    step("fingerprint", lambda: fingerprint(source, splits.indices))
+    splits = step("split_dataset", lambda: split_dataset(dataset, DataConfig(), good, groups))
+    print(splits.fingerprint, {split: len(indices) for split, indices in splits.indices.items()})
+    step("fingerprint", lambda: fingerprint(dataset, splits.indices))
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "split.json"
-        step("save_splits", lambda: save_splits(source, splits, place))
-        print(f"split.json: {place.stat().st_size / 1e6:.0f} MB")
-        step("load_splits", lambda: load_splits(source, place))
+        path = Path(folder) / "split.json"
+        step("save_splits", lambda: save_splits(dataset, splits, path))
+        print(f"split.json: {path.stat().st_size / 1e6:.0f} MB")
+        step("load_splits", lambda: load_splits(dataset, path))
 
 
 def step(name: str, do: Callable[[], T]) -> T:
-    """Do something, and print how long it took and how much memory."""
+    """Return what `do` returns, and print how long it took and how much memory."""
     before, peak, done = resident(), [0], threading.Event()
 
     def watch() -> None:
