@@ -311,7 +311,7 @@ def test_a_training_gives_the_same_weights_from_an_empty_and_from_a_full_cache(
     settings_ = {**tiny, "batch_size": 4, "model.image_size": 32, "data.cache_side": 40, "data.decode": "fast"}
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
     whole = train(folder, out=tmp_path / "whole", console=Console(), **settings_)
-    assert "training images are kept decoded in" in " ".join(capsys.readouterr().out.split())
+    assert "training images are cached decoded in" in " ".join(capsys.readouterr().out.split())
     again = train(folder, out=tmp_path / "again", console=Console(quiet=True), **settings_)
     one, other = (load_tensors(each.folder / "model.safetensors")[0] for each in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)

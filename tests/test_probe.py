@@ -412,7 +412,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(model, make_folder, tmp_pat
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "file" / "cache"))
     assert run(["probe", str(model), str(data)]) == 0
-    assert "the features could not be kept" in capsys.readouterr().out
+    assert "the features could not be cached" in capsys.readouterr().out
 
 
 def test_a_kept_look_finds_what_a_look_finds(model, make_folder, tmp_path, cache, capsys):

@@ -263,21 +263,21 @@ def decode_small(dataset: Dataset, scan: Scan, used: np.ndarray, size: tuple[int
 
 def open_decoded_cache(checked: CheckedData, reader: ImageReader, config: DataConfig) -> DecodedImageCache:
     """Return the cache of decoded training images."""
-    source, cut = checked.dataset, replace(reader.crop_reader, side=config.cache_side)
+    dataset, cut = checked.dataset, replace(reader.crop_reader, side=config.cache_side)
 
     def depends_on(indices: np.ndarray) -> list[object]:
-        keys = image_keys(source, indices, cut.mode, config.workers)
+        keys = image_keys(dataset, indices, cut.mode, config.workers)
         resized_by = torch.__version__ if cut.fast else ""
         return [cut.mode, cut.interpolation, cut.fast, resized_by, hashlib.blake2b(keys.tobytes()).hexdigest()]
 
     return DecodedImageCache(
-        source.name,
+        dataset.name,
         checked.splits.indices["train"],
         checked.scan.sizes,
         side=config.cache_side,
         channels=3 if cut.mode == "RGB" else 1,
         limit_bytes=config.cache_bytes,
-        decode=lambda index: cut.whole(source, index),
+        decode=lambda index: cut.whole(dataset, index),
         depends_on=depends_on,
     )
 
@@ -298,7 +298,7 @@ def check_cache_settings(config: RunConfig) -> None:
 
 
 def report_cache(data: TrainData, config: DataConfig, console: Console) -> None:
-    """Say where training images are kept decoded, or why they are not."""
+    """Print where training images are cached decoded, or why they are not."""
     cache, total = data.reader.cache, len(data.splits.indices["train"])
     if cache is not None:
         rest = (
@@ -307,7 +307,7 @@ def report_cache(data: TrainData, config: DataConfig, console: Console) -> None:
             else f"; the other {total - cache.num_stored:,} do not fit in data.cache_bytes"
         )
         console.info(
-            f"{cache.num_stored:,} training images are kept decoded in {cache.folder}, {byte_size(cache.num_bytes)}{rest}"
+            f"{cache.num_stored:,} training images are cached decoded in {cache.folder}, {byte_size(cache.num_bytes)}{rest}"
         )
     elif config.cache_side:
         console.info("data.cache_side has nothing to do: the images are in memory, decoded")

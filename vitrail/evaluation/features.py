@@ -1,4 +1,4 @@
-"""Frozen features of images, kept on disk for each image: after ten more images, ten are computed."""
+"""Frozen features of images, cached on disk for each image: after ten more images, ten are computed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Features:
 
     Attributes:
         values: [N, D] float32.
-        indices: [N] which images of the source these are, in the order they were asked for.
+        indices: [N] which images of the dataset these are, in the order they were asked for.
         from_cache: how many of them were read and not computed.
         problem: why the cache could not be written, or an empty string.
     """
@@ -41,7 +41,7 @@ class Features:
 
 
 def open_cache(classifier: Classifier, dataset: Dataset, device: torch.device) -> RowCache:
-    """Return the kept features of a source's images.
+    """Return the cache of a dataset's features.
 
     They depend on the weights without the head, the architecture, the preprocessing, the kind of device and the versions.
     """
@@ -104,7 +104,7 @@ def features_of(
                 advance=lambda done, _, start=start: advance(start + done, len(missing)),
             )
             check_finite(out.logits, out.indices, reader.dataset)
-            # They come back in the order of the source, without those that could not be read.
+            # They come back in the order of the dataset, without those that could not be read.
             rows = rows[np.argsort(indices[rows])]
             rows = rows[np.isin(indices[rows], out.indices)]
             values[rows], found[rows] = out.logits, True

@@ -33,9 +33,9 @@ def knn_predict(known: Tensor, targets: Tensor, asked: Tensor, *, k: int, num_cl
     rows = max(1, _CHUNK_BYTES // (4 * len(known)))
     found = []
     for chunk in asked.split(rows):
-        cosines, places = (chunk @ known.T).topk(min(k, len(known)), dim=1)
+        cosines, neighbours_of = (chunk @ known.T).topk(min(k, len(known)), dim=1)
         # Only quotients of votes matter: the nearest gets 1, so that no exponential is large.
         votes = torch.exp((cosines - cosines[:, :1]) / _TEMPERATURE)
-        total = torch.zeros(len(chunk), num_classes).scatter_add_(1, targets[places], votes)
+        total = torch.zeros(len(chunk), num_classes).scatter_add_(1, targets[neighbours_of], votes)
         found.append(total.argmax(dim=1))
     return torch.cat(found)

@@ -48,11 +48,11 @@ def fit_ridge(features: Tensor, targets: Tensor, axes: PrincipalAxes) -> Ridge:
     count, prior = axes.num_rows, axes.counts / axes.num_rows
     shrink = [1 / (axes.energy + step * count) for step in GRID]
     errors, right = torch.zeros(len(GRID), dtype=torch.float64), torch.zeros(len(GRID), dtype=torch.float64)
-    for rows, places in axes.project(features):
+    for rows, coordinate_rows in axes.project(features):
         answers = F.one_hot(targets[rows], len(prior)).double()
-        leverage = 1 / count + places.square() @ torch.stack(shrink, dim=1)
+        leverage = 1 / count + coordinate_rows.square() @ torch.stack(shrink, dim=1)
         for number, factor in enumerate(shrink):
-            residual = answers - prior - places @ (factor[:, None] * axes.answers)
+            residual = answers - prior - coordinate_rows @ (factor[:, None] * axes.answers)
             residual /= (1 - leverage[:, number, None]).clamp(min=1e-12)
             errors[number] += residual.square().sum()
             right[number] += ((answers - residual).argmax(dim=1) == targets[rows]).sum()
@@ -97,21 +97,26 @@ def fit_logistic(
     count, (rank, classes) = axes.num_rows, ridge.weight.shape
     variance = (1 - 1 / classes) / classes
     penalty = variance * ridge.penalty / count if penalty is None else penalty
-    places = coordinates(features, axes)
+    coordinate_rows = coordinates(features, axes)
     curvature = torch.cat([variance * axes.energy / count + penalty, torch.tensor([variance]).double()])
     scale, rows = curvature.rsqrt()[:, None], torch.arange(count)
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weight, bias = (scale * torch.from_numpy(flat).view(rank + 1, classes)).split([rank, 1])
-        log_probabilities = torch.addmm(bias.to(places), places, weight.to(places)).log_softmax(dim=1)
+        log_probabilities = torch.addmm(
+            bias.to(coordinate_rows), coordinate_rows, weight.to(coordinate_rows)
+        ).log_softmax(dim=1)
         value = -log_probabilities[rows, targets].sum(dtype=torch.float64) / count
         error = log_probabilities.exp_()
         error[rows, targets] -= 1
-        by_weight, by_bias = (places.T @ error).double() / count, error.sum(dim=0, dtype=torch.float64)[None] / count
+        by_weight, by_bias = (
+            (coordinate_rows.T @ error).double() / count,
+            error.sum(dim=0, dtype=torch.float64)[None] / count,
+        )
         slope = scale * torch.cat([by_weight + penalty * weight, by_bias])
         return float(value + penalty / 2 * weight.square().sum()), slope.view(-1).numpy()
 
-    start = (torch.cat(as_logits(ridge, places, targets)) / scale).view(-1).numpy()
+    start = (torch.cat(as_logits(ridge, coordinate_rows, targets)) / scale).view(-1).numpy()
     options = {"maxiter": _LIMIT, "maxfun": 2 * _LIMIT, "gtol": TOLERANCE, "ftol": 0.0}
     # SciPy's small steps wake a thread pool of their own, whose waiting would take the cores from PyTorch's.
     with threadpool_limits(1, user_api="blas"):
@@ -123,15 +128,17 @@ def fit_logistic(
 def coordinates(features: Tensor, axes: PrincipalAxes) -> Tensor:
     """Return the features along the axes of the spectrum [N, r], float64 where they fit."""
     shape = (len(features), len(axes.energy))
-    places = torch.empty(shape, dtype=torch.float64 if 8 * shape[0] * shape[1] <= _DOUBLE_BYTES else torch.float32)
+    coordinate_rows = torch.empty(
+        shape, dtype=torch.float64 if 8 * shape[0] * shape[1] <= _DOUBLE_BYTES else torch.float32
+    )
     for rows, found in axes.project(features):
-        places[rows] = found
-    return places
+        coordinate_rows[rows] = found
+    return coordinate_rows
 
 
-def as_logits(ridge: Ridge, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def as_logits(ridge: Ridge, coordinate_rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return a ridge solution's weight and bias [1, classes], times the one factor that makes its cross-entropy least."""
-    some = slice(None, None, max(1, len(places) // _SAMPLE))
-    scores = places[some].double() @ ridge.weight + ridge.bias
+    some = slice(None, None, max(1, len(coordinate_rows) // _SAMPLE))
+    scores = coordinate_rows[some].double() @ ridge.weight + ridge.bias
     factor = 1 / fit_temperature(scores.numpy(), targets[some].numpy())
     return factor * ridge.weight, factor * ridge.bias[None]

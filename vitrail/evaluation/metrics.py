@@ -1,4 +1,4 @@
-"""Exact figures over a whole part: computed once, in float64, from every image's logits."""
+"""Exact metrics over a whole split: computed once, in float64, from every image's logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def target_ranks(outputs: Outputs) -> np.ndarray:
 
 
 def all_metrics(outputs: Outputs, labels: tuple[str, ...], temperature: float = 1.0) -> dict[str, Any]:
-    """Return everything that `vitrail eval --out` writes about a part, as JSON values.
+    """Return everything that `vitrail eval --out` writes about a split, as JSON values.
 
     `loss` and `ece` are of the logits as they are; `calibrated` holds both after division by the temperature, which is
     what `vitrail predict` shows.

@@ -1,4 +1,4 @@
-"""A model's outputs on a split, kept with the run: thresholds, comparisons and label checks are functions of them."""
+"""A model's outputs on a split, saved with the run: thresholds, comparisons and label checks are functions of them."""
 
 from __future__ import annotations
 

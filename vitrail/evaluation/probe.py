@@ -219,7 +219,7 @@ class Stopwatch:
 def load_frozen(model: str, console: Console) -> Classifier:
     """Load a model and take its head off, so that it returns the pooled vector.
 
-    A variant's random weights are always the same ones, so that figures can be repeated and features kept.
+    A variant's random weights are always the same ones, so that figures can be repeated and features cached.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -249,7 +249,7 @@ def report_features(found: Features, reader: ImageReader, console: Console) -> N
     if reader.dropped:
         console.warn(f"{len(reader.dropped)} files failed and are not counted: {', '.join(list(reader.dropped)[:5])}")
     if found.problem:
-        console.warn(f"the features could not be kept, and will be computed again next time: {found.problem}")
+        console.warn(f"the features could not be cached, and will be computed again next time: {found.problem}")
 
 
 def fit_classifiers(

@@ -58,22 +58,22 @@ def summarise_folds(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     standard deviation (n - 1). `pooled` is of all images, each evaluated by the fold that was not trained on it.
     """
     parts = {}
-    for part in ("val", "test"):
-        if all(part in each for each in evaluations):
-            rows = [{name: each[part][name] for name in (*AVERAGED_METRICS, "num_images")} for each in evaluations]
+    for split in ("val", "test"):
+        if all(split in each for each in evaluations):
+            rows = [{name: each[split][name] for name in (*AVERAGED_METRICS, "num_images")} for each in evaluations]
             columns = {name: [row[name] for row in rows] for name in AVERAGED_METRICS}
-            parts[part] = {
+            parts[split] = {
                 "mean": {name: fmean(values) for name, values in columns.items()},
                 "deviation": {name: stdev(values) for name, values in columns.items()},
                 "each": rows,
             }
-    judged = [each["val"] for each in evaluations]
-    confusion = np.sum([each["confusion"] for each in judged], axis=0)
+    on_val = [each["val"] for each in evaluations]
+    confusion = np.sum([each["confusion"] for each in on_val], axis=0)
     total = int(confusion.sum())
     pooled = {
-        name: sum(each[name] * each["num_images"] for each in judged) / total for name in ("top1", "top5", "loss")
+        name: sum(each[name] * each["num_images"] for each in on_val) / total for name in ("top1", "top5", "loss")
     }
-    pooled |= by_class(confusion, tuple(judged[0]["labels"]))
+    pooled |= by_class(confusion, tuple(on_val[0]["labels"]))
     return {"folds": len(evaluations), "parts": parts, "pooled": pooled}
 
 

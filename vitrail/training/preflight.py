@@ -18,16 +18,16 @@ from vitrail.weights.adapt import refuse_misfit
 from vitrail.weights.model_file import ModelHeader
 
 
-def refuse_early(recipe: str, given: Mapping[str, Any], source: ModelHeader | None) -> None:
+def refuse_early(recipe: str, given: Mapping[str, Any], header: ModelHeader | None) -> None:
     """Raise what can be known before the images are looked at: names, settings, weights that cannot fit."""
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
     nothing = DatasetFacts(1000, 2, 224, True, channels, "", "cpu", False)
-    config = build_config(recipe, nothing, given, source)[0]
+    config = build_config(recipe, nothing, given, header)[0]
     model = config.model
-    if source is not None:
-        refuse_misfit(source.architecture, model, config.pretrained)
+    if header is not None:
+        refuse_misfit(header.architecture, model, config.pretrained)
     if model.is_cnn and model.encoder not in ENCODER_NAMES:
         from vitrail.models.cnns import feature_strides, index_of
 

@@ -71,14 +71,14 @@ class Run:
         """Drop the metrics of steps that will be computed again."""
         if not self.is_main or not self.metrics.exists():
             return
-        kept = []
+        lines = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    lines.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue  # the line that was being written when the process was killed
-        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+        write_text(self.metrics, "".join(f"{line}\n" for line in lines))
 
 
 def create_run(folder: Path, config: RunConfig, checked: CheckedData, **info: Any) -> Run:
@@ -116,8 +116,8 @@ def open_run(folder: Path) -> tuple[Run, RunConfig]:
     """
     if not (folder / "config.json").exists() or not (folder / "run.json").exists():
         raise ValueError(f"{folder}: is no run (it has no config.json and run.json); start one without --resume")
-    for place in (folder, folder / "last"):
-        for draft in place.glob(".*.part"):  # left by a process that was killed while writing
+    for location in (folder, folder / "last"):
+        for draft in location.glob(".*.part"):  # left by a process that was killed while writing
             draft.unlink(missing_ok=True)
     return Run(folder), load_config(folder / "config.json")
 

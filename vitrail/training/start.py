@@ -55,10 +55,10 @@ def pin_revision(word: str, origin: str) -> str:
     return origin if at and name == word.partition("@")[0] else word
 
 
-def required_channels(base: RunConfig | None, given: Mapping[str, Any], source: ModelHeader | None) -> int:
+def required_channels(base: RunConfig | None, given: Mapping[str, Any], header: ModelHeader | None) -> int:
     """Return the channels that the model is known to want; 0: the images decide."""
-    if source is not None and "pretrained" in given:
-        known = 3 if source.architecture.in_channels == 3 else 0  # grey weights can learn colour
+    if header is not None and "pretrained" in given:
+        known = 3 if header.architecture.in_channels == 3 else 0  # grey weights can learn colour
     else:
         known = base.model.in_channels if base else 0
     return int(given.get("model.in_channels", known))

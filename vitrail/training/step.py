@@ -73,4 +73,4 @@ def find_cause(step: int, state: State, loader: TrainLoader, session: Session) -
         cause = first_broken(model, batch.images, lambda: state.objective.forward(batch))
     files = [loader.reader.dataset.location(int(index)) for index in batch.indices[:5]]
     found = session.world.gather((cause, files))
-    return next((each for each in found if each[0]), ("Every layer's output is finite on that batch now", files))
+    return next((each for each in found if each[0]), ("Every layer's output is finite on that batch now", found[0][1]))

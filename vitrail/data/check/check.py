@@ -36,7 +36,7 @@ class CheckResult:
     """The result of a check.
 
     Attributes:
-        source: the listed images; None where nothing could be listed.
+        dataset: the listed images; None where nothing could be listed.
         facts: what JSON holds besides `ok` and `problems`.
         problems: errors first.
     """
@@ -88,7 +88,7 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
     try:
         splits = split_dataset(dataset, config, scan.good, scan.groups)
         facts |= {"fingerprint": splits.fingerprint, "rule": splits.rule}
-        facts["splits"] = {part: len(indices) for part, indices in splits.indices.items()}
+        facts["splits"] = {split: len(indices) for split, indices in splits.indices.items()}
         named = {Path(path).name for each in dataset.problems if each.kind == "missing-class" for path in each.paths}
         problems += [
             each for each in class_problems(dataset, splits) if each.kind != "missing-class" or set(each.paths) - named
@@ -101,7 +101,7 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
 
 
 def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
-    """List the images; classes that only some parts have are listed too, where training would refuse them."""
+    """List the images; classes that only some splits have are listed too, where training would refuse them."""
     if root.is_dir() and not is_shards(config.source):
         damaged = "keep" if config.damaged == "keep" else "refuse"
         return open_image_folder(root, limit_pixels=config.limit_pixels, damaged=damaged, all_classes=True)
@@ -123,15 +123,15 @@ def full_scan(dataset: Dataset, config: DataConfig, advance: Advance) -> Scan:
 def quick_scan(dataset: Dataset, config: DataConfig, advance: Advance) -> Scan:
     """Read every header, and compare files byte by byte; images that are arrays are compared by their pixels."""
 
-    def look(index: int) -> tuple[Any, int, ImageError | OSError | None]:
+    def inspect(index: int) -> tuple[Any, int, ImageError | OSError | None]:
         try:
             if isinstance(dataset, ArrayDataset):
                 content, info = dataset.read(index, "RGB").tobytes(), None
             else:
-                place = dataset.location(index)
-                stored = place if isinstance(dataset, FileDataset) else dataset.encoded(index)
-                info = replace(inspect_image(stored, limit_pixels=config.limit_pixels, decode=False), path=place)
-                with open(place, "rb") if isinstance(stored, str) else io.BytesIO(stored) as file:
+                location = dataset.location(index)
+                stored = location if isinstance(dataset, FileDataset) else dataset.encoded(index)
+                info = replace(inspect_image(stored, limit_pixels=config.limit_pixels, decode=False), path=location)
+                with open(location, "rb") if isinstance(stored, str) else io.BytesIO(stored) as file:
                     content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
         except (ImageError, OSError) as error:
             return None, 0, error
@@ -142,7 +142,7 @@ def quick_scan(dataset: Dataset, config: DataConfig, advance: Advance) -> Scan:
     stats = FormatStats(count, config.limit_pixels)
     good, digests = np.zeros(count, dtype=bool), np.zeros(count, dtype=np.uint64)
     sizes, problems = np.zeros((count, 2), dtype=np.int32), []
-    for index, (info, digest, error) in enumerate(ordered_map(look, range(count), config.workers)):
+    for index, (info, digest, error) in enumerate(ordered_map(inspect, range(count), config.workers)):
         if index % 256 == 0:
             advance(index, count)
         if info is not None:
@@ -192,7 +192,7 @@ def check_facts(dataset: Dataset, scan: Scan) -> dict[str, Any]:
 def duplicate_problems(dataset: Dataset, scan: Scan) -> list[Problem]:
     """Describe each group of equal or nearly equal images.
 
-    The same image in two parts or under two labels is an error: a figure, or a label, is certainly wrong. For nearly
+    The same image in two splits or under two labels is an error: a figure, or a label, is certainly wrong. For nearly
     equal ones a person must look: it may be a copy, or the next image of a series.
     """
     problems: list[Problem] = []
@@ -200,18 +200,18 @@ def duplicate_problems(dataset: Dataset, scan: Scan) -> list[Problem]:
     for pairs, same in ((scan.exact, True), (scan.near, False)):
         for members in grouped(pairs):
             labels = [dataset.labels[each] for each in dict.fromkeys(dataset.targets[members].tolist())]
-            parts = [] if dataset.split is None else list(dict.fromkeys(dataset.split[members].tolist()))
+            splits_met = [] if dataset.split is None else list(dict.fromkeys(dataset.split[members].tolist()))
             paths = tuple(dataset.paths[index] for index in members)
             what = "the same image is" if same else "nearly the same image is"
             severity = "error" if same else "warning"
             names = shorten(paths, most=3)
-            if len(parts) > 1:
-                text = f"{what} in {' and '.join(parts)}: {names}. Keep it in one part, or the evaluation is too good"
+            if len(splits_met) > 1:
+                text = f"{what} in {' and '.join(splits_met)}: {names}. Keep it in one split, or the evaluation is too good"
                 problems.append(Problem(severity, "leak", paths, text))
             if len(labels) > 1:
                 text = f"{what} in the classes {' and '.join(map(repr, labels))}: {names}. Keep the right one"
                 problems.append(Problem(severity, "label-conflict", paths, text))
-            if len(parts) < 2 and len(labels) < 2:
+            if len(splits_met) < 2 and len(labels) < 2:
                 kind = "duplicate" if same else "near-duplicate"
                 text = f"{what} there {len(paths)} times: {names}. {fate}"
                 problems.append(Problem("warning", kind, paths, text))
@@ -220,9 +220,9 @@ def duplicate_problems(dataset: Dataset, scan: Scan) -> list[Problem]:
 
 def grouped(pairs: np.ndarray) -> list[list[int]]:
     """Return the images that pairs [P, 2] link, group by group, ascending."""
-    members, places = np.unique(pairs, return_inverse=True)
-    number = group_numbers(len(members), places.reshape(-1, 2))
+    members, positions = np.unique(pairs, return_inverse=True)
+    numbers = group_numbers(len(members), positions.reshape(-1, 2))
     found: dict[int, list[int]] = {}
-    for each, group in zip(members.tolist(), number.tolist(), strict=True):
+    for each, group in zip(members.tolist(), numbers.tolist(), strict=True):
         found.setdefault(group, []).append(each)
     return list(found.values())

@@ -44,12 +44,12 @@ def eval_batches(
             chunk, futures = waiting.popleft()
             if futures is None:
                 assert reader.stored is not None
-                pixels, places = reader.stored[chunk], np.arange(len(chunk))
+                pixels, positions = reader.stored[chunk], np.arange(len(chunk))
             else:
-                pixels, places = reader.collect(futures, chunk)
-            if not len(places):
+                pixels, positions = reader.collect(futures, chunk)
+            if not len(positions):
                 continue
-            chosen = chunk[places]
+            chosen = chunk[positions]
             answers = targets[torch.from_numpy(chosen)].to(device, non_blocking=True)
             if len({each.shape for each in pixels}) > 1:
                 images = [reader.preprocess.normalise(torch.from_numpy(each).to(device)) for each in pixels]
@@ -62,7 +62,7 @@ def eval_batches(
 def start_reading(reader: ImageReader, chunk: np.ndarray) -> list[Future[list[ReadResult]]]:
     """Start the threads on some images."""
 
-    def read(places: range) -> list[ReadResult]:
-        return [attempt(lambda place: reader.read_whole(int(chunk[place])), place) for place in places]
+    def read(positions: range) -> list[ReadResult]:
+        return [attempt(lambda position: reader.read_whole(int(chunk[position])), position) for position in positions]
 
     return reader.submit(read, len(chunk), max(1, min(8, -(-len(chunk) // 8))))

@@ -35,7 +35,7 @@ class Batch:
     Attributes:
         images: normalised model input [B, C, S, S].
         targets: class indices [B].
-        indices: [B] which images of the source these are (host memory).
+        indices: [B] which images of the dataset these are (host memory).
         patch_size: side of the patches to cut them into, where the step chose one; None leaves it to the model.
         weights: [B] what each image counts in the loss; None where all count alike. Never in an evaluation.
         mix: the other label of each image and its own one's share, where images are mixed.
@@ -66,12 +66,12 @@ class Batch:
         )
 
 
-# Normalised images [n, C, S, S] and their places in the batch; failed ones are not there.
+# Normalised images [n, C, S, S] and their positions in the batch; failed ones are not there.
 Assembled = tuple[Tensor, np.ndarray]
 
 
 class _Step(NamedTuple):
-    """A batch that is being made; each of `views` waits for the images of one view."""
+    """A batch on its way; each of `views` waits for the images of one view."""
 
     indices: np.ndarray
     draws: dict[str, np.ndarray]
@@ -84,7 +84,7 @@ class TrainLoader:
     `Order` says which images it has.
 
     Args:
-        weights: [N] what each image of the source counts in the loss; None where all count alike.
+        weights: [N] what each image of the dataset counts in the loss; None where all count alike.
         num_views: differently augmented views of each image; with 1 a batch has its images only.
     """
 
@@ -106,7 +106,7 @@ class TrainLoader:
     ) -> None:
         self.patch_sizes, self.num_views = patch_sizes, num_views
         self.reader, self.indices, self.batch_size, self.seed = reader, indices, batch_size, seed
-        self.changes, self.device, self.rank, self.ranks = augment, device, rank, ranks
+        self.augment_config, self.device, self.rank, self.ranks = augment, device, rank, ranks
         self.targets = torch.from_numpy(reader.targets)
         self.weights = None if weights is None else torch.from_numpy(weights.astype(np.float32))
         self.sampler = Sampler(
@@ -115,8 +115,8 @@ class TrainLoader:
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of steps `start` … `stop - 1`."""
-        made = self.batches_in_order(start, stop)
-        yield from made if self.device.type == "cpu" or self.reader.stored is None else prefetch(made)
+        batch_images = self.batches_in_order(start, stop)
+        yield from batch_images if self.device.type == "cpu" or self.reader.stored is None else prefetch(batch_images)
 
     def batches_in_order(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield batches; while one is trained on, the threads decode the next two, or augment the next one in memory."""
@@ -137,26 +137,26 @@ class TrainLoader:
 
     def submit(self, step: int) -> _Step:
         """Start the threads on a batch. On a CPU they do all of an image's work; else they read, and the device does the rest."""
-        occasions, places = self.sampler.samples(step, self.rank, self.ranks)
-        indices = self.indices[places]
+        visits, positions = self.sampler.samples(step, self.rank, self.ranks)
+        indices = self.indices[positions]
         # What a view shows does not depend on how many there are: each has visits of its own.
-        draws = [draw_changes(self.seed, occasions + number * _VIEW, places) for number in range(self.num_views)]
+        draws = [draw_changes(self.seed, visits + number * _VIEW, positions) for number in range(self.num_views)]
         make = self.from_files if self.reader.stored is None else self.from_memory
         return _Step(indices, draws[0], [make(indices, each) for each in draws])
 
     def collate(self, step: _Step) -> Batch:
         """Wait for a batch's images and do what concerns several of them."""
-        views, places = agreeing([wait() for wait in step.views])
+        views, positions = agreeing([wait() for wait in step.views])
         images = views[0]
         if self.num_views == 1:
             views = ()
-        elif self.changes.mixes:
+        elif self.augment_config.mixes:
             images = images.clone()
-        indices = step.indices[places]
+        indices = step.indices[positions]
         chosen = torch.from_numpy(indices)
         targets = self.targets[chosen].to(self.device, non_blocking=True)
         weights = None if self.weights is None else self.weights[chosen].to(self.device)
-        images, mix = mix_pairs_(images, targets, places, self.changes, take(step.draws, places), weights)
+        images, mix = mix_pairs_(images, targets, positions, self.augment_config, take(step.draws, positions), weights)
         return Batch(images, targets, indices, weights=weights, mix=mix, views=views)
 
     def from_memory(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Assembled]:
@@ -164,12 +164,12 @@ class TrainLoader:
         stored, side = self.reader.stored, self.reader.preprocess.image_size
         assert stored is not None
         boxes, count, size = None, len(indices), stored.shape[2:]
-        if self.changes.crop_scale < 1 or size != (side, side):
-            boxes = crop_boxes(self.changes, draws, np.tile(size, (count, 1)))
+        if self.augment_config.crop_scale < 1 or size != (side, side):
+            boxes = crop_boxes(self.augment_config, draws, np.tile(size, (count, 1)))
         images = self.allocate(count)
 
-        def make(places: range) -> None:
-            part = slice(places.start, places.stop)
+        def make(positions: range) -> None:
+            part = slice(positions.start, positions.stop)
             pixels = torch.from_numpy(stored[indices[part]]).to(self.device, non_blocking=True)
             self.augment(pixels, take(draws, part), None if boxes is None else boxes[part], images[part])
 
@@ -190,43 +190,45 @@ class TrainLoader:
     def from_files(self, indices: np.ndarray, draws: dict[str, np.ndarray]) -> Callable[[], Assembled]:
         """Decode, crop and resize, then do the rest; a file that fails is left out."""
         sizes, count, boxes = self.reader.sizes, len(indices), None
-        if self.changes.crop_scale < 1:
+        if self.augment_config.crop_scale < 1:
             assert sizes is not None
-            boxes = crop_boxes(self.changes, draws, sizes[indices])
+            boxes = crop_boxes(self.augment_config, draws, sizes[indices])
         on_cpu = self.device.type == "cpu"
         images = self.allocate(count) if on_cpu else None
 
-        def read(place: int) -> np.ndarray:
-            index = int(indices[place])
+        def read(position: int) -> np.ndarray:
+            index = int(indices[position])
             if boxes is None or sizes is None:
                 return self.reader.read_whole(index)
             high, wide = sizes[index].tolist()
-            box = Box(*boxes[place].tolist())
+            box = Box(*boxes[position].tolist())
             # The size differs from the listed one in the cache, or when the file was replaced.
             return self.reader.read_crop(index, lambda width, height: box.scaled(width / wide, height / high))
 
-        def make(places: range) -> list[ReadResult]:
-            found = [attempt(read, place) for place in places]
-            pixels = {place: each for place, each in zip(places, found, strict=True) if isinstance(each, np.ndarray)}
+        def make(positions: range) -> list[ReadResult]:
+            found = [attempt(read, position) for position in positions]
+            pixels = {
+                position: each for position, each in zip(positions, found, strict=True) if isinstance(each, np.ndarray)
+            }
             if images is None or not pixels:
                 return found
-            part = slice(places.start, places.stop) if len(pixels) == len(places) else np.asarray(list(pixels))
-            made = images[part]  # a view where all were read, else a copy
-            self.augment(torch.from_numpy(np.stack(list(pixels.values()))), take(draws, part), None, made)
-            images[part] = made
+            part = slice(positions.start, positions.stop) if len(pixels) == len(positions) else np.asarray(list(pixels))
+            batch_images = images[part]  # a view where all were read, else a copy
+            self.augment(torch.from_numpy(np.stack(list(pixels.values()))), take(draws, part), None, batch_images)
+            images[part] = batch_images
             return found
 
         futures = self.reader.submit(make, count, self.chunk_size(-(-count // 8)))
 
         def wait() -> Assembled:
-            pixels, places = self.reader.collect(futures, indices)
-            self.reader.require_some(len(places), count)
+            pixels, positions = self.reader.collect(futures, indices)
+            self.reader.require_some(len(positions), count)
             if images is not None:
-                return images if len(places) == count else images[torch.from_numpy(places)], places
-            made = self.allocate(len(places))
+                return images if len(positions) == count else images[torch.from_numpy(positions)], positions
+            batch_images = self.allocate(len(positions))
             onto = torch.from_numpy(np.stack(pixels)).to(self.device, non_blocking=True)
-            self.augment(onto, take(draws, places), None, made)
-            return made, places
+            self.augment(onto, take(draws, positions), None, batch_images)
+            return batch_images, positions
 
         return wait
 
@@ -250,24 +252,24 @@ class TrainLoader:
             boxes: crops that are yet to be taken.
         """
         preprocess = self.reader.preprocess
-        preprocess.normalise(augment_batch(pixels, self.changes, draws, boxes, preprocess.image_size), out=out)
-        erase_(out, self.changes, draws)
+        preprocess.normalise(augment_batch(pixels, self.augment_config, draws, boxes, preprocess.image_size), out=out)
+        erase_(out, self.augment_config, draws)
 
 
 def agreeing(views: list[Assembled]) -> tuple[tuple[Tensor, ...], np.ndarray]:
-    """Return views of the same images, and their places in the batch; what failed in one view is in none."""
-    places = views[0][1]
+    """Return views of the same images, and their positions in the batch; what failed in one view is in none."""
+    positions = views[0][1]
     for _, other in views[1:]:
-        places = np.intersect1d(places, other)
+        positions = np.intersect1d(positions, other)
     return tuple(
-        images if len(own) == len(places) else images[torch.from_numpy(np.searchsorted(own, places))]
+        images if len(own) == len(positions) else images[torch.from_numpy(np.searchsorted(own, positions))]
         for images, own in views
-    ), places
+    ), positions
 
 
-def take(draws: dict[str, np.ndarray], places: np.ndarray | slice) -> dict[str, np.ndarray]:
+def take(draws: dict[str, np.ndarray], positions: np.ndarray | slice) -> dict[str, np.ndarray]:
     """Return the random numbers of some of a batch's images."""
-    return {name: values[places] for name, values in draws.items()}
+    return {name: values[positions] for name, values in draws.items()}
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:
