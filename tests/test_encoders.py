@@ -444,7 +444,9 @@ def test_a_cnns_own_file_loads_whole_and_others_are_refused(name, tmp_path):
 def test_constants_that_stand_in_no_file_are_there_after_loading(tmp_path):
     config = dataclasses.replace(SMALL, encoder="resnetblur50")
     model, images = ViT(config).eval(), torch.rand(2, 3, 32, 32)
-    save_model(tmp_path / "model.safetensors", model.state_dict(), ModelHeader(config, tuple("abc"), Preprocess(32)))
+    save_model(
+        tmp_path / "model.safetensors", model.state_dict(), ModelHeader(config, tuple("abc"), Preprocess(image_size=32))
+    )
     loaded, _ = load_model(tmp_path / "model.safetensors")
     assert torch.equal(loaded(images), model(images))
 

@@ -242,7 +242,9 @@ def test_a_folder_without_preprocessor_wants_a_description(broken):
     ]
     header = open_weights(folder, parse_description(arguments)).header
     assert header.labels == ("a", "b", "c")
-    assert header.preprocess == Preprocess(32, 3, "crop", 0.8, "bilinear", (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert header.preprocess == Preprocess(
+        image_size=32, channels=3, resize="crop", crop_fraction=0.8, interpolation="bilinear", mean=(0.1, 0.2, 0.3)
+    )
     with pytest.raises(ValueError, match="embed_dim cannot be described"):
         open_weights(folder, {"embed_dim": 24})
 

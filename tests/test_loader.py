@@ -363,7 +363,15 @@ def test_preprocessing_that_changes_nothing_is_known(resize, fraction, size, ide
 @given(width=st.integers(1, 120), height=st.integers(1, 120))
 def test_preprocessing_is_torchvisions_resize_and_centre_crop(interpolation, mode, fraction, width, height):
     values = (0.5,) * len(mode)
-    preprocess = Preprocess(28, len(mode), "crop", fraction, interpolation, values, values)
+    preprocess = Preprocess(
+        image_size=28,
+        channels=len(mode),
+        resize="crop",
+        crop_fraction=fraction,
+        interpolation=interpolation,
+        mean=values,
+        std=values,
+    )
     image = photo(width, width, height).convert(mode)
     ours = preprocess.apply(image)
     resize = v2.Resize(int(28 / fraction), InterpolationMode[interpolation.upper()], antialias=True)

@@ -28,7 +28,7 @@ FACTS = {
     "grey photos": dataclasses.replace(PHOTOS, channels=1),
     "gpu": dataclasses.replace(PHOTOS, device="cuda", bf16=True),
 }
-WEIGHTS = ModelHeader(variant_config("ti16", num_classes=3), ("a", "b", "c"), Preprocess(224))
+WEIGHTS = ModelHeader(variant_config("ti16", num_classes=3), ("a", "b", "c"), Preprocess(image_size=224))
 FROM_SCRATCH = ("digits", "cifar10", "s16_in1k", "deit3_s16")
 
 

@@ -27,37 +27,18 @@ _PIXELS_LIMIT = 30_000_000  # of a resized image before its centre is cut out
 
 
 @dataclass(frozen=True)
-class Preprocess:
-    """The exact preprocessing of a model, as the header of its model file records it.
+class Preprocess(PreprocessConfig):
+    """The exact preprocessing of a model, as the header of its model file records it: a run's settings and the model's input.
 
     Decoding and EXIF rotation come before (`data/images/decode.py`); resizing is Pillow's, which always antialiases.
     """
 
     image_size: int = setting(224, "side of the result, pixels")
     channels: int = setting(3, "3: colour, 1: grey")
-    resize: str = setting(
-        "crop",
-        "crop: shortest side, then the centre; squash: both sides; squash_crop: both sides, then the centre; aspect: whole, "
-        "about S² pixels",
-    )
-    crop_fraction: float = setting(0.9, "share of the resized short side that the centre crop keeps")
-    interpolation: str = setting("bicubic", "Pillow's filter")
-    mean: tuple[float, ...] = setting((0.5, 0.5, 0.5), "subtracted from pixels in 0..1, one per channel")
-    std: tuple[float, ...] = setting((0.5, 0.5, 0.5), "divides after the mean, one per channel")
     multiple: int = setting(1, "with aspect, sides are multiples of this: the patch, so that none is padded")
-    crop_offset: str = setting("nearest", "where a crop begins when half a pixel is left: nearest or down")
-    resampler: str = setting("pillow", "who resizes: pillow, torchvision, or fractions (Pillow without rounding)")
 
     def __post_init__(self) -> None:
-        PreprocessConfig(
-            resize=self.resize,
-            crop_fraction=self.crop_fraction,
-            crop_offset=self.crop_offset,
-            interpolation=self.interpolation,
-            resampler=self.resampler,
-            mean=self.mean,
-            std=self.std,
-        )
+        super().__post_init__()
         if len(self.mean) != self.channels or self.image_size < 1 or self.multiple < 1:
             raise ValueError(
                 f"preprocessing: image_size {self.image_size} and multiple {self.multiple} must be 1 or more, and mean "
@@ -138,18 +119,11 @@ class Preprocess:
 
 def preprocess_from_config(config: RunConfig) -> Preprocess:
     """Return the preprocessing that a run's configuration describes."""
-    section = config.preprocess
     return Preprocess(
+        **vars(config.preprocess),
         image_size=config.model.image_size,
         channels=config.model.in_channels,
-        resize=section.resize,
-        crop_fraction=section.crop_fraction,
-        interpolation=section.interpolation,
-        mean=section.mean,
-        std=section.std,
-        multiple=config.model.patch_size if section.resize == "aspect" else 1,
-        crop_offset=section.crop_offset,
-        resampler=section.resampler,
+        multiple=config.model.patch_size if config.preprocess.resize == "aspect" else 1,
     )
 
 
