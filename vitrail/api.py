@@ -34,8 +34,8 @@ from vitrail.training.run_folder import (
     check_new,
     create_run,
     has_folds,
-    new_folder,
-    newest_folder,
+    new_run_folder,
+    newest_run_folder,
     open_run,
 )
 from vitrail.training.run_record import describe_run
@@ -136,7 +136,7 @@ def train(
     source = os.fspath(source)
     given = dict(settings) | ({} if model is None else parse_model_spec(model))
     folder = Path(out) if out is not None else None
-    folder = world.broadcast(folder or (newest_folder(source) if resume else new_folder(source)))
+    folder = world.broadcast(folder or (newest_run_folder(source) if resume else new_run_folder(source)))
     request = Request(folder, source, recipe, given, world, console)
     if world.broadcast(has_folds(folder)) if resume else count_folds(request.recipe_or_auto, given, all_only=True):
         return train_folds(request, resume=resume)

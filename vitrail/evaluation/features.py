@@ -103,7 +103,7 @@ def features_of(
                 patch_size=classifier.patch_size,
                 advance=lambda done, _, start=start: advance(start + done, len(missing)),
             )
-            check_finite(out.logits, out.indices, reader.dataset)
+            require_finite_features(out.logits, out.indices, reader.dataset)
             # They come back in the order of the dataset, without those that could not be read.
             rows = rows[np.argsort(indices[rows])]
             rows = rows[np.isin(indices[rows], out.indices)]
@@ -116,7 +116,7 @@ def features_of(
     return Features(values[found], indices[found], from_cache, problem)
 
 
-def check_finite(values: np.ndarray, indices: np.ndarray, dataset: Dataset) -> None:
+def require_finite_features(values: np.ndarray, indices: np.ndarray, dataset: Dataset) -> None:
     """Raise a ValueError when a feature is not finite."""
     broken = indices[~np.isfinite(values).all(axis=1)]
     if len(broken):

@@ -127,7 +127,7 @@ def is_draft(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
-def new_folder(source: str, root: Path = Path("runs")) -> Path:
+def new_run_folder(source: str, root: Path = Path("runs")) -> Path:
     """Return the first free folder `runs/<data name>`, `runs/<data name>-2`, …"""
     name = run_name(source)
     number = 1
@@ -136,7 +136,7 @@ def new_folder(source: str, root: Path = Path("runs")) -> Path:
     return folder
 
 
-def newest_folder(source: str, root: Path = Path("runs")) -> Path:
+def newest_run_folder(source: str, root: Path = Path("runs")) -> Path:
     """Return the newest run folder of a dataset.
 
     Raises:

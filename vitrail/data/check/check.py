@@ -71,7 +71,7 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
     if level is not None and level.severity == "error":
         return CheckResult(None, {"num_images": 0, "classes": {}, "form": form}, (level,))
     try:
-        dataset = list_dataset(config, root, bar)
+        dataset = list_with_all_classes(config, root, bar)
     except ValueError as error:
         if not in_folders:
             raise
@@ -100,7 +100,7 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
     return CheckResult(dataset, facts, tuple(sorted(problems, key=lambda problem: problem.severity)))
 
 
-def list_dataset(config: DataConfig, root: Path, bar: Bar) -> Dataset:
+def list_with_all_classes(config: DataConfig, root: Path, bar: Bar) -> Dataset:
     """List the images; classes that only some splits have are listed too, where training would refuse them."""
     if root.is_dir() and not is_shards(config.source):
         damaged = "keep" if config.damaged == "keep" else "refuse"

@@ -20,7 +20,7 @@ from vitrail.lookup import pick, shorten
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 from vitrail.weights.formats.hf_config import absent_biases, hf_architecture
-from vitrail.weights.formats.hf_files import read_json, read_tensors
+from vitrail.weights.formats.hf_files import read_json_object, read_tensors
 from vitrail.weights.formats.hf_image_processor import from_processor
 from vitrail.weights.formats.hf_tables import FAMILIES, LEFT_OUT, Family
 from vitrail.weights.imported_model import ImportedModel, LoadReport
@@ -74,7 +74,7 @@ def read_hf_folder(folder: Path, description: Mapping[str, Any], origin: str = "
 
 
 def _read(folder: Path, labels: tuple[str, ...] | None, image_fields: Mapping[str, Any], origin: str) -> ImportedModel:
-    raw = read_json(folder / "config.json")
+    raw = read_json_object(folder / "config.json")
     if "model_type" not in raw and "pretrained_cfg" in raw:
         name = f"hf-hub:{origin.removeprefix('hf:')}" if origin.startswith("hf:") else folder
         raise ValueError(f"{folder}: is a model of timm, not of transformers; load it as timm:{name}")
@@ -257,7 +257,7 @@ def _preprocess(
             )
         return preprocess_from_description(description, image_size=config.image_size, channels=config.in_channels), []
     try:
-        preprocess, unused = from_processor(read_json(path), family.processor, config.in_channels)
+        preprocess, unused = from_processor(read_json_object(path), family.processor, config.in_channels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     notes = [f"preprocessor_config.json: not used here: {', '.join(unused)}"] * bool(unused)

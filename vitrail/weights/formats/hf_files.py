@@ -13,7 +13,7 @@ from vitrail.tensor_files import load_pickle, load_tensors
 from vitrail.weights.file_kinds import weights_file
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file.
 
     Raises:
@@ -64,7 +64,7 @@ def read_shard_index(index: Path) -> dict[str, Path]:
     Raises:
         ValueError: the index names no file, one that is missing, or one outside its folder.
     """
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
