@@ -20,7 +20,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from vitrail.config import AugmentConfig
-from vitrail.data.augment.mixup import erase_, mix_pairs_
+from vitrail.data.augment.erasing import erase_
+from vitrail.data.augment.mixup import mix_pairs_
 from vitrail.data.augment.policies import apply_policy
 from vitrail.data.augment.random_changes import draw_changes
 from vitrail.machine import processor_name

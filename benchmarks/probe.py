@@ -62,7 +62,7 @@ def main() -> None:
         axes = principal_axes(train_features, train_targets, len(dataset.labels))
         ridge = fit_ridge(train_features, train_targets, axes)
         logistic = fit_logistic(train_features, train_targets, axes, ridge)
-        weight, bias = axes.fold(logistic.weight, logistic.bias)
+        weight, bias = axes.to_linear_layer(logistic.weight, logistic.bias)
         fitted.update(
             axes=axes, logistic=logistic, top1=share_correct(linear_classes(test_features, weight, bias), test_targets)
         )

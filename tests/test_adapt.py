@@ -13,7 +13,7 @@ from vitrail.models.positions import resize_table
 from vitrail.models.vit import ViT
 from vitrail.weights.adapt import Start, adapt
 from vitrail.weights.imported_model import ImportedModel, LoadReport
-from vitrail.weights.labels import match_labels
+from vitrail.weights.match_labels import match_labels
 from vitrail.weights.model_file import ModelHeader, build_model
 
 LABELS = ("ant", "bee", "cat", "dog", "eel")

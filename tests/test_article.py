@@ -261,7 +261,7 @@ def test_settings_on_the_pages_exist():
 
 
 def test_what_is_not_there_yet_is_not_there_yet():
-    why = "docs/article.md and README.zh-CN.md say that this is not there yet; mend both, then this test"
+    why = "docs/article.md and README.zh-CN.md say that this is not there yet; fix both, then this test"
     assert not {"pretrain", "serve", "explain"} & set(COMMANDS), why
     assert not {"onnx", "torch"} & set(FORMATS), why
     with pytest.raises(ValueError, match="unknown model 'hf:google/vit-base-patch16-224'"):

@@ -96,7 +96,7 @@ def test_broken_files_are_errors_unless_they_may_be_dropped(tmp_path, capsys):
     words = ["check", str(root), "--out", str(out), "--data.limit-pixels", "100000"]
     assert run(words) == 1
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "error: 4 errors; mend them first" in said
+    assert "error: 4 errors; fix them first" in said
     assert "a/cut.png: damaged" in said and "--html check.html" in said
     result = json.loads(out.read_text())
     assert not result["ok"]

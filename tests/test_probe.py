@@ -128,7 +128,7 @@ def test_the_spectrum_is_that_of_standardised_features(count, width, monkeypatch
     answers = torch.nn.functional.one_hot(targets, 4).double()
     torch.testing.assert_close(spectrum.answers, (wanted @ spectrum.axes).T @ answers)
     weight, bias = torch.randn(len(spectrum.energy), 4).double(), torch.randn(4).double()
-    raw, level = spectrum.fold(weight, bias)
+    raw, level = spectrum.to_linear_layer(weight, bias)
     torch.testing.assert_close(x @ raw.T + level, wanted @ spectrum.axes @ weight + bias)
 
 
@@ -147,7 +147,7 @@ def test_logistic_regression_equals_scikit_learns(count, width, classes, penalty
     if classes == 2:  # scikit-learn has one weight for two classes, w = w1 - w0: half the penalty
         strength *= 2
     theirs = LogisticRegression(C=strength, tol=1e-10, max_iter=20_000).fit(inputs, targets.numpy())
-    weight, bias = spectrum.fold(ours.weight, ours.bias)
+    weight, bias = spectrum.to_linear_layer(ours.weight, ours.bias)
     probabilities = (features.double() @ weight.T + bias).softmax(dim=1)
     np.testing.assert_allclose(probabilities.numpy(), theirs.predict_proba(inputs), atol=2e-5)
 
@@ -189,7 +189,7 @@ def test_features_that_are_all_constant_give_the_frequent_class():
     features, targets = torch.full((30, 6), 2.5), torch.tensor([0, 1, 1] * 10)
     spectrum = principal_axes(features, targets, 2)
     logistic = fit_logistic(features, targets, spectrum, fit_ridge(features, targets, spectrum))
-    weight, bias = spectrum.fold(logistic.weight, logistic.bias)
+    weight, bias = spectrum.to_linear_layer(logistic.weight, logistic.bias)
     assert (features.double() @ weight.T + bias).argmax(dim=1).tolist() == [1] * 30
     torch.testing.assert_close(bias.softmax(dim=0), torch.tensor([1 / 3, 2 / 3]).double(), rtol=1e-3, atol=1e-3)
 

@@ -283,9 +283,7 @@ def test_two_processes_fetch_each_shard_once(shards, cache):
 def test_failed_downloads_are_named_by_address(shards, monkeypatch, tmp_path):
     server = Server(shards, ranges=True)
     with serving(server):
-        with pytest.raises(
-            ValueError, match=r"1 of 4 files are missing: http.*/pictures-000003\.tar; mend the address"
-        ):
+        with pytest.raises(ValueError, match=r"1 of 4 files are missing: http.*/pictures-000003\.tar; fix the address"):
             opened(f"{server.url}/pictures-{{000000..000003}}.tar")
         with pytest.raises(ValueError, match=r"web servers cannot be asked for a list; write a range"):
             opened(f"{server.url}/*.tar")

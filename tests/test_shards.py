@@ -44,7 +44,7 @@ def test_a_range_a_glob_a_folder_and_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{00..03}.tar", r"2 of 4 shards are missing: .*/02\.tar, .*/03\.tar: no such file; mend the range"),
+        ("{00..03}.tar", r"2 of 4 shards are missing: .*/02\.tar, .*/03\.tar: no such file; fix the range"),
         ("x.tar", r"/x\.tar: no such file"),
         ("x*.tar", r"x\*\.tar: no file has such a name"),
         ("{00,00}.tar", r"names .*/00\.tar twice"),
@@ -212,7 +212,7 @@ def test_content_that_is_not_read_is_named_once(tmp_path):
         (
             [("a.png", b""), ("a.cls", b"1"), ("a.json", b'{"label": "x"}')]
             + [("b.png", b""), ("b.cls", b"1"), ("b.json", b'{"label": "y"}')],
-            r"b\.png: its \.cls says 1 \('x'\), its \.json 'y'; mend one",
+            r"b\.png: its \.cls says 1 \('x'\), its \.json 'y'; fix one",
         ),
         ([("../a.png", b""), ("../a.cls", b"1")], r"\.\./a\.png: leads out of the shard"),
         (

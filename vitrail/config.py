@@ -16,11 +16,11 @@ from vitrail.config_schema import (
     choice,
     one_at_most,
     positive,
-    read_json,
+    read_config_json,
     section,
     seed_range,
     setting,
-    write_json,
+    write_config_json,
 )
 from vitrail.durations import parse_duration
 from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES
@@ -383,7 +383,7 @@ class RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a configuration as JSON that `load_config` reads back equal."""
-    write_json(config, path)
+    write_config_json(config, path)
 
 
 def load_config(path: Path) -> RunConfig:
@@ -392,4 +392,4 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         ValueError: the file is no JSON, or has an unknown setting or a refused value.
     """
-    return read_json(RunConfig, path)
+    return read_config_json(RunConfig, path)

@@ -133,12 +133,12 @@ def join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def write_json(config: Any, path: Path) -> None:
+def write_config_json(config: Any, path: Path) -> None:
     """Write a configuration as JSON that `read_json` reads back equal."""
     write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def read_json(kind: type[T], path: Path) -> T:
+def read_config_json(kind: type[T], path: Path) -> T:
     """Read a configuration of class `kind` that `write_json` wrote.
 
     Raises:

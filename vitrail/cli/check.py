@@ -114,4 +114,4 @@ def fail_with_errors(options: Any, result: CheckResult, console: Console) -> int
     if options.html is None and result.dataset is not None:
         data = shlex.quote(options.data_source)
         console.info(f"next:    vitrail check {data} --html check.html   (a page with the images in question)")
-    return fail(f"{number:,} errors; mend them first" if number > 1 else "1 error; mend it first")
+    return fail(f"{number:,} errors; fix them first" if number > 1 else "1 error; fix it first")

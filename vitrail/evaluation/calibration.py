@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: expected calibration error, and the temperature that mends it."""
+"""Whether probabilities mean what they say: expected calibration error, and the temperature that fixes it."""
 
 from __future__ import annotations
 

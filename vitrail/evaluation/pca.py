@@ -47,7 +47,7 @@ class PrincipalAxes:
             rows = slice(start, min(start + _ROWS, len(features)))
             yield rows, self.standardise(features[rows]) @ self.axes
 
-    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def to_linear_layer(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the linear layer on raw features, weight [classes, D] and bias [classes], that equals one on coordinates.
 
         Args:

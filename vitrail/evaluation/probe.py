@@ -265,11 +265,11 @@ def fit_classifiers(
     stopwatch.lap("knn")
     spectrum = principal_axes(known, truth, num_classes)
     ridge = fit_ridge(known, truth, spectrum)
-    weight, bias = spectrum.fold(ridge.weight, ridge.bias)
+    weight, bias = spectrum.to_linear_layer(ridge.weight, ridge.bias)
     figures["ridge"] = share_correct(linear_classes(asked, weight, bias), answers)
     stopwatch.lap("ridge")
     logistic = fit_logistic(known, truth, spectrum, ridge)
-    weight, bias = spectrum.fold(logistic.weight, logistic.bias)
+    weight, bias = spectrum.to_linear_layer(logistic.weight, logistic.bias)
     figures["logistic"] = share_correct(linear_classes(asked, weight, bias), answers)
     stopwatch.lap("logistic")
     chosen = {"k": k, "lambda": ridge.penalty, "alpha": logistic.penalty, "steps": logistic.steps}

@@ -18,7 +18,7 @@ from vitrail.data.splits.splits import Splits, fingerprint, load_splits, split_d
 from vitrail.evaluation.classifier import Classifier
 from vitrail.lookup import unknown
 
-CHOICES = ("test", "val", "train", "all")
+SPLIT_ORDER = ("test", "val", "train", "all")
 _REMEDY = "restore the files, or evaluate all images, those of the training included, by --split all"
 
 
@@ -72,7 +72,7 @@ def find_split(
         splits = without_broken(model, classifier, dataset, splits, usable)
         return ScannedSplit(name, splits, scan, int(usable.sum()), len(broken))
     scan = scan_or_stop(dataset, data, console, channels=channels)
-    splits = splits_for(model, classifier, dataset, data, scan)
+    splits = training_or_own_splits(model, classifier, dataset, data, scan)
     name = choose_split(wanted, splits, data.source)
     return ScannedSplit(name, splits, scan, int(scan.good.sum()), int((~scan.good).sum()))
 
@@ -83,7 +83,7 @@ def splits_of_listing(
     """Return the splits as far as the listing alone tells them; None where images must be scanned to know them."""
     if wanted == "all":
         return all_images(dataset, np.ones(len(dataset.paths), dtype=bool))
-    if (recorded := recorded_split(model, classifier, dataset)) is not None:
+    if (recorded := split_file_of(model, classifier, dataset)) is not None:
         return load_recorded(dataset, recorded, None, _REMEDY)
     if dataset.split is None:
         return None
@@ -104,7 +104,7 @@ def without_broken(model: str, classifier: Classifier, dataset: Dataset, splits:
     Raises:
         ValueError: the split is that of the model's training, and an image of it is broken now.
     """
-    if (recorded := recorded_split(model, classifier, dataset)) is not None and "all" not in splits.indices:
+    if (recorded := split_file_of(model, classifier, dataset)) is not None and "all" not in splits.indices:
         return load_recorded(dataset, recorded, usable, _REMEDY)
     if usable.all():
         return splits
@@ -112,7 +112,9 @@ def without_broken(model: str, classifier: Classifier, dataset: Dataset, splits:
     return Splits(whole, fingerprint(dataset, whole), splits.rule, splits.problems)
 
 
-def splits_for(model: str, classifier: Classifier, dataset: Dataset, data: DataConfig, scan: Scan) -> Splits:
+def training_or_own_splits(
+    model: str, classifier: Classifier, dataset: Dataset, data: DataConfig, scan: Scan
+) -> Splits:
     """Return the split that the model was trained with where the dataset is that one, else the dataset's own.
 
     Raises:
@@ -133,7 +135,7 @@ def all_images(dataset: Dataset, good: np.ndarray) -> Splits:
     return Splits(everything, fingerprint(dataset, everything), "all images")
 
 
-def recorded_split(model: str, classifier: Classifier, dataset: Dataset) -> Path | None:
+def split_file_of(model: str, classifier: Classifier, dataset: Dataset) -> Path | None:
     """Return the split.json of the run that a model belongs to, where the dataset is the one it was trained on."""
     path = Path(model)
     if not path.exists() or classifier.header.split.get("source") != dataset.name:
@@ -172,7 +174,7 @@ def training_splits(
     Raises:
         ValueError: the dataset is that one, but has changed, so that which images were trained on is not known.
     """
-    if (recorded := recorded_split(model, classifier, dataset)) is not None:
+    if (recorded := split_file_of(model, classifier, dataset)) is not None:
         return load_recorded(dataset, recorded, good, remedy)
     trained = classifier.header.split
     same_name = trained.get("source") == dataset.name
@@ -204,9 +206,9 @@ def choose_split(split: str | None, splits: Splits, source: str) -> str:
         ValueError: the split asked for is unknown or not there.
     """
     if split is None:
-        return next(name for name in CHOICES if name in splits.indices)
-    if split not in CHOICES:
-        raise ValueError(unknown("--split", split, CHOICES))
+        return next(name for name in SPLIT_ORDER if name in splits.indices)
+    if split not in SPLIT_ORDER:
+        raise ValueError(unknown("--split", split, SPLIT_ORDER))
     if split not in splits.indices:
         raise ValueError(f"{source}: has no split {split!r}; it has {', '.join(splits.indices)}, or all by --split all")
     return split

@@ -17,8 +17,13 @@ from vitrail.optim.groups import Group
 class OptimizerKind(NamedTuple):
     """An optimizer that `optim.name` can name.
 
+    What the loop needs of it: its state stands in `state[parameter]`, as tensors only, since nothing else is saved (not what
+    changes in `param_groups`); its groups keep `scale`, which `set_lr` multiplies the learning rate by; and its `step` does
+    nothing while its attribute `found_inf` is 1, as PyTorch's fused optimizers do, so that a gradient that is not finite never
+    reaches the weights.
+
     Attributes:
-        build: makes it from parameter groups. Its groups keep `scale`, which `set_lr` multiplies the learning rate by.
+        build: makes it from parameter groups.
         to_eval, to_train: bring the weights to the point that is evaluated and saved, and back to the one that is trained;
             for optimizers that train at another point than they evaluate at (schedule-free ones).
     """
@@ -49,7 +54,7 @@ def build_optimizer(groups: list[Group], config: OptimConfig) -> torch.optim.Opt
 
 @contextlib.contextmanager
 def at_evaluation_point(optimizer: torch.optim.Optimizer, config: OptimConfig) -> Iterator[None]:
-    """Bring the weights to the point that is evaluated and saved for a while; for most optimizers they are there."""
+    """Switch an optimizer that trains at another point (schedule-free) to its evaluation weights, for the length of the context."""
     kind = pick(OPTIMIZERS, config.name, "optim.name")
     kind.to_eval(optimizer)
     try:

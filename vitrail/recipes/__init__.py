@@ -10,6 +10,6 @@ on it follows it.
 from vitrail.recipes.choices import Choice
 from vitrail.recipes.engine import RECIPES, build_config, recipe_file
 from vitrail.recipes.facts import DatasetFacts
-from vitrail.recipes.idle import refuse_idle
+from vitrail.recipes.idle_settings import refuse_idle
 
 __all__ = ["RECIPES", "Choice", "DatasetFacts", "build_config", "recipe_file", "refuse_idle"]

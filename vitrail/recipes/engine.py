@@ -18,7 +18,7 @@ from vitrail.recipes.deit3_s16 import deit3_s16
 from vitrail.recipes.digits import digits
 from vitrail.recipes.facts import DatasetFacts
 from vitrail.recipes.fine_tune import fine_tune
-from vitrail.recipes.idle import refuse_idle
+from vitrail.recipes.idle_settings import refuse_idle
 from vitrail.recipes.pretrained import keep_pretrained
 from vitrail.recipes.s16_in1k import s16_in1k
 

@@ -22,8 +22,8 @@ CLASSES_SHOWN, PATHS_SHOWN = 12, 3  # on the terminal
 FINDINGS_LIMIT, THUMBNAILS_LIMIT, ROWS_LIMIT = 24, 6, 1000  # on the page: findings a kind, images a finding, classes
 _SIDE = 160  # of a thumbnail, pixels
 TITLES: dict[Kind, tuple[str, str]] = {
-    "unreadable": ("unreadable files", "mend or remove them, or --data.damaged drop"),
-    "damaged": ("damaged images", "mend or remove them, or --data.damaged drop (or keep: decode what is there)"),
+    "unreadable": ("unreadable files", "fix or remove them, or --data.damaged drop"),
+    "damaged": ("damaged images", "fix or remove them, or --data.damaged drop (or keep: decode what is there)"),
     "refused": ("images that are too large", "shrink them, or raise --data.limit-pixels"),
     "leak": ("images in two splits", "keep each in one split, or the evaluation is too good"),
     "label-conflict": ("images under two labels", "keep the right one"),

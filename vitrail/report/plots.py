@@ -122,7 +122,7 @@ def confusion_matrix(confusion: np.ndarray, labels: list[str]) -> dict[str, Any]
     """
     if len(labels) > NUMBERED_CLASSES:
         description = f"Confusion matrix of {len(labels)} classes; the table lists its peaks"
-        return {"svg": heat_map(confusion, description)}
+        return {"svg": confusion_heat_map(confusion, description)}
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     root = np.minimum(0.6, 0.12 + 0.6 * np.sqrt(share))  # rare mistakes stay visible, numbers readable
     depth = np.where(confusion > 0, root, 0)
@@ -142,7 +142,7 @@ def most_confused(confusion: np.ndarray, labels: list[str]) -> list[tuple[str, s
 
 
 @matplotlib.rc_context(STYLE)
-def heat_map(confusion: np.ndarray, description: str) -> str:
+def confusion_heat_map(confusion: np.ndarray, description: str) -> str:
     """Draw a confusion matrix that has too many classes for numbers: blue is right, red is wrong, as shares of a row.
 
     Args:

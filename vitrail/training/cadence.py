@@ -72,11 +72,7 @@ class Due(NamedTuple):
 
 
 class Clock:
-    """What is due after a step, by the cadence, by the time since it was last done, and by signals.
-
-    Attributes:
-        elapsed_s: seconds of training before this session began.
-    """
+    """What is due after a step, by the cadence, by the time since it was last done, and by signals."""
 
     def __init__(self, cadence: Cadence, save_minutes: float, world: World, stop: StopRequest, *, start: int) -> None:
         self.cadence, self.save_seconds, self.world, self.stop = cadence, 60 * save_minutes, world, stop

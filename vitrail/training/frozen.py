@@ -48,15 +48,15 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [module for module in model.modules() if isinstance(module, kind) and module.training]
 
 
-def scale_bn_momentum(model: nn.Module, parts: int) -> None:
-    """Let running statistics move per step as far as they would without accumulation, where a step has several parts.
+def scale_bn_momentum(model: nn.Module, num_micro_batches: int) -> None:
+    """Rescale the momentum of batch norms so that several micro-batches move their statistics as one batch would.
 
-    Each part normalises with its own mean and deviation, so a part should not be tiny: that is what accumulation of a
+    Each normalises with its own mean and deviation, so it should not be tiny: that is what accumulation of a
     net with batch norm means.
     """
     for norm in batch_norms(model):
         if norm.momentum is not None:
-            norm.momentum = 1 - (1 - norm.momentum) ** (1 / parts)
+            norm.momentum = 1 - (1 - norm.momentum) ** (1 / num_micro_batches)
 
 
 def running_statistics(model: nn.Module) -> list[torch.Tensor]:

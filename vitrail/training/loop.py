@@ -7,11 +7,12 @@ import torch
 from vitrail.console import TrainingDisplay
 from vitrail.optim.optimizers import set_lr
 from vitrail.optim.schedules import Schedule
+from vitrail.training.best_weights import evaluate_and_save_best
 from vitrail.training.cadence import Clock, build_cadence
 from vitrail.training.head_warmup import HeadWarmup
 from vitrail.training.meter import Meter
 from vitrail.training.parallelize import ParallelObjective
-from vitrail.training.reporting import evaluate_and_save_best, report
+from vitrail.training.reporting import report
 from vitrail.training.session import Session
 from vitrail.training.signals import Stopped, StopRequest
 from vitrail.training.start import build_classification

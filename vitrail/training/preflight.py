@@ -19,7 +19,11 @@ from vitrail.weights.model_file import ModelHeader
 
 
 def refuse_early(recipe: str, given: Mapping[str, Any], header: ModelHeader | None) -> None:
-    """Raise what can be known before the images are looked at: names, settings, weights that cannot fit."""
+    """Validate names, settings and weights before any data is read.
+
+    Raises:
+        ValueError: a name or a setting is refused, or the weights cannot fit the architecture.
+    """
     if "model.num_classes" in given:
         raise ValueError("model.num_classes is the number of classes of the data; leave it out")
     channels = int(given.get("model.in_channels", len(given.get("preprocess.mean", (0.5, 0.5, 0.5)))))
@@ -44,7 +48,7 @@ def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule:
     """
     device = pick_device(config.device)
     autocast(config.precision, device)
-    choose_kernels(config, device, measuring=False)  # raises what a wish rules out
+    choose_kernels(config, device, measuring=False)  # raises where a kernel that was asked for cannot run here
     check_cache_settings(config)
     samples = config.batch_size // world.size // config.optim.accumulate
     if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:

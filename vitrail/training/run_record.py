@@ -36,7 +36,7 @@ def describe_run(session: Session, checked: CheckedData, choices: Iterable[Choic
         ],
         "problems": [problem.to_dict() for problem in checked.problems],
         "versions": versions(),
-        "machine": machine(str(session.device), config.precision),
+        "machine": describe_machine(str(session.device), config.precision),
         "num_parameters": num_parameters(config.model),
         **({} if weights is None else {"loss_weights": mean_weights(data.dataset, train, weights)}),
         "processes": session.world.size,
@@ -56,7 +56,7 @@ def json_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def machine(device: str, precision: str) -> dict[str, Any]:
+def describe_machine(device: str, precision: str) -> dict[str, Any]:
     """Describe the machine, for the record."""
     return {
         "cpu": processor_name(),

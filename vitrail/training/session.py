@@ -1,4 +1,4 @@
-"""What every step of a training is given: one value instead of five."""
+"""Configuration, data, run folder, ranks and console of a training, in one value."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ def open_start_weights(base: RunConfig | None, given: Mapping[str, Any]) -> Impo
     return open_weights(word) if word else None
 
 
-def pin_revision(word: str, origin: str) -> str:
-    """Return a word for trained weights with the revision that it meant on its hub, where it has one."""
+def pin_revision(model_spec: str, origin: str) -> str:
+    """Return a model spec with the commit of its hub appended, where it was read from one."""
     name, at, _ = origin.partition("@")
-    return origin if at and name == word.partition("@")[0] else word
+    return origin if at and name == model_spec.partition("@")[0] else model_spec
 
 
 def required_channels(base: RunConfig | None, given: Mapping[str, Any], header: ModelHeader | None) -> int:

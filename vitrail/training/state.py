@@ -34,7 +34,7 @@ class Progress:
     Attributes:
         step: updates done.
         best: metrics of the best evaluation so far, with its step and epoch.
-        elapsed_s: seconds of training so far, over all sittings.
+        elapsed_s: seconds of training so far, those before a resume included.
         window: figures of the steps since the last line of metrics.
     """
 

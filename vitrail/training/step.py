@@ -20,18 +20,18 @@ from vitrail.training.state import State
 def update(parallel: ParallelObjective, state: State, batch: Batch, session: Session) -> dict[str, Tensor]:
     """Do one optimizer step: forward, backward, clip, step; returns its figures, which stay on the device.
 
-    The batch is computed in `optim.accumulate` parts, one after the other.
+    The batch is computed in `optim.accumulate` micro-batches, one after the other.
     """
     config, count = session.config, len(batch.targets)
-    num_parts = min(config.optim.accumulate, count)
+    num_micro_batches = min(config.optim.accumulate, count)
     totals: dict[str, Tensor] = {}
-    for number in range(num_parts):
-        part = batch.take(number * count // num_parts, (number + 1) * count // num_parts)
-        share = len(part.targets) / count
-        # Gradients cross ranks once a step, with the last part.
-        with parallel.gradients(shared=number + 1 == num_parts):
+    for number in range(num_micro_batches):
+        micro_batch = batch.take(number * count // num_micro_batches, (number + 1) * count // num_micro_batches)
+        share = len(micro_batch.targets) / count
+        # Gradients cross ranks once a step, with the last one.
+        with parallel.gradients(shared=number + 1 == num_micro_batches):
             with autocast(config.precision, session.device):
-                figures = parallel(part)
+                figures = parallel(micro_batch)
             (figures["loss"] * share).backward()
         figures["loss"] = figures["loss"].detach() * share
         totals = {name: totals[name] + value if totals else value for name, value in figures.items()}

@@ -16,7 +16,7 @@ from vitrail.models.encoders import kernel_resize, resize_kernel
 from vitrail.models.positions import resize_table, sincos2d
 from vitrail.weights.finalise import plain_labels
 from vitrail.weights.imported_model import ImportedModel, LoadReport
-from vitrail.weights.labels import match_labels
+from vitrail.weights.match_labels import match_labels
 
 # Fields in which both architectures must agree: the weights were made for them, even where other shapes would fit.
 FIXED: tuple[str, ...] = (

@@ -49,7 +49,7 @@ class ScanCache:
         return values.view(ROW)[:, 0] if len(values) else np.zeros(0, ROW), found
 
     def add(self, positions: np.ndarray, rows: np.ndarray) -> None:
-        """Keep the rows of some of the images; a cache that cannot be written is done without."""
+        """Store the rows of some of the images; a cache that cannot be written is done without."""
         try:
             self.rows.add(self.keys[positions], np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1))
         except OSError:
@@ -69,7 +69,7 @@ class ColourCache:
         return values[:, 0] == 1, found
 
     def add(self, positions: list[int], has_colour: list[bool]) -> None:
-        """Keep what was found; a cache that cannot be written is done without."""
+        """Store what was found; a cache that cannot be written is done without."""
         try:
             self.rows.add(self.keys[positions], np.asarray(has_colour, np.uint8)[:, None])
         except OSError:

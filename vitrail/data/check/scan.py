@@ -31,7 +31,7 @@ _SAMPLE = 64
 
 @dataclass(frozen=True)
 class Scan:
-    """What the images of a dataset are.
+    """The result of a scan: sizes, duplicates, problems and formats of a dataset's images.
 
     Attributes:
         good: [N] whether each image can be used; False where it was not scanned.
@@ -259,7 +259,7 @@ def scan_image(dataset: Dataset, index: int, mode: Literal["RGB", "L"], settings
 
 
 def summarise(image: PIL.Image.Image, info: ImageInfo | None) -> ScannedImage:
-    """Make of an image what a scan keeps of it: its row, and its pixels where it is small."""
+    """Return the cached row of a decoded image, and its pixels where it is small."""
     width, height = image.size
     pixels = np.asarray(image)
     content = f"{width}x{height}".encode() + pixels.tobytes()

@@ -250,7 +250,7 @@ def broken_image(dataset: Dataset, index: int, error: ImageError | OSError, dama
     severity = "error" if damaged == "stop" else "warning"
     verdict = error.info.verdict if isinstance(error, ImageError) else "unreadable"
     assert verdict != "ok"
-    remedy = "Mend or remove it, or go on without such files by --data.damaged drop"
+    remedy = "Fix or remove it, or go on without such files by --data.damaged drop"
     consequences = {
         "stop": remedy,
         "drop": "It is left out",

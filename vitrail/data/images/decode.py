@@ -42,7 +42,7 @@ ENDINGS = frozenset(ending for endings in ENDINGS_OF.values() for ending in endi
 # purpose: formats that make Pillow start another program (EPS) or that hold no pixels (fonts, metafiles).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 WHOLE_BYTES = 64 * 2**20  # larger files are not read into memory at once
-MEND_BYTES = 2**30  # of a larger damaged file, only the beginning is mended
+MEND_BYTES = 2**30  # of a larger damaged file, only the beginning is fixed
 JPEG_END, PNG_START = b"\xff\xd9", b"\x89PNG\r\n\x1a\n"
 MPF_MARK = b"MPF\0"  # the block of a JPEG that lists further images
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
@@ -190,7 +190,7 @@ def _read_plain_jpeg(data: bytes, info: ImageInfo, limit_pixels: int) -> tuple[I
 def _read_any(
     stream: Stream, info: ImageInfo, limit_pixels: int, decode: bool, count: bool
 ) -> tuple[Image.Image | None, ImageInfo]:
-    """Decode an image by Pillow; where that fails, decode what a mended copy of the file still holds."""
+    """Decode an image by Pillow; where that fails, decode what a fixed copy of the file still holds."""
     _set_pillow(limit_pixels)
     try:
         image, info_read = _decode(stream, info, limit_pixels, decode)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from vitrail.config import AugmentConfig
-from vitrail.data.augment.mixup import MixTargets, erase_, mix_pairs_
+from vitrail.data.augment.erasing import erase_
+from vitrail.data.augment.mixup import MixTargets, mix_pairs_
 from vitrail.data.augment.random_changes import augment_batch, crop_boxes, draw_changes
 from vitrail.data.loading.crop_decode import Box
 from vitrail.data.loading.reader import ImageReader, ReadResult, attempt
@@ -81,7 +82,7 @@ class _Step(NamedTuple):
 class TrainLoader:
     """The training split as endless shuffled batches; batch `s` depends on nothing but the arguments and `s`.
 
-    `Order` says which images it has.
+    `Sampler` decides which images each step has.
 
     Args:
         weights: [N] what each image of the dataset counts in the loss; None where all count alike.
@@ -146,7 +147,7 @@ class TrainLoader:
 
     def collate(self, step: _Step) -> Batch:
         """Wait for a batch's images and do what concerns several of them."""
-        views, positions = agreeing([wait() for wait in step.views])
+        views, positions = common_images([wait() for wait in step.views])
         images = views[0]
         if self.num_views == 1:
             views = ()
@@ -256,7 +257,7 @@ class TrainLoader:
         erase_(out, self.augment_config, draws)
 
 
-def agreeing(views: list[Assembled]) -> tuple[tuple[Tensor, ...], np.ndarray]:
+def common_images(views: list[Assembled]) -> tuple[tuple[Tensor, ...], np.ndarray]:
     """Return views of the same images, and their positions in the batch; what failed in one view is in none."""
     positions = views[0][1]
     for _, other in views[1:]:

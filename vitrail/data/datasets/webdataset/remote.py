@@ -70,7 +70,7 @@ def inspect_addresses(urls: Sequence[str]) -> list[Remote]:
     missing = [url for url, remote in zip(urls, remotes, strict=True) if remote is None]
     if missing:
         count = f"{len(missing)} of {len(urls)} files are missing: " if len(urls) > 1 else "no such file: "
-        raise ValueError(f"{count}{shorten(missing)}; mend the address, or restore the files")
+        raise ValueError(f"{count}{shorten(missing)}; fix the address, or restore the files")
     return [remote for remote in remotes if remote is not None]
 
 

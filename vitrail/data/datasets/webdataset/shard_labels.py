@@ -156,7 +156,7 @@ def class_names_of(joined: _JoinedIndex, classes: tuple[str, ...] | None) -> tup
         if not same:
             raise joined.fault(
                 joined.first(code),
-                f"its .cls says {mark.cls} ({names_of_numbers.get(mark.cls, cls_name)!r}), its .json {mark.label!r}; mend one of them",
+                f"its .cls says {mark.cls} ({names_of_numbers.get(mark.cls, cls_name)!r}), its .json {mark.label!r}; fix one of them",
             )
         names.append(mark.label or cls_name)
     return None, names
@@ -205,7 +205,7 @@ def splits_of_shards(
         first = int(conflicts[0])
         raise joined.fault(
             first,
-            f"is of {SPLITS[by_content[first]]}, but the name of its shard says {SPLITS[by_shard[first]]}; mend one",
+            f"is of {SPLITS[by_content[first]]}, but the name of its shard says {SPLITS[by_shard[first]]}; fix one",
         )
     split = np.where(by_content < 0, by_shard, by_content)
     if (split < 0).all():

@@ -117,7 +117,7 @@ def expand(source: str) -> list[str]:
     missing = [] if is_address(source) else [location for location in locations if not os.path.isfile(location)]
     if missing:
         count = f"{len(missing)} of {len(locations)} shards are missing: " if len(locations) > 1 else ""
-        raise ValueError(f"{count}{shorten(missing)}: no such file; mend the range, or restore the files")
+        raise ValueError(f"{count}{shorten(missing)}: no such file; fix the range, or restore the files")
     return locations
 
 
