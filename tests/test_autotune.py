@@ -148,10 +148,10 @@ def test_choices_of_a_run_that_are_no_kernels_are_refused(known, says):
 WRITES = """
 import sys, threading
 from pathlib import Path
-from vitrail.kernels import choose
+from vitrail.kernels import autotune
 def write(thread):
     for number in range(10):
-        assert choose._write(Path(sys.argv[1]), {f"{sys.argv[2]} {thread} {number}": {"fused": 1.0}})
+        assert autotune._write(Path(sys.argv[1]), {f"{sys.argv[2]} {thread} {number}": {"fused": 1.0}})
 threads = [threading.Thread(target=write, args=(thread,)) for thread in range(2)]
 for each in threads: each.start()
 for each in threads: each.join()

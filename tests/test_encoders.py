@@ -67,7 +67,7 @@ def test_a_frozen_encoder_keeps_weights_and_statistics_to_the_bit(make_folder, t
     freezing = {"optim.freeze": ("patch_embed.backbone",), "encoder_weights": str(cnn_file), "optim.ema_decay": 0.5}
     run = train(data, out=tmp_path / "run", console=QUIET, **settings, **freezing).folder
     source = load_file(cnn_file)
-    for prefix, path in (("", run / "model.safetensors"), ("model.", run / "last" / "state.safetensors")):
+    for prefix, path in (("", run / "model.safetensors"), ("objective.model.", run / "last" / "state.safetensors")):
         weights = backbone_of(path, prefix)
         assert len(weights) > 10
         assert all(torch.equal(tensor, source[name]) for name, tensor in weights.items())

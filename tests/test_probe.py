@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from vitrail.cli import run
 from vitrail.config import DataConfig
 from vitrail.console import Console
-from vitrail.data.cache import rows as kept_module
+from vitrail.data.cache import rows as row_cache
 from vitrail.data.cache.rows import RowCache
 from vitrail.data.datasets.keys import image_keys
 from vitrail.data.datasets.open import open_dataset
@@ -236,9 +236,9 @@ def test_many_files_are_joined_into_one(tmp_path):
         kept.add(keys_of(number), np.full((1, 2), number, np.float32))
         if number == 50:
             next(iter(tmp_path.glob("*.safetensors"))).write_bytes(b"broken")
-    assert len(list(tmp_path.iterdir())) <= kept_module._PIECES + 1
+    assert len(list(tmp_path.iterdir())) <= row_cache._MOST_FILES + 1
     values, found = kept.read(keys_of(*range(100)))
-    assert found.sum() >= 99 - kept_module._PIECES  # all but what was in the broken file
+    assert found.sum() >= 99 - row_cache._MOST_FILES  # all but what was in the broken file
     assert (values[found] == np.arange(100)[found][:, None]).all()
 
 
