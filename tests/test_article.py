@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import vitrail.cli
 from vitrail import ViT, ViTConfig
 from vitrail.cli import COMMANDS, train
-from vitrail.cli.options import given_settings
+from vitrail.cli.options import given_settings, options_of
 from vitrail.config import RunConfig, ScheduleConfig
 from vitrail.config_schema import all_settings
 from vitrail.export.formats import FORMATS
@@ -251,7 +251,7 @@ def test_commands_on_the_pages_are_accepted(line, monkeypatch):
 
 
 def test_settings_on_the_pages_exist():
-    own = {field.name for field in dataclasses.fields(train.Options)} | {"model", "help"}
+    own = {field.name for field in dataclasses.fields(options_of(train))} | {"model", "help"}
     known = own | {name for name, _ in all_settings(RunConfig)}
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])", page.read_text(encoding="utf-8")))

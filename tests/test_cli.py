@@ -18,7 +18,7 @@ import tyro
 from conftest import draw_image
 
 from vitrail.cli import COMMANDS, run, train
-from vitrail.cli.options import given_settings
+from vitrail.cli.options import given_settings, options_of
 
 
 def printed(capsys) -> str:
@@ -48,13 +48,13 @@ def test_command_files_have_one_shape():
         assert command.__name__ == f"vitrail.cli.{name}"
         assert command.HELP.endswith(".")
         assert "\n" not in command.HELP
-        assert dataclasses.is_dataclass(command.Options)
+        assert dataclasses.is_dataclass(options_of(command))
         assert list(inspect.signature(command.run).parameters) == ["options"]
 
 
 def test_settings_that_are_given_have_their_dotted_names():
     arguments = ["photos", "--out", "run", "--model", "s16", "--seed", "0", "--optim.lr", "0.1", "--model.depth", "2"]
-    options = tyro.cli(train.Options, args=arguments)
+    options = tyro.cli(options_of(train), args=arguments)
     given = given_settings(options, own=train.OwnOptions)
     assert given == {"seed": 0, "optim.lr": 0.1, "model.depth": 2}
 

@@ -17,6 +17,7 @@ import tyro
 
 import vitrail
 from vitrail.cli import check, doctor, eval, export, models, predict, probe, report, shard, train
+from vitrail.cli.options import options_of
 from vitrail.cli.output import INTERRUPTED, OK, USAGE_ERROR, fail
 from vitrail.console import Console
 from vitrail.lookup import unknown
@@ -59,7 +60,7 @@ def run(arguments: list[str]) -> int:
     command = COMMANDS[arguments[0]]
     try:
         options = tyro.cli(
-            command.Options,
+            options_of(command),
             prog=f"vitrail {arguments[0]}",
             description=command.HELP,
             args=arguments[1:],

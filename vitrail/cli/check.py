@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from vitrail.cli.options import DataArgument, given_settings, require_folder, section_of
+from vitrail.cli.options import DataArgument, LazyOptions, given_settings, require_folder, section_of
 from vitrail.cli.output import OK, fail, write_json
 from vitrail.config import AugmentConfig, DataConfig
 from vitrail.console import Console
@@ -41,11 +40,9 @@ class OwnOptions:
 
 
 # With the settings of data and of augmentation, as in `vitrail train`.
-Options = dataclasses.make_dataclass(
-    "Options",
-    [section_of("data", DataConfig, skip=_NO_FLAG, otherwise=""), section_of("augment", AugmentConfig)],
-    bases=(OwnOptions,),
-    frozen=True,
+Options = LazyOptions(
+    OwnOptions,
+    lambda: [section_of("data", DataConfig, skip=_NO_FLAG, otherwise=""), section_of("augment", AugmentConfig)],
 )
 
 

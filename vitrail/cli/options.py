@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -31,6 +33,28 @@ PatchSize = Annotated[int | None, arg(help=_PATCH_SIZE, metavar="PIXELS")]
 Resize = Annotated[str | None, arg(help=_RESIZE, metavar="HOW")]
 Damaged = Annotated[str, arg(help="broken files: stop, drop or keep", name="data.damaged")]
 FiguresFile = Annotated[str | None, arg(help="write all figures as JSON", metavar="FILE")]
+
+
+@dataclass(frozen=True)
+class LazyOptions:
+    """A command's own options and settings of a configuration, joined when they are needed: `vitrail --help` does without.
+
+    Attributes:
+        own: class of the options that are no settings.
+        settings: returns the settings as fields for `make_dataclass`.
+    """
+
+    own: type
+    settings: Callable[[], list[Any]]
+
+    def build(self) -> type:
+        """Return the class whose fields are the command's flags."""
+        return dataclasses.make_dataclass("Options", self.settings(), bases=(self.own,), frozen=True)
+
+
+def options_of(command: Any) -> type:
+    """Return the class of a command's options, the fields of which are its flags."""
+    return command.Options.build() if isinstance(command.Options, LazyOptions) else command.Options
 
 
 def settings_of(kind: type, *, skip: tuple[str, ...] = (), otherwise: str = ", or the recipe's") -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from vitrail.cli.options import MODEL, DataArgument, given_settings, settings_of
+from vitrail.cli.options import MODEL, DataArgument, LazyOptions, given_settings, settings_of
 from vitrail.cli.output import OK, recall_note
 from vitrail.config import RunConfig
 from vitrail.console import Console
@@ -38,7 +37,7 @@ class OwnOptions:
 
 
 # With every setting of `RunConfig` as `--section.field`.
-Options = dataclasses.make_dataclass("Options", settings_of(RunConfig, skip=_NO_FLAG), bases=(OwnOptions,), frozen=True)
+Options = LazyOptions(OwnOptions, lambda: settings_of(RunConfig, skip=_NO_FLAG))
 
 
 def run(options: Any) -> int:
