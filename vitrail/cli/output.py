@@ -11,7 +11,6 @@ from rich.console import Console
 
 from vitrail.config import UNEVEN
 from vitrail.console import printable
-from vitrail.files import write_text
 
 # Done; an error that the user can fix; a command line that cannot be read; Ctrl-C, as shells count it (128 + SIGINT).
 OK, USER_ERROR, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -26,6 +25,8 @@ def fail(message: str, code: int = USER_ERROR) -> int:
 
 def write_json(path: str, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
+    from vitrail.files import write_text  # a tenth of the time of `vitrail --help`
+
     write_text(Path(path), json.dumps(value, indent=2) + "\n")
 
 
