@@ -89,7 +89,7 @@ class Agreement(Objective):
         return new["spread"] > best["spread"]
 
 
-def build_agreement(config: RunConfig, start: Start, count_weights: bool) -> Agreement:
+def build_agreement(config: RunConfig, start: Start, fresh: bool) -> Agreement:
     """Return the objective before the first step."""
     torch.manual_seed(config.seed)
     return Agreement(ViT(dataclasses.replace(config.model, num_classes=0)).train(), decay=0.9)

@@ -132,7 +132,7 @@ def test_views_of_an_image_differ_and_are_the_same_again(tmp_path, make_folder):
 
 def test_groups_tell_hidden_matrices_from_the_rest():
     model = ViT(ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3))
-    groups = {group.name: group for group in parameter_groups(Classification(model, ema_decay=0.9))}
+    groups = {group.name: group for group in parameter_groups(Classification(model, ema_decay=0.9), [model])}
     assert set(groups) == {"matrix", "other", "vector"}
     assert [parameter.shape for parameter in groups["matrix"].params[:4]] == [(48, 16), (16, 16), (64, 16), (16, 64)]
     assert len(groups["matrix"].params) == 2 * 4
@@ -144,7 +144,7 @@ def test_groups_tell_hidden_matrices_from_the_rest():
 
 def test_layers_of_an_objective_learn_at_their_rates():
     model = ViT(ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3))
-    groups = parameter_groups(Classification(model), layer_decay=0.5, full_rate={"model.cls_token"})
+    groups = parameter_groups(Classification(model), [model], layer_decay=0.5, full_rate={"cls_token"})
     scales = {id(parameter): group.scale for group in groups for parameter in group.params}
     assert scales[id(model.patch_embed.proj.weight)] == 0.5**3
     assert [scales[id(block.norm1.weight)] for block in model.blocks] == [0.5**2, 0.5]
@@ -154,6 +154,21 @@ def test_layers_of_an_objective_learn_at_their_rates():
     set_lr(optimizer, 1e-2)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == [1.25e-3, 2.5e-3, 5e-3, 1e-2]
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
+
+
+def test_layers_are_those_of_the_vits_wherever_they_stand():
+    """A nested student's blocks are found, a decoder's own blocks are no layers, and a setting that does nothing is refused."""
+    config = ViTConfig(image_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    student = ViT(config)
+    objective = torch.nn.ModuleDict({"student": torch.nn.ModuleDict({"backbone": student}), "decoder": ViT(config)})
+    groups = parameter_groups(objective, [student], layer_decay=0.5)
+    scales = {id(parameter): group.scale for group in groups for parameter in group.params}
+    assert [scales[id(block.norm1.weight)] for block in student.blocks] == [0.25, 0.5]
+    assert {scales[id(parameter)] for parameter in objective["decoder"].parameters()} == {1.0}
+    kinds = {id(parameter): group.kind for group in groups for parameter in group.params}
+    assert kinds[id(student.blocks[0].mlp.fc1.weight)] == "matrix"
+    with pytest.raises(ValueError, match=r"optim\.layer_decay is 0\.5, but the model has no blocks"):
+        parameter_groups(torch.nn.Linear(2, 2), layer_decay=0.5)
 
 
 def test_the_configuration_names_the_optimizers_that_there_are():

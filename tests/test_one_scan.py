@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from vitrail.cli import run
 from vitrail.data.check import scan as scan_module
 from vitrail.data.datasets.base import FileDataset
+from vitrail.data.datasets.open import open_dataset
 
 TRAIN = ["--model", "nano8", "--model.depth", "1", "--model.embed-dim", "24", "--model.num-heads", "2", "--epochs", "1",
          "--batch-size", "8", "--model.image-size", "32", "--precision", "fp32", "--device", "cpu"]  # fmt: skip
@@ -134,6 +136,58 @@ def test_a_changed_file_is_decoded_again_and_only_it(photos, tmp_path, decodes):
     PIL.Image.new("RGB", (300, 280), "teal").save(photos / "val" / "fine" / "0.jpg")
     assert run(["check", str(photos)]) == 0
     assert decodes.scanned == ["val"]
+
+
+def test_a_run_without_the_broken_file_is_evaluated_as_before(photos, tmp_path, capsys):
+    """The broken training image is in no split and not new, and the fingerprint is the run's, with its folder or without."""
+    (photos / "train" / "fine" / "0.jpg").write_bytes(b"no image")
+    assert run(["train", str(photos), "--out", str(tmp_path / "run"), "--data.damaged", "drop", *TRAIN]) == 0
+    (tmp_path / "alone.safetensors").write_bytes((tmp_path / "run" / "model.safetensors").read_bytes())
+    fingerprint = json.loads((tmp_path / "run" / "split.json").read_text())["fingerprint"]
+    for model in ("run", "alone.safetensors"):
+        capsys.readouterr()
+        words = [
+            "eval",
+            str(tmp_path / model),
+            str(photos),
+            "--data.damaged",
+            "drop",
+            "--out",
+            str(tmp_path / "e.json"),
+        ]
+        assert run(words) == 0
+        assert "came after the split" not in capsys.readouterr().out
+        assert json.loads((tmp_path / "e.json").read_text())["fingerprint"] == fingerprint
+    PIL.Image.new("RGB", (300, 280), "teal").save(photos / "val" / "fine" / "new.jpg")
+    assert run(["eval", str(tmp_path / "run"), str(photos), "--data.damaged", "drop"]) == 0
+    assert "came after the split that the model was trained with: 1 images" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_split_that_was_drawn_is_known_again_under_another_name(photos, tmp_path):
+    """Without val/ a part of train/ is held out; in a copy of the folder those images must not count as trained on."""
+    shutil.rmtree(photos / "val")
+    assert run(["train", str(photos), "--out", str(tmp_path / "run"), *TRAIN]) == 0
+    shutil.copytree(photos, tmp_path / "copy")
+    (tmp_path / "alone.safetensors").write_bytes((tmp_path / "run" / "model.safetensors").read_bytes())
+    words = ["eval", str(tmp_path / "alone.safetensors"), str(tmp_path / "copy"), "--split", "val"]
+    assert run([*words, "--out", str(tmp_path / "val.json")]) == 0
+    result = json.loads((tmp_path / "val.json").read_text())
+    assert result["loss"] == json.loads((tmp_path / "run" / "evaluation.json").read_text())["val"]["loss"]
+
+
+def test_the_colour_of_files_that_are_left_out_does_not_count(tmp_path):
+    """A damaged colour image makes a grey dataset a colour one where it is kept, and not where it is dropped, in any order."""
+    random = np.random.default_rng(0)
+    for number in range(6):
+        path = tmp_path / "data" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(random.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
+    PIL.Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "colour.jpg", quality=95)
+    (tmp_path / "data" / "a" / "cut.jpg").write_bytes((tmp_path / "colour.jpg").read_bytes()[:-900])
+    for damaged, colour in (("drop", False), ("keep", True), ("drop", False)):
+        dataset = open_dataset(str(tmp_path / "data"), keep_damaged=damaged == "keep")
+        settings = scan_module.ScanSettings(damaged, near_duplicates=False, limit_pixels=10**8)
+        assert scan_module.scan_dataset(dataset, settings).colour is colour
 
 
 COUNTING = """

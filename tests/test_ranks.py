@@ -94,6 +94,52 @@ print("alike")
     assert done.stdout.count("alike") == 2
 
 
+def test_a_sharded_model_is_diagnosed_by_all_ranks(tmp_path):
+    """Rank 1 has broken images; it must compute all the same, since rank 0 needs its shard of the weights."""
+    program = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from vitrail.evaluation.diagnosis import first_broken
+from vitrail.models.config import ViTConfig
+from vitrail.models.vit import ViT
+
+torch.manual_seed(0)
+model = ViT(ViTConfig(image_size=8, patch_size=4, in_channels=1, embed_dim=16, depth=2, num_heads=2, num_classes=10))
+mesh = init_device_mesh("cpu", (2,))
+for block in model.blocks:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+images = torch.full((2, 1, 8, 8), math.nan if world.rank == 1 else 0.5)
+cause = first_broken(model, images, lambda: model(images))
+assert cause == ("The input images themselves hold such numbers" if world.rank == 1 else ""), cause
+print("told")
+"""
+    done = on_two_ranks(tmp_path, program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("told") == 2
+
+
+def test_ranks_that_list_other_images_stop_with_the_reason(photos, tmp_path):
+    program = """
+from vitrail.data import setup
+real = setup.list_dataset
+def fewer(config, console):
+    dataset = real(config, console)
+    if world.rank == 1:
+        dataset.paths.append("late/99.jpg")
+    return dataset
+setup.list_dataset = fewer
+try:
+    train(sys.argv[1], out=sys.argv[2], model="nano8", console=Console(quiet=True), **settings)
+except ValueError as error:
+    print("STOPPED", error)
+"""
+    done = on_two_ranks(tmp_path, program, str(photos), str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("STOPPED") == 2
+    assert done.stdout.count("not all processes find the same images") == 2
+
+
 def test_a_file_that_fails_on_another_rank_is_told(photos, tmp_path):
     program = """
 from vitrail.data.loading.reader import ImageReader

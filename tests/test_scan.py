@@ -79,13 +79,13 @@ def test_grey_is_chosen_when_every_image_is_grey(tmp_path):
     for number in range(6):
         put(tmp_path / "ab"[number % 2] / f"{number}.png", photo(number).convert("L").convert("RGB"))
     source, scan = scanned(tmp_path)
-    assert not has_colour(source)
+    assert not has_colour(source, how())
     assert not scan.colour
     assert scan.pixels is not None
     assert scan.pixels.shape == (6, 1, 32, 48)
     put(tmp_path / "b" / "colour.png", photo(9))
     source, scan = scanned(tmp_path)
-    assert has_colour(source)
+    assert has_colour(source, how())
     assert scan.colour
 
 

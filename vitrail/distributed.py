@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# The main rank may scan millions of files while the others wait for its result; a rank that dies closes its connection.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ def init() -> World:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
     rank = dist.get_rank()
     return World(rank, size, data_rank=rank, data_size=size)
 
@@ -138,7 +143,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def whole_tensors(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors by name, each whole, also where ranks hold a shard of it; collective, and in the order given.
 
     The one place where sharded states are gathered: what saves or compares weights calls it on all ranks.
@@ -147,4 +152,4 @@ def whole_tensors(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) 
         return dict(tensors)
     from torch.distributed.tensor import DTensor  # more than a second to import, and needed by several ranks only
 
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in dict(tensors).items()}
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}

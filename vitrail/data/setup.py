@@ -126,9 +126,7 @@ def list_dataset(config: DataConfig, console: Console) -> Dataset:
     return open_dataset(config.source, limit_pixels=config.limit_pixels, keep_damaged=keep_damaged, bar=console.bar)
 
 
-def scan_for_all(
-    dataset: Dataset, config: DataConfig, console: Console, world: World, *, channels: int = 0, fresh: bool = False
-) -> Scan:
+def scan_for_all(dataset: Dataset, config: DataConfig, console: Console, world: World, *, channels: int = 0) -> Scan:
     """Scan a dataset on the main rank, and give every rank the result; collective.
 
     The arguments are those of `scan_or_stop`.
@@ -136,11 +134,24 @@ def scan_for_all(
     whole: list[Scan] = []
 
     def on_main() -> Scan:
-        whole.append(scan_or_stop(dataset, config, console, channels=channels, fresh=fresh))
+        whole.append(scan_or_stop(dataset, config, console, channels=channels))
         return replace(whole[0], pixels=None)  # the others receive them where they are needed, as an array
 
     scan = world.run_on_main(on_main)
+    refuse_other_listings(dataset, world)
     return whole[0] if whole else scan
+
+
+def refuse_other_listings(dataset: Dataset, world: World) -> None:
+    """Raise a ValueError on every rank where ranks have listed other images: indices would mean other files; collective."""
+    if world.size == 1:
+        return
+    paths = hashlib.blake2b("\0".join(dataset.paths).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    if len(set(world.gather((len(dataset.paths), paths)))) > 1:
+        raise ValueError(
+            f"{dataset.name}: not all processes find the same images; files came or went while they were listed, or the "
+            "machines see other folders; start again when all see the same"
+        )
 
 
 def scan_or_stop(
@@ -266,7 +277,8 @@ def open_decoded_cache(checked: CheckedData, reader: ImageReader, config: DataCo
     dataset, cut = checked.dataset, replace(reader.crop_reader, side=config.cache_side)
 
     def depends_on(indices: np.ndarray) -> list[object]:
-        keys = image_keys(dataset, indices, cut.mode, config.workers)
+        keys = checked.scan.keys
+        keys = image_keys(dataset, indices, cut.mode, config.workers) if keys is None else keys[indices]
         resized_by = torch.__version__ if cut.fast else ""
         return [cut.mode, cut.interpolation, cut.fast, resized_by, hashlib.blake2b(keys.tobytes()).hexdigest()]
 

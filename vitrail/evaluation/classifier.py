@@ -124,8 +124,11 @@ class Classifier:
         return self.patch_size is None or self.patch_size in own.patch_sizes
 
     def to(self, device: str | torch.device) -> Classifier:
-        """Return the classifier on a device."""
-        return dataclasses.replace(self, model=self.model.to(device))
+        """Return the classifier on a device; on the one where it is already, it is the same."""
+        wanted, own = torch.device(device), next(self.model.parameters()).device
+        if wanted.type == own.type and wanted.index in (None, own.index):
+            return self
+        return dataclasses.replace(self, model=copy.deepcopy(self.model).to(device))
 
     def tuned(self, *, measuring: bool) -> Classifier:
         """Return the classifier with the attention kernels that are fastest for its image size on its device.

@@ -46,11 +46,8 @@ def first_broken(model: nn.Module, images: Tensor, compute: Callable[[], object]
         images: its input.
         compute: calls the model.
     """
-    if not is_finite(images):
-        return "The input images themselves hold such numbers"
-    for name, parameter in model.named_parameters():
-        if not is_finite(parameter):
-            return f"The weights {name} are broken already"
+    # Everything is looked at on every rank, whatever is found first: where weights are sharded, each look is collective.
+    weights = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
     broken: list[str] = []
     hooks = [
         module.register_forward_hook(_recorder(name, broken))
@@ -62,6 +59,10 @@ def first_broken(model: nn.Module, images: Tensor, compute: Callable[[], object]
     finally:
         for hook in hooks:
             hook.remove()
+    if not is_finite(images):
+        return "The input images themselves hold such numbers"
+    if weights:
+        return f"The weights {weights[0]} are broken already"
     return f"The first layer with such an output is {broken[0]}" if broken else ""
 
 

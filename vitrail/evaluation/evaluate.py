@@ -123,9 +123,10 @@ def warn_of_training_images(chosen: ScannedSplit, classifier: Classifier, datase
         console.warn(
             f"the model was trained on images of split {chosen.name!r}: this figure says how well it remembers them"
         )
-    left = chosen.num_known - sum(len(indices) for indices in chosen.splits.indices.values())
-    if left > 0 and chosen.name != "all":
-        console.warn(f"not evaluated, since they came after the split that the model was trained with: {left:,} images")
+    if chosen.num_new > 0 and chosen.name != "all":
+        console.warn(
+            f"not evaluated, since they came after the split that the model was trained with: {chosen.num_new:,} images"
+        )
 
 
 def to_model_labels(dataset: Dataset, labels: tuple[str, ...]) -> np.ndarray:

@@ -66,7 +66,7 @@ def features_of(
 ) -> Features:
     """Return the pooled vectors of images, from the cache where it has them, else computed in fp32 and put there.
 
-    A file that can no longer be read is left out and noted in `images.dropped`.
+    A file that can no longer be read is left out and noted in `reader.dropped`.
 
     Args:
         classifier: its model has no head, so that it returns the pooled vector.

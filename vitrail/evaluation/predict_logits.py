@@ -67,7 +67,7 @@ def predict_logits(
         for batch in batches:
             share.add(batch, logits_of(model, batch, patch_size))
             advance(min(share.count * world.data_size, len(indices)), len(indices))
-        compute_padding(model, share.num_batches, len(indices), world, reader, device)
+        compute_padding(model, share.num_batches, len(indices), world, reader, device, patch_size)
     share.dropped = dict(reader.dropped)
     shares = world.gather(share)
     for each in shares:
@@ -107,7 +107,13 @@ def logits_of(model: nn.Module, batch: Batch | VariableSizeBatch, patch_size: in
 
 
 def compute_padding(
-    model: nn.Module, done: int, num_images: int, world: World, reader: ImageReader, device: torch.device
+    model: nn.Module,
+    done: int,
+    num_images: int,
+    world: World,
+    reader: ImageReader,
+    device: torch.device,
+    patch_size: int | None,
 ) -> None:
     """Call the model as often as the rank with the largest share does.
 
@@ -118,7 +124,7 @@ def compute_padding(
     wanted = math.ceil(math.ceil(num_images / world.data_size) / BATCH)
     side = reader.preprocess.image_size
     for _ in range(wanted - done):
-        model(torch.zeros(1, reader.preprocess.channels, side, side, device=device))
+        model(torch.zeros(1, reader.preprocess.channels, side, side, device=device), patch_size)
 
 
 def join_shares(shares: list[Share], world: World) -> Outputs:

@@ -30,14 +30,14 @@ class ScannedSplit:
         name: test, val, train or all.
         splits: all splits of the dataset.
         scan: of the split's images at least.
-        num_known: images of the dataset that can be used, as far as they were scanned.
-        num_broken: images that were scanned and cannot be used.
+        num_new: images that can be used and are in no split.
+        num_broken: images that cannot be used: of the split, or of all where all were scanned.
     """
 
     name: str
     splits: Splits
     scan: Scan
-    num_known: int
+    num_new: int
     num_broken: int
 
     @property
@@ -65,16 +65,18 @@ def find_split(
     if splits is not None:
         name = choose_split(wanted, splits, data.source)
         chosen = splits.indices[name]
-        scan = scan_or_stop(dataset, data, console, indices=chosen, channels=channels)
-        broken = chosen[~scan.good[chosen]]
+        # Images in no split came later, or were broken at the time: which of the two, only a scan of them tells.
+        others = np.setdiff1d(np.arange(len(dataset.paths)), np.concatenate(list(splits.indices.values())))
+        scan = scan_or_stop(dataset, data, console, indices=np.union1d(chosen, others), channels=channels)
         usable = np.ones(len(dataset.paths), dtype=bool)
-        usable[broken] = False
+        usable[chosen] = scan.good[chosen]
         splits = without_broken(model, classifier, dataset, splits, usable)
-        return ScannedSplit(name, splits, scan, int(usable.sum()), len(broken))
+        return ScannedSplit(name, splits, scan, int(scan.good[others].sum()), int((~usable).sum()))
     scan = scan_or_stop(dataset, data, console, channels=channels)
     splits = training_or_own_splits(model, classifier, dataset, data, scan)
     name = choose_split(wanted, splits, data.source)
-    return ScannedSplit(name, splits, scan, int(scan.good.sum()), int((~scan.good).sum()))
+    in_splits = sum(len(indices) for indices in splits.indices.values())
+    return ScannedSplit(name, splits, scan, int(scan.good.sum()) - in_splits, int((~scan.good).sum()))
 
 
 def splits_of_listing(
@@ -87,15 +89,17 @@ def splits_of_listing(
         return load_recorded(dataset, recorded, None, _REMEDY)
     if dataset.split is None:
         return None
-    own, rule = set(dataset.split.tolist()), split_rule(classifier)
-    same_name = classifier.header.split.get("source") == dataset.name
+    own, rule, trained = set(dataset.split.tolist()), split_rule(classifier), classifier.header.split
     # What is drawn from the training images depends on which of them are whole, and on near duplicates.
     drawn = "val" not in own or ("test" not in own and rule.get("test_fraction", 0.0) > 0)
-    if same_name and drawn:
+    if drawn and "fingerprint" in trained:
         return None
     nothing = np.zeros(len(dataset.paths), dtype=np.int64)
     settings = dataclasses.replace(data, val_fraction=0.0, test_fraction=0.0)
-    return split_dataset(dataset, settings, np.ones(len(nothing), dtype=bool), nothing)
+    splits = split_dataset(dataset, settings, np.ones(len(nothing), dtype=bool), nothing)
+    if trained.get("source") == dataset.name and trained.get("fingerprint") != splits.fingerprint:
+        return None  # trained on without the files that were broken: only a scan of all gives the same fingerprint
+    return splits
 
 
 def without_broken(model: str, classifier: Classifier, dataset: Dataset, splits: Splits, usable: np.ndarray) -> Splits:

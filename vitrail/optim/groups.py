@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,9 +15,9 @@ Kind = Literal["matrix", "other", "vector"]
 
 # Added to every image alike, or a scale: pulling them to zero has no regularising meaning (Google's and DeiT's recipes).
 _VECTORS = ("cls_token", "reg_token", "pos_embed", "latent")
-# A ViT's own blocks, alone or as a part of an objective; not those of a CNN inside its encoder.
-_BLOCK = re.compile(r"^(?:\w+\.)?blocks\.(\d+)\.")
-_EMBEDDING = re.compile(r"^(?:\w+\.)?(patch_embed|cls_token|reg_token|pos_embed)(?:\.|$)")
+# In the names of a ViT's own parameters; a CNN inside its encoder may have blocks too.
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+_EMBEDDING = re.compile(r"^(patch_embed|cls_token|reg_token|pos_embed)(?:\.|$)")
 
 
 @dataclass
@@ -39,22 +39,38 @@ class Group:
     params: list[Tensor] = field(default_factory=list)
 
 
-def parameter_groups(model: nn.Module, *, layer_decay: float = 1.0, full_rate: Collection[str] = ()) -> list[Group]:
+def parameter_groups(
+    model: nn.Module,
+    vits: Iterable[nn.Module] | None = None,
+    *,
+    layer_decay: float = 1.0,
+    full_rate: Collection[str] = (),
+) -> list[Group]:
     """Return the parameters of a module that learn, in groups.
 
     Args:
-        model: a ViT, or an objective that holds one; parameters without gradients are left out.
-        layer_decay: the learning rate of a layer as a share of the next one's (Bao et al. 2022, BEiT, appendix).
-        full_rate: names of parameters that learn at the full rate wherever they stand, such as those that start at random
-            beside trained ones.
+        model: a ViT, or an objective; parameters without gradients are left out.
+        vits: the ViTs in an objective, whose names tell layers and kinds; None: `model` is one.
+        layer_decay: the learning rate of a layer as a share of the next one's (Bao et al. 2022, BEiT, appendix). What is in
+            no ViT, such as a predictor, learns at the full rate.
+        full_rate: names, within their ViT, of parameters that learn at the full rate wherever they stand, such as those that
+            start at random beside trained ones.
+
+    Raises:
+        ValueError: layers are to learn at other rates, but no ViT has blocks.
     """
-    top = num_layers(model)
+    vits = [model] if vits is None else list(vits)
+    names = {id(parameter): name for vit in vits for name, parameter in vit.named_parameters()}
+    top = max((num_layers(vit) for vit in vits), default=1)
+    if layer_decay != 1 and top == 1:
+        raise ValueError(f"optim.layer_decay is {layer_decay}, but the model has no blocks; leave it at 1")
     groups: dict[tuple[int, bool, Kind], Group] = {}
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = top if layer_decay == 1 or name in full_rate else layer_of(name, top)
-        kind = kind_of(name, parameter)
+        name = names.get(id(parameter), "")
+        layer = top if layer_decay == 1 or not name or name in full_rate else layer_of(name, top)
+        kind = kind_of(name or full_name.rpartition(".")[2], parameter)
         decay = kind != "vector"
         label = kind if layer_decay == 1 else f"{kind}, layer {layer}"
         key = (layer, decay, kind)

@@ -50,28 +50,28 @@ def check_runnable(config: RunConfig, num_train: int, world: World, *, schedule:
     autocast(config.precision, device)
     choose_kernels(config, device, measuring=False)  # raises where a kernel that was asked for cannot run here
     check_cache_settings(config)
-    samples = config.batch_size // world.size // config.optim.accumulate
+    samples = config.batch_size // world.data_size // config.optim.accumulate
     if config.model.is_cnn and config.model.grid == (1, 1) and samples < 2:
         raise ValueError(
             f"a CNN's batch norm needs more than one value a channel, but its map has one pixel and a part of a batch has "
             f"{samples} image; lower optim.accumulate ({config.optim.accumulate}) or model.patch_size "
             f"({config.model.patch_size}), or raise batch_size ({config.batch_size})"
         )
-    if config.batch_size % world.size:
+    if config.batch_size % world.data_size:
         raise ValueError(
-            f"batch_size {config.batch_size} is global and must be a multiple of the {world.size} processes; "
-            f"try --batch-size {-(-config.batch_size // world.size) * world.size}"
+            f"batch_size {config.batch_size} is global and must be a multiple of the {world.data_size} processes; "
+            f"try --batch-size {-(-config.batch_size // world.data_size) * world.data_size}"
         )
     if config.augment.mixes and config.augment.repeats == config.batch_size:
         raise ValueError(
             f"augment.mixup and augment.cutmix mix neighbours of a batch, but with augment.repeats {config.augment.repeats} and "
             f"batch_size {config.batch_size} all of it is one image; lower augment.repeats"
         )
-    if config.augment.mixes and config.batch_size // world.size % 2:
+    if config.augment.mixes and config.batch_size // world.data_size % 2:
         raise ValueError(
-            f"augment.mixup and augment.cutmix mix neighbours of a batch two by two, but each of {world.size} processes has "
-            f"{config.batch_size // world.size} of batch_size {config.batch_size}; try --batch-size "
-            f"{config.batch_size + world.size}, or leave them out"
+            f"augment.mixup and augment.cutmix mix neighbours of a batch two by two, but each of {world.data_size} processes has "
+            f"{config.batch_size // world.data_size} of batch_size {config.batch_size}; try --batch-size "
+            f"{config.batch_size + world.data_size}, or leave them out"
         )
     if schedule:
         cadence = build_cadence(config, num_train)

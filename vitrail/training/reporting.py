@@ -24,26 +24,23 @@ def report(
 
 
 def report_dropped(session: Session) -> None:
-    """Say at once which files failed on any rank after the scan, and that the cache's disk is full; collective.
+    """Say at once which files failed on any rank after the scan, and that a cache's disk is full; collective.
 
     Those files are left out from then on.
     """
     reader, console = session.data.reader, session.console
-    cache = reader.cache
-    if cache is not None and cache.full and cache.full not in reader.reported:
-        reader.reported.add(cache.full)
-        console.warn(
-            f"no more images are cached decoded ({cache.full}); training goes on and decodes the others each time"
-        )
-    new = {path: reason for path, reason in reader.dropped.items() if path not in reader.reported}
-    if not session.world.max(len(new))[0]:
+    dropped = {path: reason for path, reason in reader.dropped.items() if path not in reader.reported}
+    full = [reader.cache.full] if reader.cache is not None and reader.cache.full not in {"", *reader.reported} else []
+    if not any(session.world.max(len(dropped), len(full))):
         return
-    for each in session.world.gather(new):
-        reader.dropped |= each
-        new |= each
-    paths = [path for path in new if path not in reader.reported]
-    reader.reported.update(paths)
-    if paths:
+    reported = set(reader.reported)
+    for others, disks in session.world.gather((dropped, full)):
+        reader.dropped |= others
+        reader.reported |= {*others, *disks}
+    new = reader.reported - reported
+    for disk in sorted(new - reader.dropped.keys()):
+        console.warn(f"no more images are cached decoded ({disk}); training goes on and decodes the others each time")
+    if paths := [path for path in reader.dropped if path in new]:
         console.warn(f"{len(paths)} files can no longer be read and are left out: {', '.join(paths[:5])}")
         problem = {"severity": "warning", "kind": "unreadable", "paths": paths, "message": "failed during the run"}
         session.run.note_problem(problem)

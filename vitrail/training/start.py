@@ -116,13 +116,13 @@ def start_record(start: Start) -> dict[str, Any]:
     return {**report, "random": list(start.random)} if start.weights else {}
 
 
-def build_classification(config: RunConfig, start: Start, count_weights: bool = True) -> Classification:
+def build_classification(config: RunConfig, start: Start, fresh: bool = True) -> Classification:
     """Return the objective of a classifier before the first step.
 
     Args:
-        count_weights: False where its weights are about to be replaced by saved ones.
+        fresh: False where its weights are about to be replaced by saved ones.
     """
-    model = start_model(config, fresh=count_weights, start=start)
+    model = start_model(config, fresh=fresh, start=start)
     return Classification(model, label_smoothing=config.optim.label_smoothing, ema_decay=config.optim.ema_decay)
 
 

@@ -65,8 +65,8 @@ def open_state(session: Session, start: Start, build: BuildObjective) -> State:
     kernels = run_kernels(session)
     for vit in objective.vits():
         vit.kernels = kernels
-    full_rate = {f"model.{name}" for name in start.random}
-    groups = parameter_groups(objective, layer_decay=config.optim.layer_decay, full_rate=full_rate)
+    layer_decay = config.optim.layer_decay
+    groups = parameter_groups(objective, objective.vits(), layer_decay=layer_decay, full_rate=start.random)
     state = State(objective, build_optimizer(groups, config.optim), Progress())
     if resumed:
         load_state(run.last, state)

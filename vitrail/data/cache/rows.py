@@ -63,6 +63,8 @@ class RowCache:
         paths = self._files()
         if len(paths) > _MOST_FILES:
             contents = [content for path in paths if (content := self._read_file(path)) is not None]
+            if not contents:
+                return  # another process has joined all of them meanwhile
             keys, values = (np.concatenate(arrays) for arrays in zip(*contents, strict=True))
             last = list({key: row for row, key in enumerate(keys.tolist())}.values())
             joined = self._write(keys[last], values[last])
@@ -102,7 +104,7 @@ class RowCache:
 
 
 def _checksum(keys: np.ndarray, values: np.ndarray) -> int:
-    return zlib.crc32(values.tobytes(), zlib.crc32(keys.tobytes()))
+    return zlib.crc32(np.ascontiguousarray(values).data, zlib.crc32(np.ascontiguousarray(keys).data))
 
 
 def rows_folder(

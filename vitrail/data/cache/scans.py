@@ -6,10 +6,12 @@ from typing import Literal
 
 import numpy as np
 import PIL
+import simplejpeg
 
 from vitrail.data.cache.rows import RowCache, rows_folder
 
 THUMBNAIL = 32  # side of the grey copies, pixels
+VERSIONS = (PIL.__version__, simplejpeg.__version__)  # of what decodes
 FORMAT = 2  # raise it when a scan finds something else in the same file
 
 # All that is known of an image that is whole. Texts are Pillow's names, cut at 12 letters; `described` is 0 for an image
@@ -40,7 +42,7 @@ class ScanCache:
     """
 
     def __init__(self, name: str, keys: np.ndarray, mode: Literal["RGB", "L"], *, limit_pixels: int) -> None:
-        folder = rows_folder("scans", name, (FORMAT, PIL.__version__, mode, limit_pixels))
+        folder = rows_folder("scans", name, (FORMAT, *VERSIONS, mode, limit_pixels))
         self.rows, self.keys = RowCache(folder, ROW.itemsize, np.uint8), keys
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
@@ -57,10 +59,14 @@ class ScanCache:
 
 
 class ColourCache:
-    """Whether single images have colour, which decides the pixel format of a whole scan."""
+    """Whether single images have colour, which decides the pixel format of a whole scan.
 
-    def __init__(self, name: str, keys: np.ndarray, *, limit_pixels: int) -> None:
-        folder = rows_folder("colour", name, (FORMAT, PIL.__version__, limit_pixels))
+    Args:
+        damaged: whether damaged images are read too.
+    """
+
+    def __init__(self, name: str, keys: np.ndarray, *, limit_pixels: int, damaged: bool) -> None:
+        folder = rows_folder("colour", name, (FORMAT, *VERSIONS, limit_pixels, damaged))
         self.rows, self.keys = RowCache(folder, 1, np.uint8), keys
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:

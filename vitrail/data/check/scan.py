@@ -7,6 +7,7 @@ size stay in memory from the scan on, where training and evaluation read them.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -27,6 +28,7 @@ from vitrail.threads import ordered_map
 # Images up to this side count as small: their decoded pixels are kept while they are all of one size.
 SMALL_SIDE = 256
 _SAMPLE = 64
+_STORE_SECONDS = 120.0  # a long scan that is interrupted loses no more than this
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ class Scan:
         exact: [P, 2] pairs of equal images: each with the first that equals it.
         near: [Q, 2] pairs of nearly equal images, each the first of its equals.
         formats: how the files are stored.
-        keys: [N] what each scanned image is known by in the caches; None where nothing is cached.
-        num_decoded: images that were decoded and not found in the cache.
+        keys: [N] what each image is known by in the caches, zeros where it was not scanned; None where nothing is cached.
     """
 
     good: np.ndarray
@@ -60,7 +61,6 @@ class Scan:
     near: np.ndarray
     formats: FormatStats
     keys: np.ndarray | None = None
-    num_decoded: int = 0
 
 
 class ScannedImage(NamedTuple):
@@ -137,7 +137,6 @@ def scan_dataset(
         near=near,
         formats=scanner.stats,
         keys=all_keys,
-        num_decoded=scanner.num_decoded,
     )
 
 
@@ -160,7 +159,6 @@ class _Scanner:
         self.loaded, self.keeping = np.zeros(count, dtype=bool), settings.memory_bytes > 0
         self.errors: list[tuple[int, ImageError | OSError]] = []
         self.stats = FormatStats(count, settings.limit_pixels)
-        self.num_decoded = 0
 
     def run(self, advance: Callable[[int, int], None]) -> None:
         """Scan all images."""
@@ -175,17 +173,23 @@ class _Scanner:
             rest.tolist(),
             self.settings.workers,
         )
-        whole = []
+        whole, stored_at = list[int](), time.monotonic()
         for number, (position, image) in enumerate(zip(rest.tolist(), scanned, strict=True)):
             if number % 256 == 0:
                 advance(total - len(rest) + number, total)
             self.note(int(self.indices[position]), image)
             if image.row is not None and image.error is None:
                 whole.append(position)
+            if time.monotonic() - stored_at > _STORE_SECONDS:
+                self.store(whole)
+                whole, stored_at = [], time.monotonic()
         advance(total, total)
-        self.num_decoded = len(rest)
-        if self.cache is not None and whole:
-            self.cache.add(np.asarray(whole), self.rows[self.indices[whole]])
+        self.store(whole)
+
+    def store(self, positions: list[int]) -> None:
+        """Cache the rows of images that were found whole."""
+        if self.cache is not None and positions:
+            self.cache.add(np.asarray(positions), self.rows[self.indices[positions]])
 
     def note(self, index: int, image: ScannedImage) -> None:
         """Keep what was found out about an image."""
@@ -212,16 +216,17 @@ def pixel_mode(dataset: Dataset, settings: ScanSettings) -> Literal["RGB", "L"]:
     """Return the pixel format of a scan: what the model wants, else grey where a sample of the images all is."""
     if settings.channels:
         return "RGB" if settings.channels == 3 else "L"
-    return "RGB" if has_colour(dataset, limit_pixels=settings.limit_pixels) else "L"
+    return "RGB" if has_colour(dataset, settings) else "L"
 
 
-def has_colour(dataset: Dataset, *, limit_pixels: int = 100_000_000) -> bool:
+def has_colour(dataset: Dataset, settings: ScanSettings) -> bool:
     """Whether any of a sample of images, spread over the dataset, has colour."""
     sample = np.unique(np.linspace(0, len(dataset.paths) - 1, _SAMPLE).astype(int))
     known, cache = np.zeros(len(sample), dtype=bool), None
     if not isinstance(dataset, ArrayDataset):
         keys = image_keys(dataset, sample, "RGB")
-        cache = ColourCache(cache_name(dataset), keys, limit_pixels=limit_pixels)
+        damaged = settings.damaged == "keep"
+        cache = ColourCache(cache_name(dataset), keys, limit_pixels=settings.limit_pixels, damaged=damaged)
         colour, known = cache.read()
         if colour[known].any():
             return True

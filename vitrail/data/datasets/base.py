@@ -8,9 +8,9 @@ import io
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -71,9 +71,6 @@ class FileDataset(ImageDataset):
     def identity(self, index: int) -> bytes | None:
         return file_identity(os.path.abspath(self.root / self.paths[index]))
 
-    def strict(self) -> FileDataset:
-        return replace(self, damaged="refuse")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayDataset(ImageDataset):
@@ -104,9 +101,6 @@ class ArrayDataset(ImageDataset):
         pixels = self.pixels(index)
         return f"{pixels.shape}".encode() + pixels.tobytes()
 
-    def strict(self) -> ArrayDataset:
-        return self
-
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedDataset(ImageDataset, abc.ABC):
@@ -130,9 +124,6 @@ class EncodedDataset(ImageDataset, abc.ABC):
             damaged=self.damaged,
             name=self.location(index),
         )
-
-    def strict(self) -> Self:
-        return replace(self, damaged="refuse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,8 +307,4 @@ class Dataset(Protocol):
 
     def identity(self, index: int) -> bytes | None:
         """Return bytes that change when the image does, without decoding it; None where its file is gone."""
-        ...
-
-    def strict(self) -> Dataset:
-        """Return the same dataset, whose `read` refuses damaged images."""
         ...
