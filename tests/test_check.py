@@ -121,7 +121,7 @@ def test_the_quick_form_reads_headers_and_bytes(tmp_path):
     checked = check(root, quick=True)
     assert found(checked, "unreadable") == [("a/empty.png",)]
     assert found(checked, "damaged") == []  # what the summary says
-    assert any("cut files" in line for line in summary(checked))
+    assert any("truncated files" in line for line in summary(checked))
     assert found(checked, "label-conflict") == [("a/0.png", "b/same.png")]
     assert found(checked, "mode") == [("b/print.jpg",)]
 

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from vitrail import distributed as parallel
+from vitrail import distributed
 from vitrail.api import check_runnable, train
 from vitrail.config import AugmentConfig, RunConfig
 from vitrail.console import Console
@@ -213,7 +213,7 @@ def test_sub_batches_hold_their_rows_of_the_mix_targets():
 @pytest.mark.parametrize(("batch_size", "size", "fits"), [(7, 1, False), (6, 2, False), (8, 2, True), (6, 1, True)])
 def test_a_process_must_hold_whole_pairs(batch_size, size, fits):
     config = RunConfig(batch_size=batch_size, augment=AugmentConfig(cutmix=1.0), device="cpu")
-    world = parallel.World(0, size)
+    world = distributed.World(0, size, 0, size)
     if fits:
         return check_runnable(config, 100, world, schedule=False)
     with pytest.raises(ValueError, match=rf"of batch_size {batch_size}; try --batch-size {batch_size + size}"):

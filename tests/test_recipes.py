@@ -10,7 +10,7 @@ import pytest
 
 import vitrail.cli
 from vitrail.api import train
-from vitrail.config import RunConfig
+from vitrail.config import RECIPE_NAMES, RunConfig
 from vitrail.config_schema import from_dict, leaves, to_dict
 from vitrail.data.images.preprocess import Preprocess
 from vitrail.models.config import ViTConfig
@@ -35,6 +35,10 @@ FROM_SCRATCH = ("digits", "cifar10", "s16_in1k", "deit3_s16")
 def start_of(recipe: str) -> tuple[dict, ModelHeader | None]:
     """Return the settings and the header that `--model` gives a recipe that needs trained weights; empty for the others."""
     return ({"pretrained": "runs/photos"}, WEIGHTS) if recipe == "fine_tune" else ({}, None)
+
+
+def test_the_help_names_the_recipes_that_there_are():
+    assert tuple(RECIPES) == RECIPE_NAMES
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

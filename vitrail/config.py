@@ -26,6 +26,7 @@ from vitrail.durations import parse_duration
 from vitrail.kernels import GLOBAL_NAMES, LOCAL_NAMES
 from vitrail.models.config import ENCODER_NAMES, ViTConfig
 
+RECIPE_NAMES = ("auto", "fine_tune", "article", "digits", "cifar10", "s16_in1k", "deit3_s16")
 OPTIMIZER_NAMES = ("adamw",)
 DECAY_NAMES = ("cosine", "linear", "step", "constant")
 RESIZE_NAMES = ("crop", "squash", "squash_crop", "aspect")

@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from vitrail.cli.options import DataArgument, LazyOptions, given_settings, require_folder, section_of
 from vitrail.cli.output import OK, fail, write_json
-from vitrail.config import AugmentConfig, DataConfig
+from vitrail.config import RECIPE_NAMES, AugmentConfig, DataConfig
 from vitrail.console import Console
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "Find what would spoil a training: broken files, leaks, wrong labels, unusual images."
 
-_RECIPE = "its settings: auto (the default), article, or an earlier run's config.json"
+_RECIPE = f"its settings: {', '.join(RECIPE_NAMES)}, or an earlier run's config.json (default: auto)"
 # DATA answers the first; the others change nothing that is checked.
 _NO_FLAG = ("source", "memory_bytes", "sampling", "folds", "fold", "decode", "cache_side", "cache_bytes")
 

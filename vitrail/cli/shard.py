@@ -50,13 +50,16 @@ def run(options: Options) -> int:
 
 def print_result(written: WrittenShards, folder: str, console: Console) -> None:
     """Print the number of images and shards, and one pattern for the shards of each split."""
+    from vitrail.data.datasets.write_shards import WITHOUT_SPLITS
+
     for problem in written.problems:
         console.warn(problem.message)
-    counts = ", ".join(f"{count:,} {split}" for split, count in written.counts.items())
+    whole = {WITHOUT_SPLITS: "images"}  # their shards begin with another word
+    counts = ", ".join(f"{count:,} {whole.get(split, split)}" for split, count in written.counts.items())
     left_out = f"; {written.num_left_out:,} broken ones left out" if written.num_left_out else ""
     console.success(f"{counts} in {len(written.names):,} shards, {written.num_bytes / 1e6:,.1f} MB{left_out}")
     for split in written.counts:
         names = [name for name in written.names if name.startswith(f"{split}-")]
         last = names[-1].removeprefix(f"{split}-").removesuffix(".tar")
-        console.info(f"{split + ':':<10}{folder}/{split}-{{{'0' * len(last)}..{last}}}.tar")
+        console.info(f"{whole.get(split, split) + ':':<10}{folder}/{split}-{{{'0' * len(last)}..{last}}}.tar")
     console.info(f"next:     vitrail train {shlex.quote(folder)}")

@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from vitrail.cli.options import MODEL, DataArgument, LazyOptions, given_settings, settings_of
 from vitrail.cli.output import OK, recall_note
-from vitrail.config import RunConfig
+from vitrail.config import RECIPE_NAMES, RunConfig
 from vitrail.console import Console
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HELP = "Check the data, train, evaluate, and leave a run folder with weights and a report."
 
 _MODEL = f"variant, such as nano4, ti16, s16-concat; or trained weights to start from: {MODEL}"
-_RECIPE = "auto (the default), article, or an earlier run's config.json"
+_RECIPE = f"{', '.join(RECIPE_NAMES)}, or an earlier run's config.json (default: auto)"
 # Settings that the command's own options give, or the data.
 _NO_FLAG = ("recipe", "variant", "pretrained", "data.source", "model.num_classes")
 
@@ -33,7 +33,7 @@ class OwnOptions:
     out: Annotated[str | None, arg(help="folder of the run (default: runs/NAME)", metavar="RUN")] = None
     model_name: Annotated[str | None, arg(name="model", help=_MODEL, metavar="MODEL")] = None
     recipe: Annotated[str | None, arg(help=_RECIPE, metavar="NAME")] = None
-    resume: Annotated[bool, arg(help="continue the run in --out, exactly")] = False
+    resume: Annotated[bool, arg(help="continue the run in --out (default: the newest of DATA), exactly")] = False
 
 
 # With every setting of `RunConfig` as `--section.field`.

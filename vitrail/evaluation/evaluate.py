@@ -120,9 +120,8 @@ def warn_of_training_images(chosen: ScannedSplit, classifier: Classifier, datase
     if classifier.header.split.get("source") != dataset.name:
         return
     if chosen.name in ("train", "all"):
-        console.warn(
-            f"the model was trained on images of split {chosen.name!r}: this figure says how well it remembers them"
-        )
+        what = "images of the split train" if chosen.name == "train" else "some of these images"
+        console.warn(f"the model was trained on {what}: this figure says how well it remembers them")
     if chosen.num_new > 0 and chosen.name != "all":
         console.warn(
             f"not evaluated, since they came after the split that the model was trained with: {chosen.num_new:,} images"

@@ -214,5 +214,6 @@ def choose_split(split: str | None, splits: Splits, source: str) -> str:
     if split not in SPLIT_ORDER:
         raise ValueError(unknown("--split", split, SPLIT_ORDER))
     if split not in splits.indices:
-        raise ValueError(f"{source}: has no split {split!r}; it has {', '.join(splits.indices)}, or all by --split all")
+        there = ", ".join(name for name in splits.indices if name != "all") or "none of its own"
+        raise ValueError(f"{source}: has no split {split!r}; it has {there}, or all images by --split all")
     return split

@@ -91,11 +91,13 @@ def findings_summary(problems: tuple[Problem, ...]) -> list[str]:
 def scan_summary(facts: dict[str, Any]) -> str:
     """Return what was scanned, and what was not."""
     if facts["form"] == "quick":
-        return "headers and bytes only (--quick): cut files and near duplicates are not found"
+        return "headers and bytes only (--quick): truncated files and near duplicates are not found"
     if not facts["near_duplicates"]:
         return "every pixel; not for near duplicates (--data.near-duplicates)"
     if not facts["crops_compared"]:
         return "every pixel; for near duplicates, but for so many images not for slight crops"
+    if facts["num_cached"]:
+        return f"every pixel ({facts['num_cached']:,} of {facts['num_images']:,} images from the cache)"
     return f"every pixel, {facts['num_images'] / max(facts.get('seconds', 0), 0.01):,.0f} images/s"
 
 

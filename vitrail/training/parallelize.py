@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,12 @@ from vitrail.data.loading.train_loader import Batch
 from vitrail.distributed import World
 from vitrail.objectives.base import Objective
 from vitrail.training.frozen import running_statistics
+
+# Buffers are not sent before every forward pass: PyTorch has renamed the argument, and warns of the old name.
+_ARGUMENTS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_NO_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers": False
+}
 
 
 class ParallelObjective:
@@ -29,7 +37,7 @@ class ParallelObjective:
         """Wrap the objective (again): the wrapping holds for the parameters that learn now."""
         if self.world.size > 1:
             self.wrapped = self.objective  # ends an earlier wrapping, which counts on other gradients
-            self.wrapped = nn.parallel.DistributedDataParallel(self.objective, broadcast_buffers=False)
+            self.wrapped = nn.parallel.DistributedDataParallel(self.objective, **_NO_BUFFERS)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Return the objective's figures of a batch."""

@@ -84,6 +84,7 @@ def check_dataset(config: DataConfig, *, quick: bool = False, bar: Bar = no_bar)
     problems += duplicate_problems(dataset, scan)
     problems += format_problems(dataset, scan.formats, scan.sizes)
     facts = check_facts(dataset, scan) | {"form": form, "near_duplicates": not quick and config.near_duplicates}
+    facts["num_cached"] = scan.num_cached
     facts["crops_compared"] = facts["near_duplicates"] and len(dataset.paths) <= LIMIT
     try:
         splits = split_dataset(dataset, config, scan.good, scan.groups)

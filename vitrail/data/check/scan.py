@@ -48,6 +48,7 @@ class Scan:
         near: [Q, 2] pairs of nearly equal images, each the first of its equals.
         formats: how the files are stored.
         keys: [N] what each image is known by in the caches, zeros where it was not scanned; None where nothing is cached.
+        num_cached: images that the cache knew, and that were not decoded.
     """
 
     good: np.ndarray
@@ -61,6 +62,7 @@ class Scan:
     near: np.ndarray
     formats: FormatStats
     keys: np.ndarray | None = None
+    num_cached: int = 0
 
 
 class ScannedImage(NamedTuple):
@@ -137,6 +139,7 @@ def scan_dataset(
         near=near,
         formats=scanner.stats,
         keys=all_keys,
+        num_cached=scanner.num_cached,
     )
 
 
@@ -159,6 +162,7 @@ class _Scanner:
         self.loaded, self.keeping = np.zeros(count, dtype=bool), settings.memory_bytes > 0
         self.errors: list[tuple[int, ImageError | OSError]] = []
         self.stats = FormatStats(count, settings.limit_pixels)
+        self.num_cached = 0
 
     def run(self, advance: Callable[[int, int], None]) -> None:
         """Scan all images."""
@@ -167,7 +171,7 @@ class _Scanner:
             rows, known = self.cache.read()
             self.rows[self.indices[known]], self.good[self.indices[known]] = rows[known], True
             self.stats.note_rows(self.indices[known], rows[known])
-        rest = np.flatnonzero(~known)
+        self.num_cached, rest = int(known.sum()), np.flatnonzero(~known)
         scanned = ordered_map(
             lambda position: scan_image(self.dataset, int(self.indices[position]), self.mode, self.settings),
             rest.tolist(),
