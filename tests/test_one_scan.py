@@ -100,7 +100,8 @@ def test_check_after_train_finds_what_a_first_check_finds(photos, tmp_path, monk
     assert decodes.scanned == []
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
     assert {"orientation", "mode"} <= {problem["kind"] for problem in first["problems"]}
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert (first["num_cached"], second["num_cached"]) == (0, 32)
+    assert {**first, "seconds": 0, "num_cached": 0} == {**second, "seconds": 0, "num_cached": 0}
 
 
 def test_eval_of_a_split_decodes_that_split_only(photos, tmp_path, monkeypatch, decodes):
