@@ -1,18 +1,21 @@
 """The model: parity with timm, shapes, initialisation, refusals."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import timm
 import torch
+from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from torch.testing import assert_close
 
-from vitrail.models.attention import TokenLayout
+from vitrail.kernels.window import window_mask
+from vitrail.models.attention import GlobalAttention, LocalAttention, TokenLayout
 from vitrail.models.blocks import DropPath, PatchDropout
 from vitrail.models.config import DECODER_NAMES, ViTConfig
 from vitrail.models.cost import num_macs, num_parameters
-from vitrail.models.positions import resize_table, sincos2d
+from vitrail.models.positions import resize_table, rope2d, sincos2d
 from vitrail.models.variants import LISTED, variant_config
 from vitrail.models.vit import ViT
 
@@ -274,3 +277,24 @@ def test_mimetic_initialisation_reaches_local_attention_too(attention):
     window = {"attention": "local", "window": 3} if attention == "local" else {}
     plain, mimetic = small(**window), small(init="mimetic", **window)
     assert mimetic.blocks[0].attn.qkv.weight.norm() > 2 * plain.blocks[0].attn.qkv.weight.norm()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_attention_weights_give_the_attention_again(kind, qk_norm):
+    """What the kernels never hold: rows that add up to one, nothing outside the window, and the same output."""
+    layer = {"global": GlobalAttention, "local": partial(LocalAttention, window=3)}[kind](24, 3, qk_norm=qk_norm)
+    grid, prefix = (3, 5), 2
+    layout = TokenLayout(rope=rope2d(grid, 8, num_prefix=prefix), grids=(grid,), num_prefix=prefix)
+    x = torch.randn(2, prefix + 15, 24, requires_grad=True)
+    weights = layer.weights(x, layout)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 3, 17))
+    outside = ~window_mask(grid, 3, prefix) if kind == "local" else torch.zeros(17, 17, dtype=torch.bool)
+    assert (weights[:, :, outside] == 0).all()
+    values = layer.project(x, layout)[2]
+    again = layer.proj(rearrange(weights @ values, "B K N d -> B N (K d)"))
+    torch.testing.assert_close(again, layer(x, layout), atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(weights[0, 0, 0, 1], x)
+    assert gradient.abs().sum() > 0
+    with pytest.raises(ValueError, match="weights of 2 images packed in one row"):
+        layer.weights(x, TokenLayout(grids=((2, 3), (3, 3)), num_prefix=1))

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vitrail.kernels.packed import attend_packed
 from vitrail.kernels.registry import Kernels
+from vitrail.kernels.window import window_mask
 from vitrail.lookup import pick
 from vitrail.models.config import ViTConfig
 from vitrail.models.positions import rotate
@@ -70,12 +71,37 @@ class SelfAttention(nn.Module, ABC):
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "B N D"], layout: TokenLayout = TokenLayout()) -> Float[Tensor, "B N D"]:  # noqa: B008
+        q, k, v = self.project(x, layout)
+        return self.proj_drop(self.proj(rearrange(self.attend(q, k, v, layout), "B K N d -> B N (K d)")))
+
+    def project(
+        self, x: Float[Tensor, "B N D"], layout: TokenLayout
+    ) -> tuple[Float[Tensor, "B K N d"], Float[Tensor, "B K N d"], Float[Tensor, "B K N d"]]:
+        """Return the queries, keys and values of every head, as attention takes them."""
         q, k, v = rearrange(self.qkv(x), "B N (three K d) -> three B K N d", three=3, K=self.num_heads).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if layout.rope is not None:
             q, k = rotate(q, layout.rope), rotate(k, layout.rope)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm may have left them in fp32
-        return self.proj_drop(self.proj(rearrange(self.attend(q, k, v, layout), "B K N d -> B N (K d)")))
+        return q.to(v.dtype), k.to(v.dtype), v  # under autocast a norm may have left them in fp32
+
+    def weights(self, x: Float[Tensor, "B N D"], layout: TokenLayout = TokenLayout()) -> Float[Tensor, "B K N N"]:  # noqa: B008
+        """Return the attention weights, rows for queries, computed again in fp32; for explanations.
+
+        The kernels never hold these N² values a head, and no hook could see them. Gradients flow through.
+
+        Raises:
+            ValueError: the layout has several images in a row of tokens.
+        """
+        if len(layout.grids) > 1:
+            raise ValueError(f"weights of {len(layout.grids)} images packed in one row: give each image alone")
+        q, k, _ = self.project(x, layout)
+        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
+        mask = self.mask(x.shape[1], layout)
+        return (scores if mask is None else scores.masked_fill(~mask.to(x.device), float("-inf"))).softmax(dim=-1)
+
+    @abstractmethod
+    def mask(self, num_tokens: int, layout: TokenLayout) -> Bool[Tensor, "N N"] | None:
+        """Return which keys (columns) each query (row) attends to; None where it is all."""
 
     @abstractmethod
     def attend(
@@ -86,6 +112,9 @@ class SelfAttention(nn.Module, ABC):
 
 class GlobalAttention(SelfAttention):
     """Every token attends to every token (Dosovitskiy et al. 2021, eq. 5-8)."""
+
+    def mask(self, num_tokens: int, layout: TokenLayout) -> None:
+        return None
 
     def attend(
         self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: TokenLayout
@@ -136,6 +165,10 @@ class LocalAttention(SelfAttention):
                 f"window is {window}; expected an odd number of patches, so that it has a middle, such as 7"
             )
         self.window = window
+
+    def mask(self, num_tokens: int, layout: TokenLayout) -> Bool[Tensor, "N N"]:
+        grid = layout.grids[0] if layout.grids else self._square(num_tokens)
+        return window_mask(grid, self.window, layout.num_prefix)
 
     def attend(
         self, q: Float[Tensor, "B K N d"], k: Float[Tensor, "B K N d"], v: Float[Tensor, "B K N d"], layout: TokenLayout
