@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode, v2
 
 from vitrail.config import AugmentConfig, RunConfig
-from vitrail.data.augment.erasing import erase_, erased_boxes
-from vitrail.data.augment.mixup import ERASED_AREA, ERASED_RATIO
+from vitrail.data.augment.erasing import ERASED_AREA, ERASED_RATIO, erase_, erased_boxes
 from vitrail.data.augment.policies import (
     BINS,
     OPERATIONS,

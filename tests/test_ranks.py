@@ -12,6 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from vitrail.data.datasets.open import digits_dataset
+from vitrail.data.setup import refuse_other_listings
 from vitrail.distributed import World
 from vitrail.training.meter import Meter
 
@@ -66,8 +68,8 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def test_a_sharded_model_is_evaluated_by_ranks_with_unequal_shares(tmp_path):
-    """FSDP2: each forward pass gathers weights from all ranks, so all must compute as many batches."""
+def test_a_sharded_model_is_evaluated_and_diagnosed_by_all_ranks(tmp_path):
+    """FSDP2: each forward pass gathers weights from all ranks, so all must compute as many batches, whatever they find."""
     program = """
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -76,6 +78,7 @@ from vitrail.data.images.preprocess import Preprocess
 from vitrail.data.loading.reader import ImageReader
 from vitrail.distributed import World, whole_tensors
 from vitrail.evaluation import predict_logits as module
+from vitrail.evaluation.diagnosis import first_broken
 from vitrail.models.config import ViTConfig
 from vitrail.models.vit import ViT
 
@@ -96,6 +99,9 @@ np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-5)
 assert found.indices.tolist() == indices.tolist()
 gathered = whole_tensors(model.state_dict())
 assert all(torch.equal(gathered[name], weights[name]) for name in weights)
+images = torch.full((2, 1, 8, 8), math.nan if world.rank == 1 else 0.5)
+cause = first_broken(model, images, lambda: model(images))
+assert cause == ("The input images themselves hold such numbers" if world.rank == 1 else ""), cause
 print("alike")
 """
     done = on_two_ranks(tmp_path, program)
@@ -103,50 +109,14 @@ print("alike")
     assert done.stdout.count("alike") == 2
 
 
-def test_a_sharded_model_is_diagnosed_by_all_ranks(tmp_path):
-    """Rank 1 has broken images; it must compute all the same, since rank 0 needs its shard of the weights."""
-    program = """
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from vitrail.evaluation.diagnosis import first_broken
-from vitrail.models.config import ViTConfig
-from vitrail.models.vit import ViT
+def test_ranks_that_list_other_images_stop_with_the_reason():
+    class Differing(World):
+        def gather(self, value):
+            return [value, (value[0] + 1, "other")]
 
-torch.manual_seed(0)
-model = ViT(ViTConfig(image_size=8, patch_size=4, in_channels=1, embed_dim=16, depth=2, num_heads=2, num_classes=10))
-mesh = init_device_mesh("cpu", (2,))
-for block in model.blocks:
-    fully_shard(block, mesh=mesh)
-fully_shard(model, mesh=mesh)
-images = torch.full((2, 1, 8, 8), math.nan if world.rank == 1 else 0.5)
-cause = first_broken(model, images, lambda: model(images))
-assert cause == ("The input images themselves hold such numbers" if world.rank == 1 else ""), cause
-print("told")
-"""
-    done = on_two_ranks(tmp_path, program)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("told") == 2
-
-
-def test_ranks_that_list_other_images_stop_with_the_reason(photos, tmp_path):
-    program = """
-from vitrail.data import setup
-real = setup.list_dataset
-def fewer(config, console):
-    dataset = real(config, console)
-    if world.rank == 1:
-        dataset.paths.append("late/99.jpg")
-    return dataset
-setup.list_dataset = fewer
-try:
-    train(sys.argv[1], out=sys.argv[2], model="nano8", console=Console(quiet=True), **settings)
-except ValueError as error:
-    print("STOPPED", error)
-"""
-    done = on_two_ranks(tmp_path, program, str(photos), str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("STOPPED") == 2
-    assert done.stdout.count("not all processes find the same images") == 2
+    refuse_other_listings(digits_dataset(), World())
+    with pytest.raises(ValueError, match="digits: not all processes find the same images"):
+        refuse_other_listings(digits_dataset(), Differing(0, 2, 0, 2))
 
 
 def test_a_file_that_fails_on_another_rank_is_told(photos, tmp_path):

@@ -60,7 +60,9 @@ def predict_logits(
         ValueError: there are images, but none of them can be read.
     """
     share = Share()
-    with evaluating(model), torch.inference_mode():
+    # Sharded weights are gathered into tensors that training uses again, so these must not be inference tensors.
+    without_gradients = torch.inference_mode() if world.size == 1 else torch.no_grad()
+    with evaluating(model), without_gradients:
         batches = eval_batches(
             reader, indices, batch_size=BATCH, device=device, rank=world.data_rank, ranks=world.data_size
         )
