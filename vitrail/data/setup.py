@@ -221,6 +221,21 @@ def build_train_data(checked: CheckedData, config: RunConfig, world: World = Wor
     return TrainData(checked.dataset, checked.splits, reader)
 
 
+def build_eval_reader(
+    dataset: Dataset, targets: np.ndarray, scan: Scan, used: np.ndarray, preprocess: Preprocess, config: DataConfig
+) -> ImageReader:
+    """Return the reader of some images as a model wants them; small ones are in memory from the scan on.
+
+    Args:
+        targets: [N] class index of every image, as the model numbers its classes.
+        used: the images that are needed.
+    """
+    pixels = stored_pixels(dataset, scan, used, preprocess, config)
+    reader = ImageReader(dataset, targets, preprocess, pixels, workers=config.workers)
+    reader.is_ready = pixels is not None and is_identity(preprocess, (pixels.shape[2], pixels.shape[3]))
+    return reader
+
+
 def stored_pixels(
     dataset: Dataset,
     scan: Scan,

@@ -12,7 +12,7 @@ from vitrail.config import DataConfig
 from vitrail.console import Console
 from vitrail.data.datasets.base import Dataset
 from vitrail.data.loading.reader import ImageReader
-from vitrail.data.setup import is_identity, list_dataset, stored_pixels
+from vitrail.data.setup import build_eval_reader, list_dataset
 from vitrail.evaluation.classifier import Classifier, load
 from vitrail.evaluation.metrics import all_metrics
 from vitrail.evaluation.predict_logits import Outputs, predict_logits
@@ -59,7 +59,7 @@ def evaluate(
     targets = to_model_labels(dataset, classifier.labels)
     chosen = find_split(model, classifier, dataset, data, split, console)
     warn_of_training_images(chosen, classifier, dataset, console)
-    reader = open_reader(classifier, dataset, targets, chosen, data)
+    reader = build_eval_reader(dataset, targets, chosen.scan, chosen.indices, classifier.preprocess, data)
     with console.bar(f"evaluating {len(chosen.indices):,} images") as advance:
         outputs: Outputs = predict_logits(
             classifier.model, reader, chosen.indices, device=device, patch_size=classifier.patch_size, advance=advance
@@ -77,17 +77,6 @@ def evaluate(
         "resize": classifier.preprocess.resize,
         "num_left_out": chosen.num_broken + len(reader.dropped),
     }
-
-
-def open_reader(
-    classifier: Classifier, dataset: Dataset, targets: np.ndarray, chosen: ScannedSplit, data: DataConfig
-) -> ImageReader:
-    """Return the reader of a split's images as a model wants them; small ones are in memory from the scan on."""
-    preprocess = classifier.preprocess
-    pixels = stored_pixels(dataset, chosen.scan, chosen.indices, preprocess, data)
-    reader = ImageReader(dataset, targets, preprocess, pixels, workers=data.workers)
-    reader.is_ready = pixels is not None and is_identity(preprocess, (pixels.shape[2], pixels.shape[3]))
-    return reader
 
 
 def report_weights(classifier: Classifier, console: Console) -> None:

@@ -21,7 +21,7 @@ from vitrail.data.datasets.base import Dataset
 from vitrail.data.datasets.keys import image_keys
 from vitrail.data.loading.reader import ImageReader
 from vitrail.data.problems import stop_on_errors
-from vitrail.data.setup import is_identity, list_dataset, scan_or_stop, stored_pixels
+from vitrail.data.setup import build_eval_reader, list_dataset, scan_or_stop
 from vitrail.data.splits.splits import Splits, check_trainable, split_dataset
 from vitrail.evaluation.classifier import Classifier, load
 from vitrail.evaluation.evaluate import report_weights
@@ -158,10 +158,8 @@ def compute_features(
 ) -> tuple[Features, ImageReader]:
     """Return the features of the images to fit to and to evaluate on, and the reader, which knows the files that failed."""
     wanted = np.concatenate([probed.splits.indices["train"], probed.splits.indices[probed.evaluated]])
-    preprocess, dataset = classifier.preprocess, probed.dataset
-    pixels = stored_pixels(dataset, probed.scan, wanted, preprocess, probed.config)
-    reader = ImageReader(dataset, dataset.targets, preprocess, pixels, workers=probed.config.workers)
-    reader.is_ready = pixels is not None and is_identity(preprocess, (pixels.shape[2], pixels.shape[3]))
+    dataset = probed.dataset
+    reader = build_eval_reader(dataset, dataset.targets, probed.scan, wanted, classifier.preprocess, probed.config)
     with console.bar(f"features of {len(wanted):,} images") as advance:
         features = features_of(
             classifier,
